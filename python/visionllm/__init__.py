@@ -1,6 +1,7 @@
 """VisionLLM: an instruction and a picture in, boxes out.
 
-Everything here is imported when it is first used: ``import visionllm`` costs no torch, no compilation, no network.
+Everything here is imported when it is first used: ``import visionllm`` costs no torch, no compilation and
+no network.
 """
 
 from __future__ import annotations
@@ -28,7 +29,18 @@ _HOME = {
     "load": "visionllm.pipeline",
     "open_image": "visionllm.image",
 }
-_MODULES = ("data", "doctor", "evaluate", "image", "instruction", "model", "ops", "pipeline", "result", "train")
+_MODULES = (
+    "data",
+    "doctor",
+    "evaluate",
+    "image",
+    "instruction",
+    "model",
+    "ops",
+    "pipeline",
+    "result",
+    "train",
+)
 
 __all__ = [
     "Boxes",

@@ -1,7 +1,7 @@
 """The COCO detection metrics, computed by pycocotools without its prints.
 
-The twelve numbers and their definitions: https://cocodataset.org/#detection-eval. A number is -1 where the ground
-truth has nothing to measure (for instance ``APs`` of a set without small objects), as pycocotools has it.
+The twelve numbers and their definitions: https://cocodataset.org/#detection-eval. A number is -1 where the
+ground truth has nothing to measure (``APs`` of a set without small objects), as pycocotools has it.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ def coco_metrics(ground_truth: dict[str, Any], predictions: Sequence[dict[str, A
     """The twelve COCO numbers of boxes.
 
     Args:
-        ground_truth: a COCO data set: ``images`` (``id``), ``categories`` (``id``) and ``annotations`` (``image_id``,
-            ``category_id``, ``bbox`` as x, y, width, height in pixels; ``area`` defaults to the box's, ``iscrowd``
-            to 0). It is not changed.
+        ground_truth: a COCO data set: ``images`` (``id``), ``categories`` (``id``) and ``annotations``
+            (``image_id``, ``category_id``, ``bbox`` as x, y, width, height in pixels; ``area`` defaults to
+            the box's, ``iscrowd`` to 0). It is not changed.
         predictions: COCO results: ``image_id``, ``category_id``, ``bbox``, ``score``. May be empty.
 
     Returns:
         METRIC_NAMES with their values as fractions (0.505, not 50.5); -1 where there is nothing to measure.
 
     Raises:
-        ValueError: a prediction or an annotation names a picture or a category that the data set lacks, or a box
-            or score is not finite.
+        ValueError: a prediction or an annotation names a picture or a category that the data set lacks, or a
+            box or score is not finite.
     """
     return evaluate_boxes(ground_truth, predictions).metrics
 
@@ -88,8 +88,10 @@ def evaluate_boxes(ground_truth: dict[str, Any], predictions: Sequence[dict[str,
 
 
 def _indexed(dataset: dict[str, Any], entries: Sequence[dict[str, Any]], kind: str) -> Any:
-    """A pycocotools COCO of the data set's pictures and categories and of these entries, which are checked and
-    copied. Ids are given anew from 1: pycocotools takes a match with annotation 0 for no match."""
+    """A pycocotools COCO of the data set's pictures and categories and of these entries, checked and copied.
+
+    Ids are given anew from 1: pycocotools takes a match with annotation 0 for no match.
+    """
     from pycocotools.coco import COCO
 
     image_ids = {image["id"] for image in dataset["images"]}
