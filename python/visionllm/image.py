@@ -1,7 +1,7 @@
 """Pictures of any kind, read as uint8 RGB, and resized the one way that the network is trained with.
 
-What is done to a picture: the first frame is taken; the EXIF orientation is applied; transparency is laid on white;
-16-bit greys are scaled to 8 bits; CMYK, LAB, palettes and the rest are converted to RGB by Pillow.
+What is done to a picture: the first frame is taken; the EXIF orientation is applied; transparency is laid on
+white; 16-bit greys are scaled to 8 bits; CMYK, LAB, palettes and the rest are converted to RGB by Pillow.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from PIL import Image, ImageOps
 ImageSource = Union[str, "os.PathLike[str]", bytes, IO[bytes], Image.Image, np.ndarray]
 
 # Files that a folder is searched for.
-IMAGE_SUFFIXES = tuple(
-    [".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"]
+IMAGE_SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 )
 
 # Pillow's own warning level: a quarter of a gigabyte of RGB.
@@ -190,8 +190,11 @@ def _scale_16_bit(values: np.ndarray) -> np.ndarray:
 
 
 def _scale_wide_grey(values: np.ndarray) -> np.ndarray:
-    """Greys of 32-bit integers or floats, whose white is not written down: 1 for floats up to 1, 255 for floats up
-    to 255, 65535 for integers up to it; else black and white are the lowest and the highest value."""
+    """Greys of 32-bit integers or floats, whose white is written down nowhere.
+
+    White is 1 for floats up to 1, 255 for floats up to 255, 65535 for integers up to it; else black and white
+    are the lowest and the highest value.
+    """
     is_float = np.issubdtype(values.dtype, np.floating)
     values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
@@ -218,7 +221,8 @@ def _check_size(name: str, size: tuple[int, int], max_pixels: int | None) -> Non
     width, height = size
     if max_pixels is not None and width * height > max_pixels:
         raise ImageError(
-            f"{name}: {width}x{height} = {width * height} pixels, more than the limit of {max_pixels} (max_pixels)"
+            f"{name}: {width}x{height} = {width * height} pixels, "
+            f"more than the limit of {max_pixels} (max_pixels)"
         )
 
 
