@@ -1,0 +1,166 @@
+"""Which names a training prompt lists: some of what the picture shows, the rest absent, in random order.
+
+After VisionLLM (Wang et al. 2023, arXiv:2305.11175, section 3.2): class sets and their order are drawn anew for every
+sample, so that ``<ck>`` means nothing but "the k-th listed name". Only a name that its source annotates exhaustively
+may be listed as absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """How training prompts are drawn. Shares are of samples unless a comment says otherwise."""
+
+    usual_count: tuple[float, float, float] = (
+        4,
+        20,
+        30,
+    )  # number of names: lowest, most frequent, highest; log scale
+    middle_share: float = 0.10  # of batches: number of names log-uniform in middle_count
+    middle_count: tuple[int, int] = (60, 120)
+    large_share: float = 0.05  # of batches: from middle_count's end to all names, half of them all names
+    list_present: float = 0.8  # each present name is listed with this probability
+    only_absent: float = 0.06  # prompts that list nothing of what is there
+    hard_negatives: float = (
+        0.3  # prompts whose absent names prefer those that share a word with a present one
+    )
+    hard_share: float = 0.5  # of the absent names of such a prompt, at most
+    foreign_share: float = (
+        0.2  # of the absent names, at most, from names the caller vouches are never in the pictures
+    )
+    usual_range: int = 512
+    other_range: float = 0.4  # prompts with another range
+    ranges: tuple[int, int] = (100, 2000)  # log-uniform
+    max_objects: int = 40  # listed objects beyond this become areas to ignore, the smallest first
+
+
+def draw_count(rng: np.random.Generator, most: int, settings: PromptSettings) -> tuple[int, str]:
+    """The number of names of a batch's prompts, at most ``most``, and its kind: "usual", "middle" or "large"."""
+    kind = rng.random()
+    if kind < settings.large_share:
+        lowest = min(settings.middle_count[1], most)
+        everything = rng.random() < 0.5
+        count = most if everything else math.exp(rng.uniform(math.log(lowest), math.log(most)))
+        return max(1, min(round(count), most)), "large"
+    if kind < settings.large_share + settings.middle_share:
+        count = math.exp(rng.uniform(*np.log(settings.middle_count)))
+        return max(1, min(round(count), most)), "middle"
+    low, mode, high = np.log(settings.usual_count)
+    return max(1, min(round(math.exp(rng.triangular(low, mode, high))), most)), "usual"
+
+
+def draw_range(rng: np.random.Generator, settings: PromptSettings) -> int:
+    """The coordinate range that a prompt asks for."""
+    if rng.random() >= settings.other_range:
+        return settings.usual_range
+    return round(math.exp(rng.uniform(*np.log(settings.ranges))))
+
+
+def draw_class_set(
+    present: Sequence[str],
+    unclear: Sequence[str],
+    vocabulary: tuple[str, ...],
+    foreign: tuple[str, ...],
+    count: int,
+    rng: np.random.Generator,
+    settings: PromptSettings,
+) -> tuple[str, ...]:
+    """``count`` different names in random order.
+
+    Args:
+        present: names with at least one target box in the picture.
+        unclear: names of crowds and cut-off objects: neither present nor absent, listed only for want of others.
+        vocabulary: names whose absence is known where no box is.
+        foreign: further names that are never in the source's pictures.
+        count: how many names to list.
+        rng: where all randomness comes from.
+        settings: how.
+
+    Raises:
+        ValueError: there are fewer than ``count`` names in all.
+    """
+    present_names = list(dict.fromkeys(present))
+    shown = set(present_names).union(unclear)
+    absent = [name for name in vocabulary if name not in shown]
+    known = shown.union(vocabulary)
+    foreign_names = [name for name in foreign if name not in known]
+
+    listed: list[str] = []
+    if rng.random() >= settings.only_absent or len(absent) + len(foreign_names) < count:
+        listed = [name for name in present_names if rng.random() < settings.list_present]
+        if not listed and present_names:
+            listed = [present_names[rng.integers(len(present_names))]]
+        if len(listed) > count:
+            # All of a short prompt's names present, or only half of them: both happen.
+            listed = _pick(listed, int(rng.integers((count + 1) // 2, count + 1)), rng)
+
+    wanted = count - len(listed)
+    from_foreign = int(rng.integers(int(wanted * settings.foreign_share) + 1)) if foreign_names else 0
+    from_foreign = max(min(from_foreign, len(foreign_names)), min(wanted - len(absent), len(foreign_names)))
+    from_absent = min(wanted - from_foreign, len(absent))
+    hard: list[str] = []
+    if present_names and rng.random() < settings.hard_negatives:
+        similar = _sharing_a_word(present_names, vocabulary, shown)
+        hard = _pick(similar, min(math.ceil(from_absent * settings.hard_share), from_absent), rng)
+        chosen = set(hard)
+        absent = [name for name in absent if name not in chosen]
+    names = (
+        listed + hard + _pick(absent, from_absent - len(hard), rng) + _pick(foreign_names, from_foreign, rng)
+    )
+
+    if len(names) < count:
+        taken = set(names)
+        rest = [name for name in present_names if name not in taken]
+        names += _pick(rest, count - len(names), rng)
+    if len(names) < count:
+        names += _pick(sorted(shown.difference(present_names)), count - len(names), rng)
+    if len(names) < count:
+        raise ValueError(f"count: expected at most {len(known) + len(foreign_names)} names, got {count}")
+    return tuple(names[i] for i in rng.permutation(count))
+
+
+def _pick(names: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+    """``count`` of the names (all if there are fewer) in random order."""
+    if count <= 0:
+        return []
+    return [names[i] for i in rng.permutation(len(names))[:count]]
+
+
+@lru_cache(maxsize=64)
+def _names_by_word(vocabulary: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    members: dict[str, list[str]] = {}
+    for name in vocabulary:
+        for word in _words(name):
+            members.setdefault(word, []).append(name)
+    return {word: tuple(names) for word, names in members.items() if len(names) > 1}
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name that say something: "a slice of pizza" has "slice" and "pizza"."""
+    return {
+        word
+        for word in name.lower().replace("-", " ").split()
+        if len(word) > 2 and word not in _FUNCTION_WORDS
+    }
+
+
+_FUNCTION_WORDS = frozenset(("and", "for", "from", "the", "with"))
+
+
+def _sharing_a_word(present: Sequence[str], vocabulary: tuple[str, ...], shown: set[str]) -> list[str]:
+    by_word = _names_by_word(vocabulary)
+    similar: dict[
+        str, None
+    ] = {}  # a set that keeps its order: Python's own sets would depend on the hash seed
+    for name in present:
+        for word in sorted(_words(name)):
+            similar.update(dict.fromkeys(by_word.get(word, ())))
+    return [name for name in similar if name not in shown]
