@@ -1,0 +1,5 @@
+import sys
+
+from visionllm.train import main
+
+sys.exit(main())

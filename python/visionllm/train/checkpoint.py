@@ -1,0 +1,143 @@
+"""Checkpoints: the whole state of a run in one safetensors file, written atomically.
+
+Tensors are named ``model.<name>``, ``average.<name>`` and ``optimizer.<slot>.<name>``; the rest of the state is JSON in
+the file's metadata under ``state``. There is no pickle in it. Random generators are not in it either: they are seeded
+anew from (seed, step, rank) at every step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = "visionllm training checkpoint 1"
+_NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or does not fit the run."""
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Checkpoint files in a folder, oldest first."""
+    folder = Path(folder)
+    return sorted(f for f in folder.iterdir() if _NAME.fullmatch(f.name)) if folder.is_dir() else []
+
+
+def write_checkpoint(
+    folder: str | Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write ``checkpoint-<step>.safetensors`` and delete all but the newest ``keep`` ones.
+
+    A crash at any moment leaves the older checkpoints whole and never a broken one under a checkpoint's name. Raises
+    CheckpointError naming the first tensor with a value that is not finite.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"not written: {name} has values that are not finite")
+    final = folder / f"checkpoint-{step:08d}.safetensors"
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    metadata = {"format": FORMAT, "state": json.dumps(dict(state))}
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(folder)
+    for old in checkpoints(folder)[:-keep]:
+        if old != final:
+            old.unlink()
+    return final
+
+
+def read_checkpoint(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of a checkpoint. Raises CheckpointError for a file that is none."""
+    try:
+        with safe_open(str(file), framework="pt") as source:
+            metadata = source.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{file}: expected format {FORMAT!r}, got {metadata.get('format')!r}"
+                )
+            tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors' own error class derives from Exception alone
+        raise CheckpointError(f"{file} is not a readable checkpoint: {error}") from error
+    return tensors, json.loads(metadata["state"])
+
+
+def network_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, shared ones once."""
+    saved = network.state_dict().keys()
+    tensors: dict[str, Tensor] = {name: value.data for name, value in network.named_parameters()}
+    tensors.update({name: value for name, value in network.named_buffers() if name in saved})
+    return tensors
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+    """State tensors of the optimiser as ``<slot>.<parameter name>``."""
+    tensors = {}
+    for name, parameter in network.named_parameters():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{slot}.{name}"] = torch.as_tensor(value)
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put the state of :func:`optimizer_tensors` into a new optimiser of the same network."""
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        slot, _, name = key.partition(".")
+        by_name.setdefault(name, {})[slot] = value
+    for name, parameter in network.named_parameters():
+        slots = by_name.pop(name, None)
+        if slots is None:
+            continue
+        for slot, value in slots.items():
+            if value.shape == parameter.shape and value.dim() > 0:
+                # empty_like keeps the parameter's strides, which fused optimisers rely on.
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
+            optimizer.state[parameter][slot] = value
+    if by_name:
+        raise CheckpointError(f"optimiser state of unknown parameters: {', '.join(sorted(by_name)[:10])}")
+
+
+@torch.no_grad()
+def load_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Copy tensors in place; names and shapes must agree. Raises CheckpointError listing the differences."""
+    problems = [f"missing {name}" for name in into if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in into]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, expected {list(value.shape)}"
+        for name, value in into.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if problems:
+        raise CheckpointError(f"the {what} in the checkpoint does not fit: " + "; ".join(problems[:20]))
+    for name, value in into.items():
+        value.copy_(tensors[name])
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

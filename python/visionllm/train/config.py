@@ -1,0 +1,201 @@
+"""The configuration of a training run: preset, then the user's YAML file, then ``key=value`` overrides.
+
+Every key is typed; an unknown one is an error that names it and the closest known key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration file or override that cannot be used; the message names the key."""
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """Generated scenes as a training source."""
+
+    weight: float = 1.0  # share of the samples, relative to the other sources; 0 = none
+    glyphs: Optional[str] = None  # folder of glyph sets; None = the project's own drawn shapes only
+    backgrounds: Optional[str] = None  # folder of photos whose crops become backgrounds
+    cutouts: Optional[str] = None  # COCO file whose segmented objects are pasted into scenes
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of SceneDataset
+
+
+@dataclass(frozen=True)
+class PhotosConfig:
+    """A COCO-format data set as a training or validation source."""
+
+    annotations: str = "???"  # COCO JSON
+    images: str = "???"  # folder that its file names are relative to
+    weight: float = 1.0  # share of the samples, relative to the other sources
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of CocoDataset
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Average precision during the run, on the averaged weights if there are any."""
+
+    every: int = 500  # steps between validations; 0 = only at the end
+    scenes: int = 200  # generated scenes of the validation split; 0 = none
+    names: int = 20  # names listed per scene, present and absent ones, in random order
+    photos: Optional[PhotosConfig] = None  # real photos, all the names of their file listed
+    photo_limit: int = 100  # at most this many of them
+    batch_size: int = 8  # pictures per forward pass, per process
+    top: int = 100  # boxes kept per picture
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the whole state of the run is written; it is written at the end and on interruption in any case."""
+
+    minutes: float = 5.0  # wall-clock time between checkpoints; 0 = not by time
+    steps: int = 0  # steps between checkpoints; 0 = not by steps
+    keep: int = 2  # newest checkpoints that stay
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Sizes are per process: the whole batch is ``processes * batch_size``."""
+
+    preset: str = "tiny"  # model preset, and the file in presets/ that this configuration starts from
+    model: dict[str, Any] = field(default_factory=dict)  # changes to the model preset
+    init_backbone: Optional[str] = None  # safetensors file with weights of the backbone to start from
+    init: Optional[str] = None  # pretrained folder to start all weights from
+    output: str = "runs/tiny"  # folder of checkpoints, logs and exported weights
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
+    processes: int = 1  # started by the command; 0 = train in the command's own process
+
+    steps: int = 0  # length of the run in steps, or
+    max_minutes: float = 0.0  # its length in minutes of active time; the learning rate then follows the clock
+    batch_size: int = 8
+    image_size: int = 224  # pixels; pictures are resized to a square
+
+    lr: float = 8e-4
+    backbone_lr: float = 3e-4
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: int = 300  # steps of linear warm-up
+    lr_floor: float = 0.01  # the cosine ends at this share of the learning rates
+    clip_norm: float = 1.0  # gradient norm above which gradients are scaled down; 0 = off
+    ema_decay: float = 0.999  # averaging of the weights per step; 0 = off
+    autocast: str = "auto"  # bfloat16 autocast: auto (where the hardware multiplies bfloat16) | on | off
+    bad_steps: int = 5  # the run stops after this many non-finite steps in a row
+
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+    photos: list[PhotosConfig] = field(default_factory=list)
+    mixture: dict[str, Any] = field(default_factory=dict)  # further arguments of TrainingBatches
+    workers: int = 0  # data processes beside each training process; 0 = batches are made in between
+
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = 20  # steps between rows of the CSV and TensorBoard
+    tensorboard: str = "auto"  # auto (when installed) | on | off
+
+
+def preset_names() -> list[str]:
+    """Names of the presets in the package."""
+    folder = resources.files("visionllm.train") / "presets"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(
+    preset: str = "tiny", file: str | Path | None = None, overrides: Sequence[str] = ()
+) -> TrainConfig:
+    """Merge a preset, a YAML file and ``key=value`` overrides (``scenes.weight=2``), later ones winning.
+
+    Raises ConfigError naming the file or override and the key for anything unknown, mistyped or out of range.
+    """
+    if preset not in preset_names():
+        raise ConfigError(f"unknown preset {preset!r}; there are {', '.join(preset_names())}")
+    preset_text = (resources.files("visionllm.train") / "presets" / f"{preset}.yaml").read_text()
+    return _merge(OmegaConf.create(preset_text), f"preset {preset}", file, overrides)
+
+
+def read_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Configuration written by :func:`write_config`, with overrides."""
+    return _merge(OmegaConf.create({}), "defaults", file, overrides)
+
+
+def write_config(config: TrainConfig, file: str | Path) -> None:
+    """Write every key as YAML."""
+    OmegaConf.save(OmegaConf.structured(config), file)
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON-compatible values."""
+    container = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _merge(first: Any, first_name: str, file: str | Path | None, overrides: Sequence[str]) -> TrainConfig:
+    layers = [(first_name, first)]
+    if file is not None:
+        if not Path(file).is_file():
+            raise ConfigError(f"no such configuration file: {file}")
+        try:
+            layers.append((str(file), OmegaConf.load(file)))
+        except Exception as error:  # the YAML parser has no common base class for its errors
+            raise ConfigError(f"{file} is not YAML: {error}") from error
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"an override must have the form key=value, got {override!r}")
+        layers.append((f"override {override}", OmegaConf.from_dotlist([override])))
+    merged = OmegaConf.structured(TrainConfig)
+    for name, layer in layers:
+        try:
+            for key, other in (("steps", "max_minutes"), ("max_minutes", "steps")):
+                if key in layer and other not in layer:  # the length of the run is given anew
+                    merged = OmegaConf.merge(merged, {other: 0})
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from error
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    assert isinstance(config, TrainConfig)
+    _check(config)
+    return config
+
+
+def _check(config: TrainConfig) -> None:
+    if (config.steps > 0) == (config.max_minutes > 0):
+        raise ConfigError(
+            "exactly one of steps and max_minutes must be positive, "
+            f"got steps={config.steps} and max_minutes={config.max_minutes:g}"
+        )
+    for key, allowed in {
+        "autocast": ("auto", "on", "off"),
+        "tensorboard": ("auto", "on", "off"),
+        "device": ("auto", "cpu", "cuda"),
+    }.items():
+        value = getattr(config, key)
+        if value not in allowed:
+            raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+    for key in ("batch_size", "image_size", "log_every", "bad_steps"):
+        if getattr(config, key) < 1:
+            raise ConfigError(f"{key} must be at least 1, got {getattr(config, key)}")
+    for key in ("lr", "backbone_lr", "weight_decay", "clip_norm", "warmup", "workers", "processes", "steps"):
+        value = getattr(config, key)
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{key} must be a finite number >= 0, got {value}")
+    if not (math.isfinite(config.max_minutes) and config.max_minutes >= 0):
+        raise ConfigError(f"max_minutes must be a finite number >= 0, got {config.max_minutes}")
+    for key, value in (("ema_decay", config.ema_decay), ("lr_floor", config.lr_floor)):
+        if not 0 <= value <= 1 or (key == "ema_decay" and value == 1):
+            raise ConfigError(f"{key} must be in [0, 1), got {value}")
+    if config.checkpoint.keep < 1:
+        raise ConfigError(f"checkpoint.keep must be at least 1, got {config.checkpoint.keep}")

@@ -1,0 +1,86 @@
+"""What a run writes down: a CSV with one row per interval, and the same numbers to TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class RunLog:
+    """Appends rows of named numbers to ``<folder>/<name>.csv`` and to TensorBoard events in ``<folder>/tensorboard``.
+
+    The first column is ``step``. Rows beyond ``resume_step`` are dropped when the log is opened, so that a
+    resumed run leaves no doubled rows. A name that is new widens the file. ``tensorboard``: "auto" uses it when it is
+    installed, "on" raises ImportError saying what to install when it is not.
+    """
+
+    def __init__(self, folder: str | Path, resume_step: int = 0, tensorboard: str = "auto") -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._columns: dict[str, list[str]] = {}
+        for name in ("train", "validation"):
+            self._reopen(name, resume_step)
+        self._events = None
+        if tensorboard != "off":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                if tensorboard == "on":
+                    raise ImportError(
+                        "tensorboard=on needs the package tensorboard: pip install tensorboard, "
+                        "or set tensorboard=off"
+                    ) from error
+            else:
+                self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """One row of the log ``name`` ("train" or "validation")."""
+        row = {"step": str(step), **{key: _text(value) for key, value in values.items()}}
+        columns = self._columns[name]
+        new = [key for key in row if key not in columns]
+        if new:
+            columns.extend(new)
+            self._rewrite(name, self._rows(name))
+        with open(self._file(name), "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([row.get(column, "") for column in columns])
+        if self._events is not None:
+            for key, value in values.items():
+                if math.isfinite(value):
+                    self._events.add_scalar(f"{name}/{key}", value, step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        if self._events is not None:
+            self._events.close()
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.csv"
+
+    def _rows(self, name: str) -> list[dict[str, str]]:
+        if not self._file(name).exists():
+            return []
+        with open(self._file(name), newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _reopen(self, name: str, resume_step: int) -> None:
+        rows = self._rows(name)
+        self._columns[name] = [key for key in rows[0] if key is not None] if rows else []
+        # A row that a crash cut short has no number or no end; it belongs to a step that is done again.
+        kept = [r for r in rows if r["step"].isdigit() and int(r["step"]) <= resume_step and None not in r.values()]
+        if len(kept) != len(rows):
+            self._rewrite(name, kept)
+
+    def _rewrite(self, name: str, rows: list[dict[str, str]]) -> None:
+        temporary = self.folder / f".{name}.csv.{os.getpid()}"
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns[name], restval="", extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self._file(name))
+
+
+def _text(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
