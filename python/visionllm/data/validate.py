@@ -305,7 +305,8 @@ def _box_problem(entry: dict, size: tuple[int, int] | None) -> str | None:
         return f"expected positive width and height, got {box}"
     if size is not None:
         slack = BORDER_TOLERANCE
-        if x < -slack or y < -slack or x + width > size[0] + slack or y + height > size[1] + slack:
+        inside = x >= -slack and y >= -slack and x + width <= size[0] + slack and y + height <= size[1] + slack
+        if not inside or x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0:
             return f"box {box} (x, y, width, height) leaves the {size[0]} x {size[1]} image"
     return None
 
@@ -350,7 +351,7 @@ def _file_name_problem(entry: dict) -> str | None:
 
 
 def _picture_problem(path: Path, size: tuple[int, int] | None, check: str) -> str | None:
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file() raises on a name too long
         return f"missing file {path}"
     if check == "none":
         return None

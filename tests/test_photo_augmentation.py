@@ -1,0 +1,186 @@
+"""Views of photos: the boxes must still fit the pixels, whatever was cut, mirrored, shrunk or put together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from visionllm.data.photo_augmentation import (
+    AugmentedPhotos,
+    PhotoAugmentation,
+    crop,
+    flip,
+    jitter_colours,
+    resize,
+    shrink,
+)
+from visionllm.data.sample import Sample
+
+PLAIN = PhotoAugmentation(brightness=0, contrast=0, saturation=0, hue=0, grey=0)
+COLOURS = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 10]], np.uint8)
+NAMES = ("red thing", "green thing", "blue thing", "yellow thing")
+
+
+class PaintedPhotos:
+    """Photos of flat rectangles, each in the colour that its name says, apart from one another, on black."""
+
+    vocabulary = (*NAMES, "cat")
+
+    def __init__(self, count: int = 12) -> None:
+        self.count = count
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        self.reads += 1
+        rng = np.random.default_rng(index)
+        height, width = int(rng.integers(200, 700)), int(rng.integers(200, 700))
+        image = np.zeros((height, width, 3), np.uint8)
+        boxes, names = [], []
+        for k in rng.permutation(4)[: rng.integers(1, 5)]:  # each in a quarter of its own
+            x1 = (k % 2) * width // 2 + rng.integers(2, width // 8)
+            y1 = (k // 2) * height // 2 + rng.integers(2, height // 8)
+            x2, y2 = x1 + rng.integers(width // 8, width // 3), y1 + rng.integers(height // 8, height // 3)
+            image[y1:y2, x1:x2] = COLOURS[k]
+            boxes.append([x1, y1, x2, y2])
+            names.append(NAMES[k])
+        boxes = np.array(boxes, np.float32)
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        return Sample(image, boxes, names, area, np.zeros(len(names), bool), index, self.vocabulary)
+
+
+def painted(image: np.ndarray, name: str) -> np.ndarray:
+    """Where the picture has the colour that the name says."""
+    colour = COLOURS[NAMES.index(name)].astype(int)
+    return (np.abs(image.astype(int) - colour) < 60).all(-1)
+
+
+def assert_boxes_fit(sample: Sample, tolerance: float = 1.6) -> None:
+    """Every box is the extent of its colour around the box; resampling blurs edges by about a pixel."""
+    height, width = sample.image.shape[:2]
+    for box, name in zip(sample.boxes, sample.names, strict=True):
+        x1, y1, x2, y2 = (int(v) for v in np.round(box + np.array([-4, -4, 4, 4])))
+        x1, y1 = max(x1, 0), max(y1, 0)
+        rows, columns = np.nonzero(painted(sample.image, name)[y1 : min(y2, height), x1 : min(x2, width)])
+        if len(rows) == 0:
+            assert min(box[2:] - box[:2]) < 3, f"{name}: nothing painted in {box}"
+            continue
+        extent = np.array([x1 + columns.min(), y1 + rows.min(), x1 + columns.max() + 1, y1 + rows.max() + 1])
+        assert np.abs(extent - box).max() <= tolerance, f"{name}: box {box}, painted {extent}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mosaic": 0, "whole": 1, "zoom_out": 0, "flip": 0},
+        {"mosaic": 0, "whole": 0, "on_object": 0, "zoom_out": 0, "flip": 0},
+        {"mosaic": 0, "whole": 0, "on_object": 1, "zoom_out": 0, "flip": 1},
+        {"mosaic": 0, "zoom_out": 1},
+    ],
+    ids=["whole", "crop", "on object, mirrored", "zoomed out"],
+)
+def test_boxes_fit_the_pixels(change):
+    photos = AugmentedPhotos(PaintedPhotos(), 160, replace(PLAIN, **change))
+    seen = 0
+    for seed in range(40):
+        view = photos.draw(np.random.default_rng(seed))
+        assert view.image.shape == (160, 160, 3)
+        assert view.image.dtype == np.uint8
+        assert_boxes_fit(view)
+        seen += len(view.names)
+    assert seen > 40
+
+
+def test_nothing_visible_goes_without_an_entry():
+    """What is painted anywhere in a crop has a box or a crowd entry; its centre out of view makes it a crowd."""
+    photos = AugmentedPhotos(PaintedPhotos(), 160, replace(PLAIN, mosaic=0, whole=0, zoom_out=0))
+    cut = 0
+    for seed in range(60):
+        view = photos.draw(np.random.default_rng(seed))
+        for name in NAMES:
+            assert painted(view.image, name).sum() < 200 or name in view.names, (seed, name)
+        cut += int(view.iscrowd.sum())
+    assert cut > 5
+
+
+def test_a_box_is_a_target_while_its_centre_is_in_view():
+    sample = Sample(
+        image=np.zeros((100, 100, 3), np.uint8),
+        boxes=np.array([[30, 10, 60, 20], [40, 10, 62, 20], [0, 80, 40, 90], [48, 10, 58, 10.5]], np.float32),
+        names=["out", "in", "gone", "thin"],
+        area=np.array([300, 220, 400, 5], np.float32),
+        iscrowd=np.array([False, False, False, False]),
+        image_id=0,
+        vocabulary=(),
+    )
+    view = crop(sample, (50, 0, 100, 50), 100, 100, np.random.default_rng(0), replace(PLAIN, zoom_out=0))
+    assert view.names == ["out", "in", "thin"]
+    assert view.iscrowd.tolist() == [True, False, True]
+    np.testing.assert_allclose(view.boxes, [[0, 20, 20, 40], [0, 20, 24, 40], [0, 20, 16, 21]])
+    np.testing.assert_allclose(view.area, [400, 480, 16], rtol=1e-5)
+
+
+def test_a_mosaic_joins_four_photos():
+    photos = AugmentedPhotos(PaintedPhotos(), 224, replace(PLAIN, mosaic=1, whole=1, zoom_out=0))
+    counts = []
+    for seed in range(10):
+        view = photos.draw(np.random.default_rng(seed))
+        assert str(view.image_id).count("+") == 3
+        assert_boxes_fit(view)
+        counts.append(len(view.names))
+    assert max(counts) > 4
+
+
+def test_a_view_is_a_function_of_the_generator():
+    photos = AugmentedPhotos(PaintedPhotos(), 96)
+    first = [photos.draw(np.random.default_rng(seed)) for seed in range(12)]
+    other = AugmentedPhotos(PaintedPhotos(), 96, cache_bytes=0)
+    for seed in reversed(range(12)):  # neither order, history nor the cache matter
+        again = other.draw(np.random.default_rng(seed))
+        np.testing.assert_array_equal(again.image, first[seed].image)
+        np.testing.assert_array_equal(again.boxes, first[seed].boxes)
+        assert again.names == first[seed].names
+    assert len({view.image.tobytes() for view in first}) == 12
+
+
+def test_photos_are_read_once():
+    source = PaintedPhotos(3)
+    photos = AugmentedPhotos(source, 64, PhotoAugmentation(max_cached_side=100))
+    for seed in range(30):
+        photos.draw(np.random.default_rng(seed))
+    assert source.reads == 3
+    assert max(photos.photo(0).image.shape) == 100
+    with pytest.raises(ValueError, match="photos: expected at least one"):
+        AugmentedPhotos(PaintedPhotos(0), 64)
+
+
+def test_flip_and_resize():
+    sample = PaintedPhotos()[0]
+    twice = flip(flip(sample))
+    np.testing.assert_array_equal(twice.image, sample.image)
+    np.testing.assert_allclose(twice.boxes, sample.boxes)
+    assert_boxes_fit(flip(sample), tolerance=0)
+    assert_boxes_fit(resize(sample, 150, 333))
+    assert shrink(sample, 10_000) is sample
+    small = shrink(sample, 100)
+    np.testing.assert_allclose(
+        small.area.sum() / sample.area.sum(), np.prod(small.image.shape) / np.prod(sample.image.shape), rtol=1e-3
+    )
+
+
+def test_colours():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    same = jitter_colours(image, np.random.default_rng(1), PLAIN)
+    assert np.abs(same.astype(int) - image).max() <= 1
+    grey = jitter_colours(image, np.random.default_rng(1), replace(PLAIN, grey=1))
+    assert np.ptp(grey, axis=2).max() <= 1
+    np.testing.assert_allclose(grey[..., 0], image @ [0.299, 0.587, 0.114], atol=1.01)
+    plain = np.full((8, 8, 3), 120, np.uint8)  # grey has no hue to turn
+    turned = jitter_colours(plain, np.random.default_rng(1), replace(PLAIN, hue=0.5))
+    assert np.abs(turned.astype(int) - 120).max() <= 1
+    changed = jitter_colours(image, np.random.default_rng(1), PhotoAugmentation())
+    assert np.abs(changed.astype(int) - image).mean() > 3
