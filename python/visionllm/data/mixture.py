@@ -8,7 +8,7 @@ want of names, and no rank waits for another's longer prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from visionllm.data.class_set import PromptSettings, draw_class_set, draw_count, draw_range
 from visionllm.data.photo_augmentation import AugmentedPhotos, PhotoAugmentation, SampleSource, resize
 from visionllm.data.sample import Sample
-from visionllm.instruction import TRAIN_TEMPLATES, Instruction, Template
+from visionllm.instruction import MAX_CLASSES, TRAIN_TEMPLATES, Instruction, Template
 
 STEP_STREAM, SAMPLE_STREAM = 0, 1  # independent random streams
 
@@ -54,6 +54,7 @@ class TrainBatch:
         ignore: B arrays float32 ``[m, 4]`` like ``boxes``: areas with objects of listed classes that are no targets
             (crowds, objects cut off by the border, more objects than asked for); answers there are neither right nor
             wrong.
+        unlisted: B arrays float32 ``[m, 4]`` like ``boxes``: objects whose class is not listed; nothing must be said there.
         source: the B names of the sources.
     """
 
@@ -62,6 +63,7 @@ class TrainBatch:
     labels: list[np.ndarray]
     instructions: list[Instruction]
     ignore: list[np.ndarray]
+    unlisted: list[np.ndarray]
     source: list[str]
 
 
@@ -143,7 +145,7 @@ class TrainingBatches:
             raise IndexError(f"step: expected at least 0, got {step}")
         step_rng = self._rng(STEP_STREAM, step)
         template = self.templates[step_rng.integers(len(self.templates))]
-        count, kind = draw_count(step_rng, int(self._capacities.max()), self.prompts)
+        count, kind = draw_count(step_rng, min(int(self._capacities.max()), MAX_CLASSES), self.prompts)
         if kind == "middle" and step_rng.random() < 0.5:
             # Half of these batches keep the small vocabularies in, listed as a whole; the other half leaves them out.
             count = min(count, int(self._capacities.min()))
@@ -167,6 +169,7 @@ class TrainingBatches:
             labels=[],
             instructions=[],
             ignore=[],
+            unlisted=[],
             source=[self.sources[index].name for index in chosen],
         )
         for index, sample, rng in zip(chosen, samples, rngs, strict=True):
@@ -198,23 +201,18 @@ class TrainingBatches:
         classes = draw_class_set(
             present, unclear, sample.vocabulary, source.absent_names, count, rng, self.prompts
         )
-        boxes, labels, ignore = targets_of(sample, classes, self.prompts.max_objects)
-        instruction = Instruction(
-            task="detection",
-            classes=classes,
-            range=draw_range(rng, self.prompts),
-            coordinates=template.coordinates,
-        )
+        boxes, labels, ignore, unlisted = targets_of(sample, classes, self.prompts.max_objects)
         batch.boxes.append(boxes)
         batch.labels.append(labels)
         batch.ignore.append(ignore)
-        batch.instructions.append(replace(instruction, text=instruction.render(template)))
+        batch.unlisted.append(unlisted)
+        batch.instructions.append(template.instruction(classes, range=draw_range(rng, self.prompts)))
 
 
 def targets_of(
     sample: Sample, classes: Sequence[str], max_objects: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The objects of the listed classes: boxes ``[n, 4]``, labels ``[n]`` and areas to ignore ``[m, 4]``.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes ``[n, 4]`` and labels ``[n]`` of the listed classes, areas to ignore and unlisted objects ``[m, 4]`` each.
 
     Boxes are clipped to the picture, in centre form, in 0..1 of its width and height, the largest first; those beyond
     ``max_objects`` and crowds are areas to ignore. Boxes without extent are left out.
@@ -225,12 +223,14 @@ def targets_of(
     corners = np.clip(sample.boxes.reshape(-1, 4) / np.array([width, height] * 2, np.float32), 0, 1)
     boxes = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
     boxes = boxes.astype(np.float32)
-    is_listed = (labels >= 0) & (boxes[:, 2:] > 0).all(1)
+    has_extent = (boxes[:, 2:] > 0).all(1)
+    is_listed = (labels >= 0) & has_extent
     is_crowd = np.asarray(sample.iscrowd, bool).reshape(-1)
     targets = np.flatnonzero(is_listed & ~is_crowd)
     targets = targets[np.argsort(-boxes[targets, 2] * boxes[targets, 3], kind="stable")]
     ignored = np.concatenate([np.flatnonzero(is_listed & is_crowd), targets[max_objects:]])
-    return boxes[targets[:max_objects]], labels[targets[:max_objects]], boxes[ignored]
+    unlisted = boxes[(labels < 0) & has_extent & ~is_crowd]
+    return boxes[targets[:max_objects]], labels[targets[:max_objects]], boxes[ignored], unlisted
 
 
 def _settings(kind: type, given: Any, name: str) -> Any:
