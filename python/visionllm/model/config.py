@@ -1,0 +1,93 @@
+"""Everything that fixes a network's shapes: one frozen dataclass, and the presets by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+LOCATION_BINS = 1025  # <p-512> … <p512>, an offset in units of 1/512 of the picture's height or width
+CLASS_TOKENS = 512  # <c0> … <c511>
+MAX_BOUNDARY_POINTS = 64  # <x1> <y1> … <x64> <y64>
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of a VisionLLM network."""
+
+    image_size: int = 224  # pictures are resized to this square
+    # Backbone
+    frozen_stages: int = 3  # EfficientNet-Lite0 stages (after the stem) that are never trained
+    freeze_depthwise: bool = True  # depthwise kernels keep their pretrained values
+    # Text
+    vocab_size: int = 3072  # SentencePiece pieces; the added tokens follow
+    text_dim: int = 160  # text encoder width
+    text_layers: int = 2
+    text_heads: int = 4
+    # Image tokenizer
+    dim: int = 128  # pyramid, fusion, encoder and decoder width
+    heads: int = 8
+    points: int = 4  # sampling points per head and level
+    encoder_layers: int = 2
+    decoder_layers: int = 3
+    ffn_dim: int = 384
+    num_queries: int = 64  # M, image tokens per picture
+    fusion_heads: int = 4
+    fusion_gate: float = 0.1  # initial value of the gate γ; 0 leaves pretrained detector weights undisturbed
+    # LLM
+    llm_dim: int = 192
+    llm_layers: int = 3
+    llm_heads: int = 6
+    llm_kv_heads: int = 3
+    llm_ffn_dim: int = 448
+    rope_theta: float = 10000.0
+    lora_rank: int = 8  # 0 removes the LoRA modules
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = ("q", "v")  # of q, k, v, o, gate, up, down
+    # Slot head
+    class_rows: str = "names"  # "names": the prompt's own states at each name; "static": the rows of <c0>…<c511>
+    coordinate_window: int = 6  # decode by expectation within ± this many bins of the argmax; 0 is argmax alone
+    objectness_power: float = 0.35  # a in score = objectness^a · class probability^(1 − a); chosen on training data
+    score_threshold: float = 0.3  # shown and answered boxes; evaluation uses all
+
+    def __post_init__(self) -> None:
+        if self.class_rows not in ("names", "static"):
+            raise ValueError(f"ModelConfig: class_rows must be 'names' or 'static', got {self.class_rows!r}")
+        for width, heads in (("dim", "heads"), ("dim", "fusion_heads"), ("text_dim", "text_heads"),
+                             ("llm_dim", "llm_heads"), ("llm_heads", "llm_kv_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"ModelConfig: {width} must be a multiple of {heads}, got {getattr(self, width)} and "
+                    f"{getattr(self, heads)}"
+                )
+
+    def to_json(self) -> str:
+        return json.dumps({"model_type": "visionllm", **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "config.json") -> ModelConfig:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, another model type, or fields this version does not know.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: expected JSON: {error}") from error
+        if not isinstance(values, dict) or values.pop("model_type", None) != "visionllm":
+            raise ValueError(f"{where}: expected an object with \"model_type\": \"visionllm\"")
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{where}: unknown fields {', '.join(unknown)}")
+        for name, value in values.items():
+            default = known[name].default
+            if isinstance(default, tuple):
+                values[name] = value = tuple(value) if isinstance(value, list) else value
+            if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+                raise ValueError(f"{where}: {name} must be {type(default).__name__}, got {value!r}")
+        return cls(**values)
+
+
+PRESETS: dict[str, ModelConfig] = {"tiny": ModelConfig()}

@@ -1,0 +1,110 @@
+"""Deformable DETR's encoder and decoder layers (Zhu et al., 2010.04159), pre-norm, over four flattened scales."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionllm.ops import ms_deform_attn
+
+
+class MSDeformAttention(nn.Module):
+    """Projections around the operator: value, sampling offsets, attention weights, output.
+
+    A query's samples lie at its reference: for points [.., 2], offsets are in cells of the sampled scale; for boxes
+    [.., 4], in halves of the box's size over the number of points.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.value = nn.Linear(dim, dim)
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.output = nn.Linear(dim, dim)
+        # One direction per head, growing with the point's index: Deformable DETR's initial fan of offsets.
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(heads) * (2 * math.pi / heads)
+        fan = torch.stack([angle.cos(), angle.sin()], -1)
+        fan = fan / fan.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, points + 1)
+        with torch.no_grad():
+            offsets = fan[:, None, None] * steps[None, None, :, None]
+            self.sampling_offsets.bias.copy_(offsets.expand(heads, levels, points, 2).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+
+    def forward(self, query: Tensor, reference: Tensor, value: Tensor, shapes: Tensor, starts: Tensor) -> Tensor:
+        """query [B, Q, C]; reference [B, Q, 2 or 4] in 0..1; value [B, S, C]; shapes [L, 2]; starts [L] → [B, Q, C]."""
+        b, q, c = query.shape
+        value = self.value(value).view(b, -1, self.heads, c // self.heads)
+        offsets = self.sampling_offsets(query).float().view(b, q, self.heads, self.levels, self.points, 2)
+        weights = self.attention_weights(query).float().view(b, q, self.heads, -1).softmax(-1)
+        if reference.shape[-1] == 2:
+            cells = shapes.flip(-1)[:, None].float()  # [L, 1, 2] width, height
+            locations = reference[:, :, None, None, None] + offsets / cells
+        else:
+            centre, size = reference[:, :, None, None, None].split(2, -1)
+            locations = centre + offsets * size * (0.5 / self.points)
+        weights = weights.view(b, q, self.heads, self.levels, self.points)
+        y = ms_deform_attn(value.float(), shapes, starts, locations, weights)
+        return self.output(y.to(query.dtype))
+
+
+class FeedForward(nn.Module):
+    """LN → linear → GELU → linear, added to the input."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Every position of every scale samples all scales around itself."""
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attention = MSDeformAttention(dim, heads, levels, points)
+        self.ffn = FeedForward(dim, ffn_dim)
+
+    def forward(self, x: Tensor, position: Tensor, reference: Tensor, shapes: Tensor, starts: Tensor) -> Tensor:
+        normed = self.norm(x)
+        return self.ffn(x + self.attention(normed + position, reference, normed, shapes, starts))
+
+
+class DeformableDecoderLayer(nn.Module):
+    """Self-attention among queries, deformable cross-attention into the encoder's output, feed-forward."""
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.self_norm = nn.LayerNorm(dim)
+        self.query_key = nn.Linear(dim, 2 * dim)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        self.cross_norm = nn.LayerNorm(dim)
+        self.attention = MSDeformAttention(dim, heads, levels, points)
+        self.ffn = FeedForward(dim, ffn_dim)
+
+    def forward(
+        self, x: Tensor, position: Tensor, reference: Tensor, memory: Tensor, shapes: Tensor, starts: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """x, position: [B, Q, C]; reference: [B, Q, 4]; memory: [B, S, C]; mask: [Q, Q] or [B, 1, Q, Q], True = may see."""
+        b, n, c = x.shape
+        normed = self.self_norm(x)
+        q, k = self.query_key(normed + position).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        v = self.value(normed).view(b, n, self.heads, -1).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.output(y.transpose(1, 2).reshape(b, n, c))
+        x = x + self.attention(self.cross_norm(x) + position, reference, memory, shapes, starts)
+        return self.ffn(x)

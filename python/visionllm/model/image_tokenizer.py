@@ -1,0 +1,158 @@
+"""Language-guided image tokenizer: four scales, language fusion, deformable encoder and decoder → M image tokens.
+
+An image token is (e_i, l_i): a feature and the centre of what it stands for (VisionLLM, 3.3). Queries are learned; where
+they look first is chosen from the encoder's output (two-stage, as in Deformable DETR), which learns far faster than
+positions learned with the queries. A box is refined layer by layer beside the centre; its centre is l_i.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from visionllm.model.backbone import OUTPUT_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite
+from visionllm.model.boxes import inverse_sigmoid
+from visionllm.model.config import ModelConfig
+from visionllm.model.deformable import DeformableDecoderLayer, DeformableEncoderLayer
+from visionllm.model.fusion import LanguageFusion
+from visionllm.model.position_encoding import sine_encoding
+
+LEVELS = 4
+ANCHOR_SIDE = 0.08  # the finest scale's first guess of a box's side; doubled with every scale
+
+
+@dataclass
+class DenoisingQueries:
+    """Extra training queries placed near known boxes (DINO, 2203.03605): boxes [B, N, 4] cxcywh."""
+
+    boxes: Tensor
+
+
+@dataclass
+class ImageTokens:
+    """What the decoder says, last layer last, of the M queries and then the denoising queries (N = M + denoising).
+
+    Attributes:
+        features: [B, N, C], e_i.
+        boxes: per decoder layer, [B, N, 4] cxcywh in 0..1; the last one's centres are l_i.
+        objectness: per decoder layer, [B, N] logits.
+        proposal_boxes, proposal_objectness: [B, S, 4], [B, S] of the encoder's positions.
+    """
+
+    features: Tensor
+    boxes: list[Tensor]
+    objectness: list[Tensor]
+    proposal_boxes: Tensor
+    proposal_objectness: Tensor
+
+
+class BoxHead(nn.Sequential):
+    """Three-layer perceptron to a box's change in logit space; starts at no change."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
+        nn.init.zeros_(self[-1].weight)
+        nn.init.zeros_(self[-1].bias)
+
+
+def objectness_head(dim: int) -> nn.Linear:
+    """Linear to one logit that starts at a probability of 1 % (focal loss's prior)."""
+    head = nn.Linear(dim, 1)
+    nn.init.constant_(head.bias, -math.log(99.0))
+    return head
+
+
+class ImageTokenizer(nn.Module):
+    """uint8 pictures [B, H, W, 3] and text features → ImageTokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_queries = config.num_queries
+        self.backbone = EfficientNetLite(config.frozen_stages, config.freeze_depthwise)
+        self.lateral = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(16, dim)) for channels in OUTPUT_CHANNELS
+        )
+        self.coarsest = nn.Sequential(
+            nn.Conv2d(OUTPUT_CHANNELS[-1], dim, 3, stride=2, padding=1), nn.GroupNorm(16, dim)
+        )
+        self.level = nn.Parameter(torch.empty(LEVELS, dim).normal_(std=0.1))
+        self.fusion = LanguageFusion(dim, config.text_dim, config.fusion_heads, config.fusion_gate)
+        layer = (dim, config.heads, LEVELS, config.points, config.ffn_dim)
+        self.encoder = nn.ModuleList(DeformableEncoderLayer(*layer) for _ in range(config.encoder_layers))
+        self.encoder_norm = nn.LayerNorm(dim)
+        self.proposal_objectness = objectness_head(dim)
+        self.proposal_box = BoxHead(dim)
+        self.queries = nn.Parameter(torch.empty(config.num_queries, dim).normal_())
+        self.denoising_query = nn.Parameter(torch.empty(dim).normal_())
+        self.box_position = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.decoder = nn.ModuleList(DeformableDecoderLayer(*layer) for _ in range(config.decoder_layers))
+        self.decoder_norm = nn.LayerNorm(dim)
+        self.objectness = nn.ModuleList(objectness_head(dim) for _ in range(config.decoder_layers))
+        self.box = nn.ModuleList(BoxHead(dim) for _ in range(config.decoder_layers))
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """uint8 [B, H, W, 3] → four scales [B, C, H / stride, W / stride]."""
+        mean = torch.tensor(PIXEL_MEAN, device=images.device)
+        std = torch.tensor(PIXEL_STD, device=images.device)
+        x = ((images.float() - mean) / std).permute(0, 3, 1, 2)  # channels last in memory, as oneDNN likes it
+        c3, c4, c5 = self.backbone(x)
+        return [lateral(c) for lateral, c in zip(self.lateral, (c3, c4, c5))] + [self.coarsest(c5)]
+
+    def forward(
+        self, images: Tensor, text: Tensor, text_mask: Tensor, denoising: DenoisingQueries | None = None
+    ) -> ImageTokens:
+        """images: uint8 [B, H, W, 3]; text: [B, T, C_text]; text_mask: [B, T]."""
+        scales = self.pyramid(images)
+        dim = scales[0].shape[1]
+        shapes = torch.tensor([s.shape[-2:] for s in scales], device=images.device)
+        starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+        x = torch.cat([s.flatten(2).transpose(1, 2) + self.level[i] for i, s in enumerate(scales)], 1)  # [B, S, C]
+        x = self.fusion(x, text, text_mask)
+
+        anchors = anchor_boxes(shapes)  # [S, 4]
+        centres = anchors[None, :, :2].expand(len(x), -1, -1)
+        position = sine_encoding(anchors[:, :2], dim).to(x.dtype)
+        for layer in self.encoder:
+            x = layer(x, position, centres, shapes, starts)
+        memory = self.encoder_norm(x)
+
+        proposal_objectness = self.proposal_objectness(memory).squeeze(-1).float()  # [B, S]
+        proposal_boxes = (self.proposal_box(memory).float() + inverse_sigmoid(anchors)).sigmoid()
+        best = proposal_objectness.topk(min(self.num_queries, x.shape[1]), dim=1).indices
+        boxes = proposal_boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))  # [B, M, 4]
+        q = self.queries[: boxes.shape[1]].expand(len(x), -1, -1)
+        mask = None
+        if denoising is not None:
+            extra = denoising.boxes.shape[1]
+            # Denoising queries know the answer: no other query may see them, nor they each other.
+            mask = torch.eye(boxes.shape[1] + extra, dtype=torch.bool, device=x.device)
+            mask[: boxes.shape[1], : boxes.shape[1]] = True
+            boxes = torch.cat([boxes, denoising.boxes], 1)
+            q = torch.cat([q, self.denoising_query.expand(len(x), extra, -1)], 1)
+
+        layer_boxes, layer_objectness = [], []
+        for layer, objectness, box in zip(self.decoder, self.objectness, self.box):
+            position = self.box_position(sine_encoding(boxes, dim).to(q.dtype))
+            q = layer(q, position, boxes, memory, shapes, starts, mask)
+            features = self.decoder_norm(q)
+            refined = (box(features).float() + inverse_sigmoid(boxes)).sigmoid()
+            layer_boxes.append(refined)
+            layer_objectness.append(objectness(features).squeeze(-1).float())
+            boxes = refined.detach()
+        return ImageTokens(features, layer_boxes, layer_objectness, proposal_boxes, proposal_objectness)
+
+
+def anchor_boxes(shapes: Tensor) -> Tensor:
+    """[L, 2] heights and widths → one cxcywh box per position, [S, 4]: cell centres, sides doubling with the scale."""
+    rows = []
+    for level, (height, width) in enumerate(shapes.tolist()):
+        y = (torch.arange(height, device=shapes.device) + 0.5) / height
+        x = (torch.arange(width, device=shapes.device) + 0.5) / width
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        side = torch.full_like(x, ANCHOR_SIDE * 2**level)
+        rows.append(torch.stack([x, y, side, side], -1).view(-1, 4))
+    return torch.cat(rows)

@@ -1,0 +1,141 @@
+"""LLaMA-style decoder (RMSNorm, RoPE, SwiGLU, grouped KV; Touvron et al., 2302.13971) with LoRA and parallel groups.
+
+A pass takes a causal prefix and, after it, G groups of S slots. Each slot attends to the whole prefix and causally to its
+own group; slot j of every group has position P + j, so that groups are exchangeable and one pass decodes them all.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionllm.model.config import ModelConfig
+from visionllm.model.lora import LoRALinear
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + ε) · weight, in fp32."""
+
+    def __init__(self, dim: int, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.epsilon)
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """positions [B, T] → cosine and sine [B, T, 1, head_dim / 2]."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = positions[..., None, None].float() * frequency
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates the two halves of every head: x [B, T, H, D]."""
+    cosine, sine = (t.to(x.dtype) for t in table)
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], -1)
+
+
+def query_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_mask: Tensor, slots: int
+) -> Tensor:
+    """Groups of slots attend to one shared prefix and causally to their own group.
+
+    Args:
+        q: [B, G·S, H, D], rotated; k, v: [B, G·S, H_kv, D].
+        prefix_k, prefix_v: [B, P, H_kv, D]; prefix_mask: bool [B, P], True where there is a token.
+        slots: S.
+
+    Returns:
+        [B, G·S, H·D].
+    """
+    b, n, heads, d = q.shape
+    kv_heads, groups = k.shape[2], n // slots
+    q = q.view(b, n, kv_heads, heads // kv_heads, d) * d**-0.5
+    own_q = q.view(b, groups, slots, kv_heads, -1, d).permute(0, 3, 1, 4, 2, 5)  # [B, Hkv, G, R, S, D]
+    own_k = k.view(b, groups, slots, kv_heads, 1, d).permute(0, 3, 1, 4, 5, 2)  # [B, Hkv, G, 1, D, S]
+    own_v = v.view(b, groups, slots, kv_heads, 1, d).permute(0, 3, 1, 4, 2, 5)  # [B, Hkv, G, 1, S, D]
+    far = own_q.reshape(b, kv_heads, -1, d) @ prefix_k.permute(0, 2, 3, 1)  # [B, Hkv, G·R·S, P]
+    far = far.masked_fill(~prefix_mask[:, None, None], float("-inf"))
+    near = own_q @ own_k  # [B, Hkv, G, R, S, S]
+    future = torch.ones(slots, slots, dtype=torch.bool, device=q.device).triu(1)
+    near = near.masked_fill(future, float("-inf")).reshape(b, kv_heads, -1, slots)
+    weights = torch.cat([far, near], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
+    far, near = weights.split([far.shape[-1], slots], -1)
+    y = (near.reshape(b, kv_heads, groups, -1, slots, slots) @ own_v).reshape(b, kv_heads, -1, d)
+    y = y + far @ prefix_v.transpose(1, 2)
+    y = y.view(b, kv_heads, groups, -1, slots, d).permute(0, 2, 4, 1, 3, 5)
+    return y.reshape(b, n, heads * d)
+
+
+class LLMLayer(nn.Module):
+    """One LLaMA block over the concatenation of prefix and slots."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.llm_dim
+        self.heads, self.kv_heads = config.llm_heads, config.llm_kv_heads
+        self.head_dim = dim // self.heads
+
+        def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
+            if config.lora_rank and name in config.lora_targets:
+                return LoRALinear(inputs, outputs, config.lora_rank, config.lora_alpha)
+            return nn.Linear(inputs, outputs, bias=False)
+
+        self.attention_norm = RMSNorm(dim)
+        self.q = linear("q", dim, dim)
+        self.k = linear("k", dim, self.kv_heads * self.head_dim)
+        self.v = linear("v", dim, self.kv_heads * self.head_dim)
+        self.o = linear("o", dim, dim)
+        self.ffn_norm = RMSNorm(dim)
+        self.gate = linear("gate", dim, config.llm_ffn_dim)
+        self.up = linear("up", dim, config.llm_ffn_dim)
+        self.down = linear("down", config.llm_ffn_dim, dim)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, slots: int) -> Tensor:
+        """x: [B, P + G·S, C]; rope for the same positions; mask: bool [B, P]."""
+        b, n, c = x.shape
+        p = mask.shape[1]
+        normed = self.attention_norm(x)
+        q = apply_rope(self.q(normed).view(b, n, self.heads, -1), rope)
+        k = apply_rope(self.k(normed).view(b, n, self.kv_heads, -1), rope)
+        v = self.v(normed).view(b, n, self.kv_heads, -1)
+        # Padding stands behind the text, where a causal query of the text cannot see it.
+        y = F.scaled_dot_product_attention(
+            q[:, :p].transpose(1, 2), k[:, :p].transpose(1, 2), v[:, :p].transpose(1, 2),
+            is_causal=True, enable_gqa=self.heads != self.kv_heads,
+        ).transpose(1, 2).reshape(b, p, c)  # fmt: skip
+        if n > p:
+            own = query_attention(q[:, p:], k[:, p:], v[:, p:], k[:, :p], v[:, :p], mask, slots)
+            y = torch.cat([y, own], 1)
+        x = x + self.o(y)
+        normed = self.ffn_norm(x)
+        return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+
+class LLM(nn.Module):
+    """Embedded prefix [B, P, C] and slots [B, G, S, C] → their last states, normalised."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim, self.theta = config.llm_dim // config.llm_heads, config.rope_theta
+        self.layers = nn.ModuleList(LLMLayer(config) for _ in range(config.llm_layers))
+        self.norm = RMSNorm(config.llm_dim)
+
+    def forward(self, prefix: Tensor, mask: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """mask: bool [B, P], True where the prefix has a token; its padding must stand last."""
+        b, p, c = prefix.shape
+        groups, size = slots.shape[1:3]
+        lengths = mask.sum(1)
+        own = lengths[:, None] + torch.arange(size, device=mask.device).repeat(groups)
+        positions = torch.cat([torch.arange(p, device=mask.device).expand(b, -1), own], 1)
+        rope = rope_table(positions, self.head_dim, self.theta)
+        x = torch.cat([prefix, slots.reshape(b, -1, c)], 1)
+        for layer in self.layers:
+            x = layer(x, rope, mask, size)
+        x = self.norm(x)
+        return x[:, :p], x[:, p:].reshape(b, groups, size, c)

@@ -1,0 +1,85 @@
+"""A network as a folder: config.json, model.safetensors, tokenizer.model. Written atomically, checked when read."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from visionllm.model.config import ModelConfig
+from visionllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from visionllm.model.network import Network
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file appears whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def save_network(network: Network, directory: Path, dtype: torch.dtype | None) -> None:
+    """Writes the three files; floating-point weights in the given type."""
+    state = network.state_dict()
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"save_pretrained: weights are not finite: {', '.join(broken[:5])} ({len(broken)} in all)")
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().to(dtype or t.dtype).contiguous() for name, t in state.items()}
+    write_atomically(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_atomically(directory / TOKENIZER, network.tokenizer.model)
+    write_atomically(directory / CONFIG, network.config.to_json().encode())
+
+
+def load_network(network_class: type[Network], directory: Path) -> Network:
+    """Builds the network that config.json describes and fills it; every weight becomes fp32."""
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"from_pretrained: {directory} has no {name}")
+    config = ModelConfig.from_json((directory / CONFIG).read_text(), str(directory / CONFIG))
+    tokenizer = Tokenizer.from_file(directory / TOKENIZER)
+    try:
+        state = load_file(directory / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{directory / WEIGHTS}: not a safetensors file: {error}") from error
+    with torch.device("meta"):
+        network = network_class(config, tokenizer)
+    check(network.state_dict(), state, str(directory / WEIGHTS))
+    network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return network.eval()
+
+
+def check(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
+    """Compares names, shapes and types.
+
+    Raises:
+        ValueError: listing every difference (the first 20).
+    """
+    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
+    problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
+    for name in expected.keys() & found.keys():
+        if expected[name].shape != found[name].shape:
+            problems.append(f"{name}: expected shape {list(expected[name].shape)}, got {list(found[name].shape)}")
+        elif found[name].dtype not in FLOATS:
+            problems.append(f"{name}: expected a floating-point type, got {found[name].dtype}")
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:20])
+        raise ValueError(f"{where}: {len(problems)} differences from config.json's network:\n  {shown}")

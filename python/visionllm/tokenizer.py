@@ -1,0 +1,174 @@
+"""Text to token ids: SentencePiece pieces, then the class tokens <c0> … <c511>; and prompts as padded batches.
+
+`python -m visionllm.tokenizer --output FILE` trains the SentencePiece model on the instruction corpus and class names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from torch import Tensor
+
+from visionllm.instruction import Instruction
+
+IMAGE = -2  # stands where an image token goes
+PADDING = -1
+MAX_NAME_TOKENS = 32  # longer names are cut for the text encoder; the LLM still reads them whole
+
+
+@dataclass
+class Prompts:
+    """A batch of instructions as the network reads them; K is the largest class set's size.
+
+    Attributes:
+        ids: int64 [B, P]: pieces, class tokens, IMAGE in M consecutive places, PADDING at the end.
+        name_index: int64 [B, P]: k at the tokens of class k's name and at its <ck>, −1 elsewhere.
+        class_mask: bool [B, K], True where the prompt lists a class.
+        names: int64 [U, N], the batch's distinct names, padded.
+        name_row: int64 [B, K], the row of `names` of every listed class (0 where class_mask is False).
+        description: int64 [B, D], the text outside the class set, padded.
+    """
+
+    ids: Tensor
+    name_index: Tensor
+    class_mask: Tensor
+    names: Tensor
+    name_row: Tensor
+    description: Tensor
+
+    def to(self, device: torch.device | str) -> Prompts:
+        return Prompts(*(getattr(self, field).to(device) for field in self.__dataclass_fields__))
+
+
+class Tokenizer:
+    """SentencePiece with the added class tokens behind its pieces.
+
+    Args:
+        model: the serialised SentencePiece model.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self.model = model
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self.processor.vocab_size()
+        self.encode = lru_cache(maxsize=65536)(self._encode)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer: no SentencePiece model at {path}")
+        return cls(path.read_bytes())
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.processor.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.processor.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+    def prompts(self, instructions: Sequence[Instruction], num_queries: int) -> Prompts:
+        """Tokenises a batch; `<image>` becomes num_queries places (at the front where an instruction has none).
+
+        Raises:
+            ValueError: there is no instruction.
+        """
+        if not instructions:
+            raise ValueError("tokenizer: expected at least one instruction")
+        image = (IMAGE,) * num_queries
+        ids: list[list[int]] = []
+        name_index: list[list[int]] = []
+        descriptions: list[list[int]] = []
+        rows: dict[str, int] = {}
+        name_rows: list[list[int]] = []
+        for instruction in instructions:
+            row_ids: list[int] = []
+            row_index: list[int] = []
+            description: list[int] = []
+            has_image = False
+            in_class_set = False
+            for segment in instruction.segments():
+                if segment.kind == "image":
+                    if has_image:
+                        continue
+                    pieces, index, has_image = image, -1, True
+                elif segment.kind == "name":
+                    pieces, index, in_class_set = self.encode(segment.text), segment.index, True
+                elif segment.kind == "class_token":
+                    pieces, index = (self.vocab_size + segment.index,), segment.index
+                else:
+                    pieces, index = self.encode(segment.text), -1
+                    # Between names there is only punctuation; the description is what stands around the set.
+                    if not in_class_set or len(segment.text) > 4:
+                        description.extend(pieces)
+                row_ids.extend(pieces)
+                row_index.extend([index] * len(pieces))
+            if not has_image:
+                row_ids[:0] = image
+                row_index[:0] = [-1] * num_queries
+            ids.append(row_ids)
+            name_index.append(row_index)
+            descriptions.append(description)
+            name_rows.append([rows.setdefault(name, len(rows)) for name in instruction.classes])
+        names = [self.encode(name)[:MAX_NAME_TOKENS] for name in rows]
+        class_rows = pad(name_rows, PADDING)
+        return Prompts(
+            ids=pad(ids, PADDING),
+            name_index=pad(name_index, -1),
+            class_mask=class_rows >= 0,
+            names=pad(names, PADDING) if names else torch.full((1, 1), PADDING),
+            name_row=class_rows.clamp(min=0),
+            description=pad(descriptions, PADDING),
+        )
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of different lengths as one int64 tensor [n, longest]; the longest counts at least one."""
+    out = np.full((len(rows), max(1, max(map(len, rows), default=1))), value, np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return torch.from_numpy(out)
+
+
+def train_sentencepiece(sentences: Sequence[str], vocab_size: int) -> bytes:
+    """Trains a unigram model with byte fallback, so that no text is unknown; the same input gives the same bytes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size, model_type="unigram",
+        character_coverage=1.0, byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", split_digits=True, bos_id=1, eos_id=2, unk_id=0, pad_id=-1,
+        user_defined_symbols=["\":", ",▁\"", "{\"", "\"}"], num_threads=1, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def corpus(names: Sequence[str]) -> list[str]:
+    """Sentences to learn pieces from: every template, every name (several times: names must stay short), numbers."""
+    from visionllm.instruction import TRAIN_TEMPLATES
+
+    sentences = [template.text for templates in TRAIN_TEMPLATES.values() for template in templates]
+    for name in names:
+        sentences.extend([name] * 8)
+    return sentences
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m visionllm.tokenizer", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="the SentencePiece model to write")
+    parser.add_argument("--names", type=Path, nargs="*", default=[], help="files with one class name a line")
+    parser.add_argument("--vocab-size", type=int, default=3072)
+    arguments = parser.parse_args(argv)
+    names = [line.strip() for path in arguments.names for line in path.read_text().splitlines() if line.strip()]
+    arguments.output.write_bytes(train_sentencepiece(corpus(names), arguments.vocab_size))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,233 @@
+"""L = L_tok + L_dec (VisionLLM, App. B).
+
+L_tok, on the image tokenizer, is category-agnostic: focal objectness and L1 on the centre, and beside the paper's terms L1
+and GIoU on the box, on every decoder layer and on the encoder's proposals. L_dec, on the LLM's slots, is cross-entropy of
+the class and the coordinate tokens after bipartite matching. Denoising queries (DINO, 2203.03605) give both parts more to
+learn from: near an object that is listed, its box and class; near one that is not listed, silence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionllm.model.boxes import cxcywh_to_xyxy, overlap
+from visionllm.model.config import LOCATION_BINS
+from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokens, anchor_boxes
+from visionllm.model.slots import BINS_PER_UNIT
+from visionllm.train.matcher import CLASS_COST, GIOU_COST, L1_COST, match, match_proposals, pair_costs
+
+if TYPE_CHECKING:
+    from visionllm.data.mixture import TrainBatch
+    from visionllm.model.network import Network
+
+OBJECTNESS_WEIGHT, CENTRE_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 1.0, 2.5, 2.5, 2.0
+CLASS_WEIGHT, LOCATION_WEIGHT = 2.0, 1.0
+# An unmatched group's weight in the class loss.
+NO_OBJECT_WEIGHT = 0.2
+# Standard deviation, in bins, of the smoothed coordinate targets.
+LOCATION_SIGMA = 1.5
+# Unmatched image tokens that get a group of slots in training, beside the matched ones: the most object-like.
+SPARE_GROUPS = 20
+# Denoising queries: at most this many per picture, centre moved by up to half of NOISE sizes, side changed by up to NOISE.
+MAX_DENOISING, MAX_UNLISTED, NOISE = 16, 8, 0.4
+
+
+@dataclass
+class Targets:
+    """Padded objects of a batch: boxes [B, N, 4] cxcywh, labels [B, N], valid [B, N]; ignore [B, I, 4] with its mask."""
+
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+    ignore: Tensor
+    ignore_valid: Tensor
+
+    @classmethod
+    def from_batch(cls, batch: TrainBatch, device: torch.device) -> Targets:
+        boxes, valid = pad_boxes(batch.boxes, device)
+        labels = torch.zeros(valid.shape, dtype=torch.int64)
+        for b, row in enumerate(batch.labels):
+            labels[b, : len(row)] = torch.from_numpy(np.asarray(row))
+        return cls(boxes, labels.to(device), valid, *pad_boxes(batch.ignore, device))
+
+
+def pad_boxes(rows: list[np.ndarray], device: torch.device, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """B arrays [n, 4] → [B, longest, 4] and its mask."""
+    rows = [row[:limit] for row in rows]
+    boxes = torch.zeros(len(rows), max(map(len, rows)), 4)
+    valid = torch.zeros(boxes.shape[:2], dtype=torch.bool)
+    for b, row in enumerate(rows):
+        boxes[b, : len(row)] = torch.from_numpy(np.asarray(row, np.float32).reshape(-1, 4))
+        valid[b, : len(row)] = True
+    return boxes.to(device), valid.to(device)
+
+
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """rows [B, N, ...], index [B, Q] (−1 reads row 0) → [B, Q, ...]."""
+    return rows[torch.arange(len(rows), device=rows.device)[:, None], index.clamp(min=0)]
+
+
+def objectness_loss(logits: Tensor, quality: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
+    """Focal loss whose positive target is the box's IoU (varifocal, 2008.13367); summed. All [B, Q]."""
+    p = logits.sigmoid().detach()
+    factor = torch.where(positive, quality.clamp(min=0.1), 0.75 * p**2)
+    loss = F.binary_cross_entropy_with_logits(logits, torch.where(positive, quality, 0.0), reduction="none")
+    return (factor * weight * loss).sum()
+
+
+def token_loss(boxes: Tensor, objectness: Tensor, assigned: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """Objectness, centre, box and GIoU loss of one set of predictions, summed.
+
+    Args:
+        boxes, objectness: [B, Q, 4], [B, Q]; assigned: [B, Q], object or −1; targets: [B, N, 4].
+        weight: [B, Q] on the objectness.
+    """
+    positive = assigned >= 0
+    if targets.shape[1] == 0 or not positive.any():
+        return OBJECTNESS_WEIGHT * objectness_loss(objectness, torch.zeros_like(objectness), positive, weight)
+    wanted = gather_rows(targets, assigned)[positive]
+    found = boxes[positive]
+    iou, giou = overlap(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
+    quality = torch.zeros_like(objectness)
+    quality[positive] = iou.detach()
+    return (
+        OBJECTNESS_WEIGHT * objectness_loss(objectness, quality, positive, weight)
+        + CENTRE_WEIGHT * (found[:, :2] - wanted[:, :2]).abs().sum()
+        + BOX_WEIGHT * (found - wanted).abs().sum()
+        + GIOU_WEIGHT * (1 - giou).sum()
+    )
+
+
+def outside_ignored(boxes: Tensor, targets: Targets) -> Tensor:
+    """bool [B, Q]: the box's centre lies in no area to ignore."""
+    if targets.ignore.shape[1] == 0:
+        return torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+    distance = (boxes[:, :, None, :2] - targets.ignore[:, None, :, :2]).abs()
+    inside = (distance < targets.ignore[:, None, :, 2:] / 2).all(-1) & targets.ignore_valid[:, None]
+    return ~inside.any(-1)
+
+
+def location_loss(logits: Tensor, offsets: Tensor) -> Tensor:
+    """Cross-entropy against a Gaussian over the bins around the true offset, mean per coordinate.
+
+    Args:
+        logits: [n, 4, 1025]; offsets: [n, 4] in bins, −512…512.
+    """
+    bins = torch.arange(LOCATION_BINS, device=logits.device) - BINS_PER_UNIT
+    wanted = (-((bins - offsets.clamp(-BINS_PER_UNIT, BINS_PER_UNIT)[..., None]) ** 2) / (2 * LOCATION_SIGMA**2)).softmax(-1)
+    return -(wanted * logits.log_softmax(-1)).sum(-1).mean(-1).sum()
+
+
+def noised(boxes: Tensor) -> Tensor:
+    """Boxes [B, N, 4] moved and scaled at random."""
+    shift = (torch.rand_like(boxes[..., :2]) * 2 - 1) * boxes[..., 2:] * (NOISE / 2)
+    scale = 1 + (torch.rand_like(boxes[..., 2:]) * 2 - 1) * NOISE
+    return torch.cat([boxes[..., :2] + shift, boxes[..., 2:] * scale], -1).clamp(1e-3, 1)
+
+
+def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
+    """All terms, weighted; "total" is their sum; "metric/…" entries are detached."""
+    device = network.device
+    m = network.config.num_queries
+    targets = Targets.from_batch(batch, device)
+    prompts = network.tokenizer.prompts(batch.instructions, m).to(device)
+    text = network.encode_text(prompts)
+
+    listed = min(targets.boxes.shape[1], MAX_DENOISING)
+    unlisted, unlisted_valid = pad_boxes(batch.unlisted, device, MAX_UNLISTED)
+    denoised = torch.cat([targets.boxes[:, :listed], unlisted], 1)  # [B, D, 4], what each denoising query stands at
+    denoised_valid = torch.cat([targets.valid[:, :listed], unlisted_valid], 1)
+    extra = denoised.shape[1]
+    queries = DenoisingQueries(noised(denoised)) if extra else None
+    tokens = network.image_tokens(torch.from_numpy(batch.images).to(device), text, queries)
+
+    losses = dict.fromkeys(("proposals", "tokens", "denoising", "class", "location"), 0.0)
+    objects = targets.valid.sum().clamp(min=1)
+    with torch.no_grad():
+        # Denoising query d stands for object d; those at unlisted objects must say nothing.
+        own = torch.arange(extra, device=device).expand(len(denoised), -1)
+        denoised_object = torch.where(denoised_valid & (own < listed), own, -1)
+    losses["proposals"] = proposal_loss(tokens, targets, network) / objects
+    for boxes, objectness in zip(tokens.boxes[:-1], tokens.objectness[:-1], strict=True):
+        with torch.no_grad():
+            assigned = match(pair_costs(boxes[:, :m], objectness[:, :m], targets.boxes), targets.valid)
+            weight = outside_ignored(boxes[:, :m], targets) | (assigned >= 0)
+        losses["tokens"] += token_loss(boxes[:, :m], objectness[:, :m], assigned, targets.boxes, weight) / objects
+    if extra:
+        for boxes, objectness in zip(tokens.boxes, tokens.objectness, strict=True):
+            losses["denoising"] += (
+                token_loss(boxes[:, m:], objectness[:, m:], denoised_object, denoised, denoised_valid) / objects
+            )
+
+    # Slots of the matched image tokens, of the most object-like others, and of the denoising queries.
+    with torch.no_grad():
+        boxes, objectness = tokens.boxes[-1][:, :m], tokens.objectness[-1][:, :m]
+        cost = pair_costs(boxes, objectness, targets.boxes)
+        priority = objectness.sigmoid() + (match(cost, targets.valid) >= 0)
+        count = min(m, targets.boxes.shape[1] + SPARE_GROUPS)
+        chosen = priority.topk(count, dim=1).indices
+        groups = torch.cat([chosen, m + own], 1)
+    logits, centres = network.decode_slots(prompts, text, tokens, groups)
+
+    with torch.no_grad():
+        corners = network.boxes_from_slots(logits.locations[:, :count], centres[:, :count])
+        wanted = cxcywh_to_xyxy(targets.boxes)
+        _, giou = overlap(corners[:, :, None], wanted[:, None])
+        probability = logits.classes[:, :count].softmax(-1)
+        of_object = probability.gather(2, targets.labels[:, None].expand(-1, count, -1))
+        cost = gather_rows(cost, chosen) - CLASS_COST * of_object
+        cost = cost + L1_COST * torch.cdist(corners, wanted, p=1) - GIOU_COST * giou
+        assigned = match(cost, targets.valid)  # [B, count]
+        of_token = torch.full(objectness.shape, -1, device=device).scatter(1, chosen, assigned)
+        weight = outside_ignored(boxes, targets) | (of_token >= 0)
+    losses["tokens"] += (
+        token_loss(tokens.boxes[-1][:, :m], tokens.objectness[-1][:, :m], of_token, targets.boxes, weight) / objects
+    )
+
+    with torch.no_grad():
+        of_group = torch.cat([assigned, denoised_object], 1)  # [B, count + D]
+        positive = of_group >= 0
+        no_object = logits.classes.shape[-1] - 1
+        labels = torch.where(positive, gather_rows(targets.labels, of_group), no_object) if listed else (
+            torch.full_like(of_group, no_object)
+        )
+        weights = torch.cat([gather_rows(weight, chosen) * NO_OBJECT_WEIGHT, denoised_valid * NO_OBJECT_WEIGHT], 1)
+        weights = torch.where(positive, 1.0, weights)
+    per_group = F.cross_entropy(logits.classes.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    losses["class"] = CLASS_WEIGHT * (per_group * weights).sum() / weights.sum().clamp(min=1e-6)
+    if listed:
+        offsets = gather_rows(wanted, of_group) - centres[..., :2].repeat(1, 1, 2)
+        found = location_loss(logits.locations[positive], (offsets * BINS_PER_UNIT)[positive])
+        losses["location"] = LOCATION_WEIGHT * found / positive.sum().clamp(min=1)
+
+    result = {name: torch.as_tensor(value, device=device) for name, value in losses.items()}
+    result["total"] = torch.stack(list(result.values())).sum()
+    with torch.no_grad():
+        matched = assigned >= 0
+        if matched.any():
+            hit = logits.classes[:, :count].argmax(-1) == labels[:, :count]
+            iou, _ = overlap(corners[matched], gather_rows(wanted, assigned)[matched])
+            result["metric/class_accuracy"] = hit[matched].float().mean()
+            result["metric/iou"] = iou.mean()
+            result["metric/class_positive"] = per_group[:, :count][matched].mean()
+    return result
+
+
+def proposal_loss(tokens: ImageTokens, targets: Targets, network: Network) -> Tensor:
+    """Token loss on the encoder's positions, several per object."""
+    size = network.config.image_size
+    shapes = torch.tensor([[-(-size // stride)] * 2 for stride in (8, 16, 32, 64)])
+    centres = anchor_boxes(shapes)[:, :2].to(tokens.proposal_boxes.device)
+    with torch.no_grad():
+        assigned = match_proposals(
+            tokens.proposal_boxes, tokens.proposal_objectness, centres, targets.boxes, targets.valid
+        )
+        weight = outside_ignored(tokens.proposal_boxes, targets) | (assigned >= 0)
+    loss = token_loss(tokens.proposal_boxes, tokens.proposal_objectness, assigned, targets.boxes, weight)
+    return loss / 2  # several positions per object share an object's weight
