@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from visionllm.train.config import ConfigError, TrainConfig, load_config, preset_names, read_config, write_config
+from visionllm.train.config import (
+    ConfigError,
+    TrainConfig,
+    load_config,
+    preset_names,
+    read_config,
+    write_config,
+)
 from visionllm.train.launch import INTERRUPTED, launch, launched
 
 logger = logging.getLogger("visionllm.train")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,9 +25,9 @@ class ScenesConfig:
     """Generated scenes as a training source."""
 
     weight: float = 1.0  # share of the samples, relative to the other sources; 0 = none
-    glyphs: Optional[str] = None  # folder of glyph sets; None = the project's own drawn shapes only
-    backgrounds: Optional[str] = None  # folder of photos whose crops become backgrounds
-    cutouts: Optional[str] = None  # COCO file whose segmented objects are pasted into scenes
+    glyphs: str | None = None  # folder of glyph sets; None = the project's own drawn shapes only
+    backgrounds: str | None = None  # folder of photos whose crops become backgrounds
+    cutouts: str | None = None  # COCO file whose segmented objects are pasted into scenes
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of SceneDataset
 
 
@@ -48,7 +48,7 @@ class ValidationConfig:
     every: int = 500  # steps between validations; 0 = only at the end
     scenes: int = 200  # generated scenes of the validation split; 0 = none
     names: int = 20  # names listed per scene, present and absent ones, in random order
-    photos: Optional[PhotosConfig] = None  # real photos, all the names of their file listed
+    photos: PhotosConfig | None = None  # real photos, all the names of their file listed
     photo_limit: int = 100  # at most this many of them
     batch_size: int = 8  # pictures per forward pass, per process
     top: int = 100  # boxes kept per picture
@@ -69,8 +69,8 @@ class TrainConfig:
 
     preset: str = "tiny"  # model preset, and the file in presets/ that this configuration starts from
     model: dict[str, Any] = field(default_factory=dict)  # changes to the model preset
-    init_backbone: Optional[str] = None  # safetensors file with weights of the backbone to start from
-    init: Optional[str] = None  # pretrained folder to start all weights from
+    init_backbone: str | None = None  # safetensors file with weights of the backbone to start from
+    init: str | None = None  # pretrained folder to start all weights from
     output: str = "runs/tiny"  # folder of checkpoints, logs and exported weights
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
@@ -167,6 +167,13 @@ def _merge(first: Any, first_name: str, file: str | Path | None, overrides: Sequ
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(config, TrainConfig)
+    # YAML reads a bare on or off as a truth value.
+    switches = {"True": "on", "False": "off"}
+    config = replace(
+        config,
+        autocast=switches.get(config.autocast, config.autocast),
+        tensorboard=switches.get(config.tensorboard, config.tensorboard),
+    )
     _check(config)
     return config
 

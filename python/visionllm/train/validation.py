@@ -1,0 +1,144 @@
+"""Average precision during a run: fixed pictures, fixed prompts, the COCO metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from visionllm.data.sample import Sample
+from visionllm.evaluate.coco import coco_metrics
+from visionllm.image import resize_square
+from visionllm.instruction import Instruction
+from visionllm.train.distributed import Processes
+
+REPORTED = ("AP", "AP50", "AP75")
+
+
+class Samples(Protocol):
+    """A data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass
+class _Picture:
+    image: np.ndarray  # uint8 [S, S, 3]
+    instruction: Instruction
+    size: tuple[int, int]  # width, height before resizing
+
+
+class ValidationSet:
+    """Pictures with one prompt each, and the ground truth for it.
+
+    Args:
+        name: prefix of the reported metrics.
+        samples: data set; its first ``limit`` samples are used.
+        names: how many names each prompt lists: those in the picture first, then absent ones of the sample's
+            vocabulary, in random order drawn from (seed, index). None: the whole vocabulary in its own order.
+        image_size: side that pictures are resized to.
+
+    Raises ValueError when there are no samples.
+    """
+
+    def __init__(
+        self, name: str, samples: Samples, limit: int, names: int | None, image_size: int, seed: int = 0
+    ) -> None:
+        self.name = name
+        self.pictures: list[_Picture] = []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        self.categories: dict[str, int] = {}
+        for index in range(min(limit, len(samples))):
+            sample = samples[index]
+            listed = list(sample.vocabulary)
+            if names is not None:
+                listed = listed_names(sample, names, np.random.default_rng((seed, index)))
+            height, width = sample.image.shape[:2]
+            picture = resize_square(sample.image, image_size)
+            self.pictures.append(_Picture(picture, Instruction(classes=tuple(listed)), (width, height)))
+            images.append({"id": index, "width": width, "height": height})
+            for entry in listed:
+                self.categories.setdefault(entry, len(self.categories) + 1)
+            for box, entry, area, crowd in zip(
+                sample.boxes.tolist(), sample.names, sample.area.tolist(), sample.iscrowd, strict=True
+            ):
+                if entry in listed:
+                    annotations.append(
+                        {
+                            "id": len(annotations) + 1,
+                            "image_id": index,
+                            "category_id": self.categories[entry],
+                            "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                            "area": area,
+                            "iscrowd": int(crowd),
+                        }
+                    )
+        if not self.pictures:
+            raise ValueError(f"validation set {name!r} is empty")
+        self.ground_truth: dict[str, Any] = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": number, "name": entry} for entry, number in self.categories.items()],
+        }
+
+    def predictions(self, network: Any, indices: Sequence[int], batch_size: int, top: int) -> list[dict[str, Any]]:
+        """COCO results of the network for these pictures."""
+        device = next(network.parameters()).device
+        results = []
+        for start in range(0, len(indices), batch_size):
+            chosen = indices[start : start + batch_size]
+            images = torch.from_numpy(np.stack([self.pictures[i].image for i in chosen])).to(device)
+            answers = network.detect(images, [self.pictures[i].instruction for i in chosen], top=top)
+            for index, answer in zip(chosen, answers, strict=True):
+                picture = self.pictures[index]
+                scale = np.array(picture.size * 2, dtype=np.float64)  # [4]
+                boxes = answer.boxes.detach().cpu().double().numpy() * scale  # [n, 4]
+                for box, score, label in zip(
+                    boxes.tolist(), answer.scores.tolist(), answer.labels.tolist(), strict=True
+                ):
+                    results.append(
+                        {
+                            "image_id": index,
+                            "category_id": self.categories[picture.instruction.classes[label]],
+                            "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                            "score": score,
+                        }
+                    )
+        return results
+
+
+class Validation:
+    """Callable for the training loop: the metrics of several sets, their pictures divided among the processes."""
+
+    def __init__(self, sets: Sequence[ValidationSet], processes: Processes, batch_size: int, top: int) -> None:
+        self.sets = list(sets)
+        self.processes = processes
+        self.batch_size = batch_size
+        self.top = top
+
+    def __call__(self, network: nn.Module) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for one in self.sets:
+            mine = range(self.processes.rank, len(one.pictures), self.processes.size)
+            parts = self.processes.gather(one.predictions(network, mine, self.batch_size, self.top))
+            if self.processes.first:
+                numbers = coco_metrics(one.ground_truth, [entry for part in parts for entry in part])
+                metrics.update({f"{one.name}/{key}": 100.0 * numbers[key] for key in REPORTED})
+        return metrics
+
+
+def listed_names(sample: Sample, count: int, rng: np.random.Generator) -> list[str]:
+    """``count`` names in random order: those of the sample's objects first, then absent ones of its vocabulary."""
+    present = sorted(set(sample.names))
+    absent = sorted(set(sample.vocabulary) - set(present))
+    present = [present[i] for i in rng.permutation(len(present))][:count]
+    absent = [absent[i] for i in rng.permutation(len(absent))][: max(0, count - len(present))]
+    listed = present + absent
+    return [listed[i] for i in rng.permutation(len(listed))]

@@ -1,0 +1,92 @@
+"""Checkpoint files: whole or absent, finite, checked when read."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from visionllm.train import checkpoint as module
+from visionllm.train.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    load_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_round_trip(tmp_path):
+    tensors = {"model.a": torch.randn(3, 2).t(), "model.b": torch.arange(4), "model.empty": torch.zeros(0, 3)}
+    state = {"step": 7, "clock": {"seconds": 0.1 + 0.2}, "config": {"lr": 1e-3, "init": None}}
+    file = write_checkpoint(tmp_path, 7, tensors, state, keep=2)
+    back, back_state = read_checkpoint(file)
+    assert back_state == state
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(back[name], tensor)
+
+
+def test_only_the_newest_stay(tmp_path):
+    (tmp_path / "checkpoint-notes.txt").touch()
+    for step in (5, 10, 100, 15):
+        write_checkpoint(tmp_path, step, {"a": torch.ones(1)}, {"step": step}, keep=2)
+    assert [file.name[11:19] for file in checkpoints(tmp_path)] == ["00000015", "00000100"]
+    assert (tmp_path / "checkpoint-notes.txt").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_values_are_refused(tmp_path, value):
+    write_checkpoint(tmp_path, 1, {"model.a": torch.ones(3)}, {}, keep=1)
+    with pytest.raises(CheckpointError, match=r"model\.a"):
+        write_checkpoint(tmp_path, 2, {"model.a": torch.tensor([1.0, value])}, {}, keep=1)
+    assert names(tmp_path) == ["checkpoint-00000001.safetensors"]
+
+
+def test_a_failure_while_writing_leaves_the_old_ones(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {"step": 1}, keep=1)
+
+    def full(*arguments):
+        raise OSError("no space left on device")
+
+    for function in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, full)
+            with pytest.raises(OSError, match="no space"):
+                write_checkpoint(tmp_path, 2, {"a": torch.zeros(3)}, {"step": 2}, keep=1)
+        assert names(tmp_path) == ["checkpoint-00000001.safetensors"]
+    assert read_checkpoint(checkpoints(tmp_path)[-1])[1] == {"step": 1}
+
+
+def test_data_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(module.os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(module.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    write_checkpoint(tmp_path, 2, {"a": torch.zeros(3)}, {}, keep=1)
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_other_files_are_refused(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="expected format"):
+        read_checkpoint(tmp_path / "weights.safetensors")
+    file = write_checkpoint(tmp_path, 1, {"a": torch.ones(1000)}, {}, keep=1)
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        read_checkpoint(file)
+
+
+def test_differences_are_listed():
+    into = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
+    with pytest.raises(CheckpointError) as raised:
+        load_tensors(into, {"a": torch.ones(2), "b": torch.ones(4), "d": torch.ones(1)}, "network")
+    for words in ("missing c", "unexpected d", "b has shape [4], expected [3]"):
+        assert words in str(raised.value)
+    assert not into["a"].any()

@@ -1,0 +1,107 @@
+"""Configuration of training runs: layers, types, unknown keys."""
+
+from __future__ import annotations
+
+import pytest
+
+from visionllm.train.command import parser, settle
+from visionllm.train.config import (
+    ConfigError,
+    TrainConfig,
+    config_to_dict,
+    load_config,
+    preset_names,
+    read_config,
+    write_config,
+)
+
+
+def test_later_layers_win(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 1e-3\nbatch_size: 3\nscenes: {weight: 2}\n")
+    config = load_config("tiny", file, ["batch_size=5", "scenes.glyphs=art", "model.num_queries=64"])
+    assert (config.lr, config.batch_size, config.scenes.weight) == (1e-3, 5, 2.0)
+    assert config.scenes.glyphs == "art"
+    assert config.model == {"num_queries": 64}
+    assert config.backbone_lr == load_config("tiny").backbone_lr
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets_are_valid(preset):
+    assert load_config(preset).preset == preset
+
+
+def test_photos_are_typed():
+    config = load_config(overrides=["photos=[{annotations: a.json, images: b, weight: '3'}]"])
+    assert config.photos[0].weight == 3.0
+    assert config.photos[0].images == "b"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lrr=1", ["lrr", "'lr'"]),
+        ("scenes.wieght=1", ["wieght", "'weight'"]),
+        ("photos=[{annotation: x}]", ["annotation", "'annotations'"]),
+        ("batch_size=many", ["batch_size=many", "many", "Integer"]),
+        ("batch_size=0", ["batch_size", "at least 1", "got 0"]),
+        ("autocast=maybe", ["autocast", "auto, on, off", "'maybe'"]),
+        ("lr=-1", ["lr", "got -1"]),
+        ("lr=nan", ["lr", "got nan"]),
+        ("ema_decay=1", ["ema_decay"]),
+        ("lr", ["key=value", "'lr'"]),
+        ("max_minutes=0", ["steps", "max_minutes"]),
+        ("photos=[{annotations: x}]", ["images"]),
+    ],
+)
+def test_errors_name_the_key(override, words):
+    with pytest.raises(ConfigError) as raised:
+        load_config(overrides=[override])
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_errors_name_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("stepz: 3\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml.*stepz.*'steps'"):
+        load_config(file=file)
+    file.write_text("steps: [3\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml is not YAML"):
+        load_config(file=file)
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(file=tmp_path / "other.yaml")
+
+
+def test_steps_and_minutes_replace_each_other():
+    assert load_config(overrides=["steps=7"]).max_minutes == 0
+    assert load_config(overrides=["steps=7", "max_minutes=2"]).steps == 0
+    with pytest.raises(ConfigError, match="unknown preset 'huge'"):
+        load_config("huge")
+
+
+def test_round_trip(tmp_path):
+    config = load_config(overrides=["steps=7", "photos=[{annotations: a, images: b}]", "model.delay=0.5"])
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+    assert config_to_dict(config)["photos"][0]["annotations"] == "a"
+    assert isinstance(read_config(tmp_path / "config.yaml", ["lr=1"]), TrainConfig)
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint-00000003.safetensors").touch()
+    arguments = [f"output={tmp_path}", "steps=5"]
+    with pytest.raises(ConfigError, match="--resume"):
+        settle(parser().parse_args(arguments))
+    _, checkpoint = settle(parser().parse_args(["--resume", "auto", *arguments]))
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-00000003.safetensors"
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        settle(parser().parse_args(["--resume", str(tmp_path)]))
+    write_config(load_config(overrides=["steps=5"]), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        settle(parser().parse_args(["--resume", str(tmp_path)]))
