@@ -1,0 +1,27 @@
+"""The instruction language: text to a typed instruction and back, wordings for training, and the language of the answers."""
+
+from __future__ import annotations
+
+from .answer import Answer, MalformedAnswer, box_numbers, format_answer, parse_answer, pixel_points
+from .corpus import EVAL_TEMPLATES, TRAIN_TEMPLATES
+from .instruction import Instruction, InstructionError, Segment
+from .parse import parse
+from .render import Template, class_set_text, format_text
+
+__all__ = [
+    "EVAL_TEMPLATES",
+    "TRAIN_TEMPLATES",
+    "Answer",
+    "Instruction",
+    "InstructionError",
+    "MalformedAnswer",
+    "Segment",
+    "Template",
+    "box_numbers",
+    "class_set_text",
+    "format_answer",
+    "format_text",
+    "parse",
+    "parse_answer",
+    "pixel_points",
+]
