@@ -168,7 +168,9 @@ def test_flip_and_resize():
     assert shrink(sample, 10_000) is sample
     small = shrink(sample, 100)
     np.testing.assert_allclose(
-        small.area.sum() / sample.area.sum(), np.prod(small.image.shape) / np.prod(sample.image.shape), rtol=1e-3
+        small.area.sum() / sample.area.sum(),
+        np.prod(small.image.shape) / np.prod(sample.image.shape),
+        rtol=1e-3,
     )
 
 

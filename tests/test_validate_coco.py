@@ -116,7 +116,10 @@ def test_damage_is_named_and_only_it(folder, damage):
     path = written(folder, content)
 
     report = validate_coco(path, folder)
-    assert [(p.section, p.index, p.field) for p in report.problems] == [(section, index, field), *consequences]
+    assert [(p.section, p.index, p.field) for p in report.problems] == [
+        (section, index, field),
+        *consequences,
+    ]
     assert f"{path}: {section}[{index}].{field}: " in str(report.problems[0])
     assert index not in getattr(report, section)
 
@@ -131,7 +134,10 @@ def test_damage_is_named_and_only_it(folder, damage):
 def test_wrong_size_and_broken_pictures(folder):
     content = copy.deepcopy(GOOD)
     content["images"][1]["width"] = 21
-    assert [(p.index, p.field) for p in validate_coco(written(folder, content), folder).problems][0] == (1, "file_name")
+    assert [(p.index, p.field) for p in validate_coco(written(folder, content), folder).problems][0] == (
+        1,
+        "file_name",
+    )
 
     jpeg = (folder / "a.jpg").read_bytes()
     (folder / "a.jpg").write_bytes(jpeg[: len(jpeg) * 2 // 3])
@@ -173,7 +179,9 @@ def test_what_is_no_annotation_file(folder, text, message):
 
 def test_the_error_lists_the_first_problems_and_the_count(folder):
     content = copy.deepcopy(GOOD)
-    content["annotations"] = [{"id": i, "image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1]} for i in range(50)]
+    content["annotations"] = [
+        {"id": i, "image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1]} for i in range(50)
+    ]
     with pytest.raises(DatasetError) as error:
         CocoDataset(written(folder, content), folder, shown=3)
     lines = str(error.value).splitlines()

@@ -16,7 +16,8 @@ import numpy as np
 from visionllm.data.class_set import PromptSettings, draw_class_set, draw_count, draw_range
 from visionllm.data.photo_augmentation import AugmentedPhotos, PhotoAugmentation, SampleSource, resize
 from visionllm.data.sample import Sample
-from visionllm.instruction import MAX_CLASSES, TRAIN_TEMPLATES, Instruction, Template
+from visionllm.instruction import TRAIN_TEMPLATES, Instruction, Template
+from visionllm.instruction.instruction import MAX_CLASSES
 
 STEP_STREAM, SAMPLE_STREAM = 0, 1  # independent random streams
 
