@@ -1,0 +1,31 @@
+// What the binding files share: tensor arguments and errors.
+//
+// Every operator is bound twice. The function named after the operator takes arrays of any library that
+// speaks DLPack (NumPy, CuPy, JAX, torch). The one ending in `_raw` is torch's fast path: each tensor is the
+// tuple (data_ptr, dtype, device, shape, strides), which costs a tenth of a DLPack exchange. Neither converts
+// or copies: an array that does not fit the operator's contract is an error.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <string>
+
+#include "visionllm/status.h"
+#include "visionllm/tensor.h"
+
+namespace visionllm {
+
+void bind_isa(nanobind::module_& m);
+void bind_ms_deform_attn(nanobind::module_& m);
+
+using Array = nanobind::ndarray<>;
+
+// ValueError for a bad argument, RuntimeError for what this build or machine cannot do.
+void throw_if_failed(const Status& status);
+
+// Throw ValueError when the type, device or rank is not one that TensorView knows; `name` is the argument's.
+TensorView view_of(const Array& array, const char* name);
+TensorView view_of(const nanobind::tuple& raw, const char* name);
+
+}  // namespace visionllm

@@ -1,0 +1,427 @@
+// CPU kernels of multi-scale deformable attention, forward and backward; compiled once per instruction set
+// (simd.h).
+//
+//   pixel = location * size - 0.5,  cell = floor(pixel),  f = pixel - cell
+//   sampled = (1-fy)(1-fx) v[y0,x0] + (1-fy) fx v[y0,x1] + fy (1-fx) v[y1,x0] + fy fx v[y1,x1]
+//   output += attention * sampled
+//
+// For one (batch, query, head) the lanes run over points while the cells and weights are computed, then over
+// channels while rows of value are gathered. A corner outside the image gets weight zero and the row number
+// of the corner beside it, which is inside: no branch, and no memory is read that the formula does not name.
+//
+// Backward, with dot_c = <grad_output, v_c> for each corner c:
+//   grad_v_c       += weight_c * grad_output
+//   grad_attention  = sum_c bilinear_c * dot_c
+//   grad_x          = attention * width  * ((1-fy)(dot_01 - dot_00) + fy (dot_11 - dot_10));  grad_y alike
+#include "cpu/ms_deform_attn.h"
+
+#include "cpu/simd.h"
+
+namespace visionllm::cpu::VISIONLLM_ISA {
+namespace {
+
+constexpr int kCorners = 4;  // (y0, x0), (y0, x1), (y1, x0), (y1, x1)
+
+// Slices of the workspace, all [padded_points], arrays of corners [kCorners][padded_points].
+struct Points {
+  int64_t padded;
+  int32_t* row;   // row number in S of each corner
+  float* weight;  // attention * bilinear weight of each corner
+  // Backward:
+  float* dot;  // <grad_output, value row> of each corner
+  float* attention;
+  float* fx;  // place in the cell, 0 .. 1
+  float* fy;
+  float* inside_x0;  // 1 where that column or row of the cell is inside the image, else 0; all 0 for an
+                     // invalid point
+  float* inside_x1;
+  float* inside_y0;
+  float* inside_y1;
+  uint32_t* valid;  // [padded_points / kPointChunk], bit p: the point contributes
+
+  Points(void* workspace, int64_t n) : padded(n) {
+    row = static_cast<int32_t*>(workspace);
+    weight = reinterpret_cast<float*>(row + kCorners * n);
+    dot = weight + kCorners * n;
+    attention = dot + kCorners * n;
+    fx = attention + n;
+    fy = fx + n;
+    inside_x0 = fy + n;
+    inside_x1 = inside_x0 + n;
+    inside_y0 = inside_x1 + n;
+    inside_y1 = inside_y0 + n;
+    valid = reinterpret_cast<uint32_t*>(inside_y1 + n);
+  }
+};
+
+VISIONLLM_INLINE F load_attention(const void* p, int64_t i, Element element, int n) {
+  switch (element) {
+    case Element::bfloat16: {
+      const bfloat16* q = static_cast<const bfloat16*>(p) + i;
+      return n == kWidth ? load(q) : load_partial(q, n);
+    }
+    case Element::float16: {
+      const float16* q = static_cast<const float16*>(p) + i;
+      return n == kWidth ? load(q) : load_partial(q, n);
+    }
+    default: {
+      const float* q = static_cast<const float*>(p) + i;
+      return n == kWidth ? load(q) : load_partial(q, n);
+    }
+  }
+}
+
+VISIONLLM_INLINE void store_attention(void* p, int64_t i, Element element, F v, int n) {
+  switch (element) {
+    case Element::bfloat16: store_partial(static_cast<bfloat16*>(p) + i, v, n); break;
+    case Element::float16: store_partial(static_cast<float16*>(p) + i, v, n); break;
+    default: store_partial(static_cast<float*>(p) + i, v, n); break;
+  }
+}
+
+// Fills `points` for one (batch, query, head) from its locations [points, 2] and attention weights [points].
+template <bool kForBackward>
+VISIONLLM_INLINE void locate(const MsDeformAttnParams& params, const float* locations, const void* attention,
+                             const Points& points) {
+  const F half = set(0.5f), one = set(1.0f), minus_one = set(-1.0f), zero = set(0.0f);
+  const I int_zero = set(int32_t{0}), int_one = set(int32_t{1}), int_minus_one = set(int32_t{-1});
+  uint32_t valid_bits = 0;
+  for (int p = 0; p < params.padded_points; p += kWidth) {
+    const int n = params.points - p < kWidth ? (params.points - p < 0 ? 0 : params.points - p) : kWidth;
+    F x, y, weight = zero;
+    if (n == kWidth) {
+      load_pairs(locations + 2 * p, &x, &y);
+      weight = load_attention(attention, p, params.attention_element, kWidth);
+    } else {
+      float pairs[2 * kWidth];
+      memset(pairs, 0, sizeof pairs);
+      if (n > 0) {
+        memcpy(pairs, locations + 2 * p, static_cast<size_t>(n) * 2 * sizeof(float));
+        weight = load_attention(attention, p, params.attention_element, n);
+      }
+      load_pairs(pairs, &x, &y);
+    }
+    const F width = load(params.level_width + p), height = load(params.level_height + p);
+    const I width_int = load(params.level_width_int + p), height_int = load(params.level_height_int + p);
+
+    x = x * width - half;
+    y = y * height - half;
+    const M valid = both(
+        both(both(greater(x, minus_one), greater(y, minus_one)), both(greater(width, x), greater(height, y))),
+        first(n));
+    x = where(valid, x);
+    y = where(valid, y);
+    weight = where(valid, weight);
+    const F x_floor = floor(x), y_floor = floor(y);
+    const F fx = x - x_floor, fy = y - y_floor;
+    const I x0 = to_int(x_floor), y0 = to_int(y_floor);
+    const I x1 = add(x0, int_one), y1 = add(y0, int_one);
+    const F width_last = width - one, height_last = height - one;
+    const M inside_x0 = both(valid, greater(x_floor, minus_one)),
+            inside_x1 = both(valid, greater(width_last, x_floor));
+    const M inside_y0 = both(valid, greater(y_floor, minus_one)),
+            inside_y1 = both(valid, greater(height_last, y_floor));
+
+    const I column0 = max(x0, int_zero), column1 = min(x1, add(width_int, int_minus_one));
+    const I start = load(params.level_start + p);
+    const I line0 = add(start, mul(max(y0, int_zero), width_int));
+    const I line1 = add(start, mul(min(y1, add(height_int, int_minus_one)), width_int));
+    store(points.row + p, add(line0, column0));
+    store(points.row + points.padded + p, add(line0, column1));
+    store(points.row + 2 * points.padded + p, add(line1, column0));
+    store(points.row + 3 * points.padded + p, add(line1, column1));
+
+    const F weight_x0 = where(inside_x0, one - fx), weight_x1 = where(inside_x1, fx);
+    const F weight_y0 = where(inside_y0, (one - fy) * weight), weight_y1 = where(inside_y1, fy * weight);
+    store(points.weight + p, weight_y0 * weight_x0);
+    store(points.weight + points.padded + p, weight_y0 * weight_x1);
+    store(points.weight + 2 * points.padded + p, weight_y1 * weight_x0);
+    store(points.weight + 3 * points.padded + p, weight_y1 * weight_x1);
+    if (kForBackward) {
+      store(points.attention + p, weight);
+      store(points.fx + p, fx);
+      store(points.fy + p, fy);
+      store(points.inside_x0 + p, where(inside_x0, one));
+      store(points.inside_x1 + p, where(inside_x1, one));
+      store(points.inside_y0 + p, where(inside_y0, one));
+      store(points.inside_y1 + p, where(inside_y1, one));
+    }
+    const int lane = p % kPointChunk;
+    valid_bits |= bits(valid) << lane;
+    if (lane + kWidth == kPointChunk) {
+      points.valid[p / kPointChunk] = valid_bits;
+      valid_bits = 0;
+    }
+  }
+}
+
+constexpr uint32_t kAllValid = (1u << kPointChunk) - 1u;
+
+// Adds one point's four corners to `sum`. Corners go to `kChains` separate sums so that the additions
+// overlap.
+template <int kVectors, int kChains, typename T>
+VISIONLLM_INLINE void gather_point(const Points& points, int64_t p, const T* value, int64_t stride,
+                                   F (&sum)[kChains][kVectors]) {
+  for (int corner = 0; corner < kCorners; ++corner) {
+    const T* row = value + points.row[corner * points.padded + p] * stride;
+    const F weight = set(points.weight[corner * points.padded + p]);
+    for (int i = 0; i < kVectors; ++i) {
+      sum[corner % kChains][i] = mul_add(weight, load(row + i * kWidth), sum[corner % kChains][i]);
+    }
+  }
+}
+
+// output[0 .. kVectors * kWidth) for the located points; `value` points at the same channels of row 0.
+template <int kVectors, typename T>
+VISIONLLM_INLINE void gather(const Points& points, const T* value, int64_t stride, T* output) {
+  constexpr int kChains = kVectors >= 4 ? 2 : 4;
+  F sum[kChains][kVectors];
+  for (int chain = 0; chain < kChains; ++chain) {
+    for (int i = 0; i < kVectors; ++i) sum[chain][i] = set(0.0f);
+  }
+  for (int64_t chunk = 0; chunk < points.padded / kPointChunk; ++chunk) {
+    uint32_t valid = points.valid[chunk];
+    const int64_t base = chunk * kPointChunk;
+    if (valid == kAllValid) {
+      for (int p = 0; p < kPointChunk; ++p) gather_point(points, base + p, value, stride, sum);
+    } else {
+      for (; valid != 0; valid &= valid - 1)
+        gather_point(points, base + __builtin_ctz(valid), value, stride, sum);
+    }
+  }
+  for (int i = 0; i < kVectors; ++i) {
+    F total = sum[0][i];
+    for (int chain = 1; chain < kChains; ++chain) total = total + sum[chain][i];
+    store(output + i * kWidth, total);
+  }
+}
+
+// The last n < kWidth channels.
+template <typename T>
+VISIONLLM_INLINE void gather_tail(const Points& points, const T* value, int64_t stride, T* output, int n) {
+  F sum = set(0.0f);
+  for (int64_t chunk = 0; chunk < points.padded / kPointChunk; ++chunk) {
+    for (uint32_t valid = points.valid[chunk]; valid != 0; valid &= valid - 1) {
+      const int64_t p = chunk * kPointChunk + __builtin_ctz(valid);
+      for (int corner = 0; corner < kCorners; ++corner) {
+        const T* row = value + points.row[corner * points.padded + p] * stride;
+        sum = mul_add(set(points.weight[corner * points.padded + p]), load_partial(row, n), sum);
+      }
+    }
+  }
+  store_partial(output, sum, n);
+}
+
+template <typename T>
+void forward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace) {
+  const Points points(workspace, params.padded_points);
+  const int attention_size = params.attention_element == Element::float32 ? 4 : 2;
+  const int64_t stride = params.value_stride_s;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t q = item % params.queries;
+    const int64_t h = item / params.queries % params.heads;
+    const int64_t b = item / params.queries / params.heads;
+    const float* locations = params.locations + b * params.locations_stride_b +
+                             q * params.locations_stride_q + h * params.locations_stride_h;
+    const char* attention =
+        static_cast<const char*>(params.attention) +
+        (b * params.attention_stride_b + q * params.attention_stride_q + h * params.attention_stride_h) *
+            attention_size;
+    locate<false>(params, locations, attention, points);
+
+    const T* value =
+        static_cast<const T*>(params.value) + b * params.value_stride_b + h * params.value_stride_h;
+    T* output = static_cast<T*>(params.output) + b * params.output_stride_b + q * params.output_stride_q +
+                h * params.channels;
+    int64_t d = 0;
+    for (; d + 4 * kWidth <= params.channels; d += 4 * kWidth)
+      gather<4>(points, value + d, stride, output + d);
+    if (d + 2 * kWidth <= params.channels) {
+      gather<2>(points, value + d, stride, output + d);
+      d += 2 * kWidth;
+    }
+    if (d + kWidth <= params.channels) {
+      gather<1>(points, value + d, stride, output + d);
+      d += kWidth;
+    }
+    if (d < params.channels) {
+      gather_tail(points, value + d, stride, output + d, static_cast<int>(params.channels - d));
+    }
+  }
+}
+
+// For kWidth points from p on: points.dot += <grad, row> and grad_value row += weight * grad, for each corner
+// and the channels of `grad`. `tail` is 0, or the number of channels when there are fewer than a vector of
+// them.
+template <int kVectors, bool kTail, typename T>
+VISIONLLM_INLINE void scatter_points(const Points& points, int64_t p, uint32_t valid, const T* value,
+                                     int64_t stride, const F (&grad)[kVectors], float* grad_value,
+                                     int64_t grad_stride, int tail) {
+  for (int corner = 0; corner < kCorners; ++corner) {
+    F product[kWidth];
+    const int32_t* rows = points.row + corner * points.padded + p;
+    const float* weights = points.weight + corner * points.padded + p;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      product[lane] = set(0.0f);
+      if (!(valid >> lane & 1u)) continue;
+      const T* row = value + rows[lane] * stride;
+      float* grad_row = grad_value + rows[lane] * grad_stride;
+      const F weight = set(weights[lane]);
+      for (int i = 0; i < kVectors; ++i) {
+        if (kTail) {
+          product[lane] = grad[i] * load_partial(row, tail);
+          store_partial(grad_row, mul_add(weight, grad[i], load_partial(grad_row, tail)), tail);
+        } else {
+          product[lane] = mul_add(grad[i], load(row + i * kWidth), product[lane]);
+          store(grad_row + i * kWidth, mul_add(weight, grad[i], load(grad_row + i * kWidth)));
+        }
+      }
+    }
+    float* dot = points.dot + corner * points.padded + p;
+    store(dot, load(dot) + sum_rows(product));
+  }
+}
+
+template <int kVectors, bool kTail, typename T>
+VISIONLLM_INLINE void scatter(const Points& points, const T* value, int64_t stride, const T* grad_output,
+                              float* grad_value, int64_t grad_stride, int tail = 0) {
+  constexpr uint32_t kAllLanes = static_cast<uint32_t>((uint64_t{1} << kWidth) - 1u);
+  F grad[kVectors];
+  for (int i = 0; i < kVectors; ++i) {
+    grad[i] = kTail ? load_partial(grad_output, tail) : load(grad_output + i * kWidth);
+  }
+  for (int64_t p = 0; p < points.padded; p += kWidth) {
+    const uint32_t valid = points.valid[p / kPointChunk] >> (p % kPointChunk) & kAllLanes;
+    if (valid == kAllLanes) {  // a constant mask lets the compiler drop the tests
+      scatter_points<kVectors, kTail>(points, p, kAllLanes, value, stride, grad, grad_value, grad_stride,
+                                      tail);
+    } else if (valid != 0) {
+      scatter_points<kVectors, kTail>(points, p, valid, value, stride, grad, grad_value, grad_stride, tail);
+    }
+  }
+}
+
+// Gradients of locations and attention weights from the dot products.
+VISIONLLM_INLINE void finish_points(const MsDeformAttnParams& params, const Points& points, int64_t item) {
+  const F zero = set(0.0f), one = set(1.0f);
+  for (int p = 0; p < params.points; p += kWidth) {
+    const int n = params.points - p < kWidth ? params.points - p : kWidth;
+    const F in_x0 = load(points.inside_x0 + p), in_x1 = load(points.inside_x1 + p);
+    const F in_y0 = load(points.inside_y0 + p), in_y1 = load(points.inside_y1 + p);
+    const F fx = load(points.fx + p), fy = load(points.fy + p);
+    const F attention = load(points.attention + p);
+    // A corner outside was given its neighbour's row: its product is dropped, not multiplied by 0, so that
+    // NaN stays there.
+    const F dot00 = where(greater(in_x0 * in_y0, zero), load(points.dot + p));
+    const F dot01 = where(greater(in_x1 * in_y0, zero), load(points.dot + points.padded + p));
+    const F dot10 = where(greater(in_x0 * in_y1, zero), load(points.dot + 2 * points.padded + p));
+    const F dot11 = where(greater(in_x1 * in_y1, zero), load(points.dot + 3 * points.padded + p));
+    const F gx = one - fx, gy = one - fy;
+    const M valid = greater(in_x0 + in_x1, zero);  // a valid point has a column inside
+    const F grad_attention = gy * (gx * dot00 + fx * dot01) + fy * (gx * dot10 + fx * dot11);
+    const F grad_x = attention * load(params.level_width + p) * (gy * (dot01 - dot00) + fy * (dot11 - dot10));
+    const F grad_y =
+        attention * load(params.level_height + p) * (gx * (dot10 - dot00) + fx * (dot11 - dot01));
+    store_attention(params.grad_attention, item * params.points + p, params.attention_element,
+                    where(valid, grad_attention), n);
+    float* grad_locations = params.grad_locations + (item * params.points + p) * 2;
+    if (n == kWidth) {
+      store_pairs(grad_locations, where(valid, grad_x), where(valid, grad_y));
+    } else {
+      float pairs[2 * kWidth];
+      store_pairs(pairs, where(valid, grad_x), where(valid, grad_y));
+      memcpy(grad_locations, pairs, static_cast<size_t>(n) * 2 * sizeof(float));
+    }
+  }
+}
+
+// Rounds the float rows [S, D] of one (batch, head) into grad_value.
+template <typename T>
+void round_rows(const float* rows, int64_t pixels, int64_t channels, T* grad_value, int64_t stride) {
+  for (int64_t s = 0; s < pixels; ++s) {
+    const float* from = rows + s * channels;
+    T* to = grad_value + s * stride;
+    int64_t d = 0;
+    for (; d + kWidth <= channels; d += kWidth) store(to + d, load(from + d));
+    if (d < channels) {
+      const int n = static_cast<int>(channels - d);
+      store_partial(to + d, load_partial(from + d, n), n);
+    }
+  }
+}
+VISIONLLM_INLINE void round_rows(const float*, int64_t, int64_t, float*, int64_t) {
+}  // float: written in place
+
+template <typename T>
+void backward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace, float* rows) {
+  const Points points(workspace, params.padded_points);
+  const int attention_size = params.attention_element == Element::float32 ? 4 : 2;
+  const int64_t stride = params.value_stride_s;
+  const int64_t value_row = params.heads * params.channels;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / params.heads, h = item % params.heads;
+    const T* value =
+        static_cast<const T*>(params.value) + b * params.value_stride_b + h * params.value_stride_h;
+    T* grad_value_out =
+        static_cast<T*>(params.grad_value) + b * params.pixels * value_row + h * params.channels;
+    // Low precision sums in float rows of its own; float sums in the output.
+    const bool in_place = params.element == Element::float32;
+    float* grad_value = in_place ? reinterpret_cast<float*>(grad_value_out) : rows;
+    const int64_t grad_stride = in_place ? value_row : params.channels;
+    for (int64_t s = 0; s < params.pixels; ++s) {
+      memset(grad_value + s * grad_stride, 0, static_cast<size_t>(params.channels) * sizeof(float));
+    }
+    for (int64_t q = 0; q < params.queries; ++q) {
+      const float* locations = params.locations + b * params.locations_stride_b +
+                               q * params.locations_stride_q + h * params.locations_stride_h;
+      const char* attention =
+          static_cast<const char*>(params.attention) +
+          (b * params.attention_stride_b + q * params.attention_stride_q + h * params.attention_stride_h) *
+              attention_size;
+      locate<true>(params, locations, attention, points);
+      memset(points.dot, 0, static_cast<size_t>(kCorners * points.padded) * sizeof(float));
+
+      const T* grad_output = static_cast<const T*>(params.grad_output) + b * params.grad_output_stride_b +
+                             q * params.grad_output_stride_q + h * params.channels;
+      int64_t d = 0;
+      for (; d + 4 * kWidth <= params.channels; d += 4 * kWidth) {
+        scatter<4, false>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride);
+      }
+      if (d + 2 * kWidth <= params.channels) {
+        scatter<2, false>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride);
+        d += 2 * kWidth;
+      }
+      if (d + kWidth <= params.channels) {
+        scatter<1, false>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride);
+        d += kWidth;
+      }
+      if (d < params.channels) {
+        scatter<1, true>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride,
+                         static_cast<int>(params.channels - d));
+      }
+      finish_points(params, points, (b * params.queries + q) * params.heads + h);
+    }
+    round_rows(rows, params.pixels, params.channels, grad_value_out, value_row);
+  }
+}
+
+}  // namespace
+
+void ms_deform_attn_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace) {
+  switch (params.element) {
+    case Element::float32: return forward<float>(params, begin, end, workspace);
+    case Element::bfloat16: return forward<bfloat16>(params, begin, end, workspace);
+    case Element::float16: return forward<float16>(params, begin, end, workspace);
+  }
+}
+
+void ms_deform_attn_backward_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end,
+                                    void* workspace, float* grad_value_rows) {
+  switch (params.element) {
+    case Element::float32: return backward<float>(params, begin, end, workspace, grad_value_rows);
+    case Element::bfloat16: return backward<bfloat16>(params, begin, end, workspace, grad_value_rows);
+    case Element::float16: return backward<float16>(params, begin, end, workspace, grad_value_rows);
+  }
+}
+
+}  // namespace visionllm::cpu::VISIONLLM_ISA

@@ -1,0 +1,76 @@
+// What cpp/ms_deform_attn.cpp hands to the CPU kernels of multi-scale deformable attention. Arguments are
+// checked already.
+#pragma once
+
+#include <stdint.h>
+
+namespace visionllm::cpu {
+
+// Points are taken in chunks of this many: a multiple of the width of every instruction set.
+constexpr int kPointChunk = 16;
+
+enum class Element : int32_t { float32, bfloat16, float16 };
+
+// Strides are in elements. points = L * P; tables have `padded_points` entries, a multiple of kPointChunk.
+struct MsDeformAttnParams {
+  int64_t batch, queries, heads, channels;  // B, Q, H, D
+  int32_t points, padded_points;
+
+  const float* level_width;   // [padded_points] the level's width and height, as float and as int, and its
+                              // first pixel in S,
+  const float* level_height;  // repeated for each of its points
+  const int32_t* level_width_int;
+  const int32_t* level_height_int;
+  const int32_t* level_start;
+
+  Element element;  // of value, output and grad_output
+  const void* value;
+  int64_t value_stride_b, value_stride_s, value_stride_h;
+  const float* locations;
+  int64_t locations_stride_b, locations_stride_q, locations_stride_h;
+  Element attention_element;
+  const void* attention;
+  int64_t attention_stride_b, attention_stride_q, attention_stride_h;
+
+  void* output;  // forward only; [B, Q, H * D]
+  int64_t output_stride_b, output_stride_q;
+
+  // Backward only.
+  int64_t pixels;           // S
+  const void* grad_output;  // [B, Q, H * D]
+  int64_t grad_output_stride_b, grad_output_stride_q;
+  void* grad_value;       // [B, S, H, D] contiguous, of type element
+  float* grad_locations;  // [B, Q, H, L, P, 2] contiguous
+  void* grad_attention;   // [B, Q, H, L, P] contiguous, of type attention_element
+};
+
+// Both run the items [begin, end) on the calling thread. `workspace` has workspace_bytes(params) bytes,
+// aligned to 64, for this call alone; `grad_value_rows` holds [S, D] floats for it when element is not
+// float32.
+//   forward   item = (b * H + h) * Q + q
+//   backward  item = b * H + h; all of one item's gradients are written by its call, so none needs an atomic
+using MsDeformAttnForward = void (*)(const MsDeformAttnParams& params, int64_t begin, int64_t end,
+                                     void* workspace);
+using MsDeformAttnBackward = void (*)(const MsDeformAttnParams& params, int64_t begin, int64_t end,
+                                      void* workspace, float* grad_value_rows);
+
+// Per point: four row numbers and weights, four dot products, seven factors of the backward pass; a validity
+// word per chunk.
+inline int64_t ms_deform_attn_workspace_bytes(const MsDeformAttnParams& params) {
+  return static_cast<int64_t>(params.padded_points) * 4 * (4 + 4 + 4 + 7) +
+         (params.padded_points / kPointChunk + 15) / 16 * 64;
+}
+
+#define VISIONLLM_DECLARE_MS_DEFORM_ATTN(isa)                                                                \
+  namespace isa {                                                                                            \
+  void ms_deform_attn_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace); \
+  void ms_deform_attn_backward_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end,          \
+                                      void* workspace, float* grad_value_rows);                              \
+  }
+VISIONLLM_DECLARE_MS_DEFORM_ATTN(scalar)
+VISIONLLM_DECLARE_MS_DEFORM_ATTN(avx2)
+VISIONLLM_DECLARE_MS_DEFORM_ATTN(avx512)
+VISIONLLM_DECLARE_MS_DEFORM_ATTN(neon)
+#undef VISIONLLM_DECLARE_MS_DEFORM_ATTN
+
+}  // namespace visionllm::cpu

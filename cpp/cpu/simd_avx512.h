@@ -1,0 +1,103 @@
+// Sixteen lanes: AVX-512 F, BW, DQ, VL with FMA and F16C. Included by simd.h; see simd_scalar.h for the
+// meaning of each function.
+#pragma once
+
+#include <immintrin.h>
+
+namespace visionllm::cpu::avx512 {
+
+constexpr int kWidth = 16;
+
+struct F {
+  __m512 v;
+};
+struct I {
+  __m512i v;
+};
+struct M {
+  __mmask16 v;
+};
+
+VISIONLLM_INLINE F set(float a) { return {_mm512_set1_ps(a)}; }
+VISIONLLM_INLINE I set(int32_t a) { return {_mm512_set1_epi32(a)}; }
+VISIONLLM_INLINE F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+VISIONLLM_INLINE F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+VISIONLLM_INLINE F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+VISIONLLM_INLINE F mul_add(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+VISIONLLM_INLINE F floor(F a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+VISIONLLM_INLINE I to_int(F a) { return {_mm512_cvttps_epi32(a.v)}; }
+VISIONLLM_INLINE I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+VISIONLLM_INLINE I mul(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+VISIONLLM_INLINE I min(I a, I b) { return {_mm512_min_epi32(a.v, b.v)}; }
+VISIONLLM_INLINE I max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+VISIONLLM_INLINE M greater(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+VISIONLLM_INLINE M both(M a, M b) { return {static_cast<__mmask16>(a.v & b.v)}; }
+VISIONLLM_INLINE F where(M m, F a) { return {_mm512_maskz_mov_ps(m.v, a.v)}; }
+VISIONLLM_INLINE uint32_t bits(M m) { return m.v; }
+VISIONLLM_INLINE M first(int n) { return {static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u)}; }
+
+VISIONLLM_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+VISIONLLM_INLINE I load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+VISIONLLM_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+VISIONLLM_INLINE void store(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
+
+VISIONLLM_INLINE F load(const bfloat16* p) {
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
+}
+
+VISIONLLM_INLINE void store(bfloat16* p, F a) {
+  const __m512i word = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
+  __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(word, 16), _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+
+VISIONLLM_INLINE F load(const float16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+VISIONLLM_INLINE void store(float16* p, F a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+VISIONLLM_INLINE void load_pairs(const float* p, F* x, F* y) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512 low = _mm512_loadu_ps(p);
+  const __m512 high = _mm512_loadu_ps(p + 16);
+  x->v = _mm512_permutex2var_ps(low, even, high);
+  y->v = _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
+}
+
+VISIONLLM_INLINE void store_pairs(float* p, F x, F y) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  _mm512_storeu_ps(p, _mm512_permutex2var_ps(x.v, low, y.v));
+  _mm512_storeu_ps(p + 16, _mm512_permutex2var_ps(x.v, _mm512_add_epi32(low, _mm512_set1_epi32(8)), y.v));
+}
+
+// The sums over each 128-bit lane of four rows, in row order within the lane.
+VISIONLLM_INLINE __m512 sum_four_rows(const F* rows) {
+  const __m512 low =
+      _mm512_add_ps(_mm512_unpacklo_ps(rows[0].v, rows[1].v), _mm512_unpackhi_ps(rows[0].v, rows[1].v));
+  const __m512 high =
+      _mm512_add_ps(_mm512_unpacklo_ps(rows[2].v, rows[3].v), _mm512_unpackhi_ps(rows[2].v, rows[3].v));
+  const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                       _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+}
+
+VISIONLLM_INLINE F sum_rows(const F* rows) {
+  const __m512 u0 = sum_four_rows(rows), u1 = sum_four_rows(rows + 4);
+  const __m512 u2 = sum_four_rows(rows + 8), u3 = sum_four_rows(rows + 12);
+  const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(u0, u1, 0x44), _mm512_shuffle_f32x4(u0, u1, 0xee));
+  const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(u2, u3, 0x44), _mm512_shuffle_f32x4(u2, u3, 0xee));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))};
+}
+
+}  // namespace visionllm::cpu::avx512

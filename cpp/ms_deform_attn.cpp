@@ -1,0 +1,338 @@
+// Argument checks and dispatch of multi-scale deformable attention; the contract is in
+// include/visionllm/ms_deform_attn.h.
+#include "visionllm/ms_deform_attn.h"
+
+#include <initializer_list>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include <algorithm>
+#include "cpu/ms_deform_attn.h"
+#include "parallel.h"
+#include "visionllm/isa.h"
+
+namespace visionllm {
+namespace {
+
+// One thread per this many corner rows at least: about 100 us of work, five times what starting a thread
+// costs.
+constexpr std::int64_t kRowsPerThread = 100000;
+
+struct Sizes {
+  std::int64_t B, S, H, D, Q, L, P;
+};
+
+Status bad(const char* op, const std::string& what) {
+  return Status::invalid_argument(std::string(op) + ": " + what);
+}
+
+std::string list(std::initializer_list<std::int64_t> shape) {
+  std::string text = "[";
+  for (const std::int64_t n : shape) text += (text.size() == 1 ? "" : ", ") + std::to_string(n);
+  return text + "]";
+}
+
+Status check_shape(const char* op, const char* name, const TensorView& tensor, const char* letters,
+                   std::initializer_list<std::int64_t> shape) {
+  bool equal = tensor.rank == static_cast<int>(shape.size());
+  int i = 0;
+  for (const std::int64_t n : shape) {
+    equal = equal && tensor.shape[i] == n;
+    ++i;
+  }
+  if (equal) return {};
+  return bad(op, std::string(name) + " must have shape " + letters + " = " + list(shape) + ", got " +
+                     shape_text(tensor));
+}
+
+Status check_rank(const char* op, const char* name, const TensorView& tensor, const char* letters, int rank) {
+  if (tensor.rank == rank) return {};
+  return bad(op, std::string(name) + " must have shape " + letters + ", got " + shape_text(tensor));
+}
+
+// Elements of the last `dimensions` dimensions lie one after the other.
+Status check_inner_contiguous(const char* op, const char* name, const TensorView& tensor, int dimensions) {
+  if (tensor.size() == 0) return {};
+  std::int64_t expected = 1;
+  for (int i = tensor.rank - 1; i >= tensor.rank - dimensions; --i) {
+    if (tensor.shape[i] != 1 && tensor.strides[i] != expected) {
+      return bad(op, std::string(name) + " must be contiguous in its last " + std::to_string(dimensions) +
+                         " dimension(s), got stride " + std::to_string(tensor.strides[i]) + " in dimension " +
+                         std::to_string(i) + ", expected " + std::to_string(expected));
+    }
+    expected *= tensor.shape[i];
+  }
+  return {};
+}
+
+Status check_dtype(const char* op, const char* name, const TensorView& tensor, DType expected) {
+  if (tensor.dtype == expected) return {};
+  return bad(op,
+             std::string(name) + " must be " + dtype_name(expected) + ", got " + dtype_name(tensor.dtype));
+}
+
+bool is_float(DType dtype) { return dtype != DType::int64; }
+
+#define VISIONLLM_RETURN_IF_BAD(expression)                           \
+  do {                                                                \
+    if (Status status_ = (expression); !status_.ok()) return status_; \
+  } while (false)
+
+// Checks the inputs that forward and backward share.
+Status check_inputs(const char* op, const TensorView& value, const TensorView& spatial_shapes,
+                    const TensorView& level_start_index, const TensorView& sampling_locations,
+                    const TensorView& attention_weights, Sizes* sizes) {
+  VISIONLLM_RETURN_IF_BAD(check_rank(op, "value", value, "[B, S, H, D]", 4));
+  VISIONLLM_RETURN_IF_BAD(check_rank(op, "sampling_locations", sampling_locations, "[B, Q, H, L, P, 2]", 6));
+  Sizes& n = *sizes;
+  n.B = value.shape[0], n.S = value.shape[1], n.H = value.shape[2], n.D = value.shape[3];
+  n.Q = sampling_locations.shape[1], n.L = sampling_locations.shape[3], n.P = sampling_locations.shape[4];
+  VISIONLLM_RETURN_IF_BAD(check_shape(op, "sampling_locations", sampling_locations, "[B, Q, H, L, P, 2]",
+                                      {n.B, n.Q, n.H, n.L, n.P, 2}));
+  VISIONLLM_RETURN_IF_BAD(
+      check_shape(op, "attention_weights", attention_weights, "[B, Q, H, L, P]", {n.B, n.Q, n.H, n.L, n.P}));
+  VISIONLLM_RETURN_IF_BAD(check_shape(op, "spatial_shapes", spatial_shapes, "[L, 2]", {n.L, 2}));
+  VISIONLLM_RETURN_IF_BAD(check_shape(op, "level_start_index", level_start_index, "[L]", {n.L}));
+  if (!is_float(value.dtype)) {
+    return bad(op, std::string("value must be float32, bfloat16 or float16, got ") + dtype_name(value.dtype));
+  }
+  if (attention_weights.dtype != DType::float32 && attention_weights.dtype != value.dtype) {
+    return bad(op, std::string("attention_weights must be float32 or of value's type ") +
+                       dtype_name(value.dtype) + ", got " + dtype_name(attention_weights.dtype));
+  }
+  VISIONLLM_RETURN_IF_BAD(check_dtype(op, "sampling_locations", sampling_locations, DType::float32));
+  VISIONLLM_RETURN_IF_BAD(check_dtype(op, "spatial_shapes", spatial_shapes, DType::int64));
+  VISIONLLM_RETURN_IF_BAD(check_dtype(op, "level_start_index", level_start_index, DType::int64));
+  VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "value", value, 1));
+  VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "sampling_locations", sampling_locations, 3));
+  VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "attention_weights", attention_weights, 2));
+  VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "spatial_shapes", spatial_shapes, 2));
+  VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "level_start_index", level_start_index, 1));
+  constexpr std::int64_t kLargest = std::numeric_limits<std::int32_t>::max();
+  if (n.S > kLargest)
+    return bad(op, "value must have at most 2^31 - 1 pixels, got S = " + std::to_string(n.S));
+  if (n.L * n.P > 65536) return bad(op, "L * P must be at most 65536, got " + std::to_string(n.L * n.P));
+  return {};
+}
+
+Status check_on_cpu(const char* op, std::initializer_list<const TensorView*> tensors) {
+  for (const TensorView* tensor : tensors) {
+    if (tensor->device != Device::cpu) {
+      return Status::unsupported(std::string(op) +
+                                 ": this build has kernels for CPU memory only, got a CUDA tensor");
+    }
+  }
+  return {};
+}
+
+// Per point: its level's size and first pixel, padded to whole chunks with a 1 x 1 level at 0.
+struct LevelTable {
+  std::vector<float> width, height;
+  std::vector<std::int32_t> width_int, height_int, start;
+
+  Status fill(const char* op, const TensorView& spatial_shapes, const TensorView& level_start_index,
+              const Sizes& n) {
+    const std::int64_t points = n.L * n.P;
+    const std::int64_t padded = (points + cpu::kPointChunk - 1) / cpu::kPointChunk * cpu::kPointChunk;
+    width.assign(padded, 1.0f), height.assign(padded, 1.0f);
+    width_int.assign(padded, 1), height_int.assign(padded, 1), start.assign(padded, 0);
+    const auto* shapes = static_cast<const std::int64_t*>(spatial_shapes.data);
+    const auto* starts = static_cast<const std::int64_t*>(level_start_index.data);
+    for (std::int64_t l = 0; l < n.L; ++l) {
+      const std::int64_t h = shapes[2 * l], w = shapes[2 * l + 1], first = starts[l];
+      // Each test bounds the next one's operands, so that nothing overflows.
+      if (h < 1 || w < 1 || h > n.S || w > n.S || first < 0 || first > n.S || h * w > n.S - first) {
+        return bad(op, "level " + std::to_string(l) + " must be at least 1 x 1 and lie within value's S = " +
+                           std::to_string(n.S) + " pixels, got height " + std::to_string(h) + ", width " +
+                           std::to_string(w) + ", level_start_index " + std::to_string(first));
+      }
+      for (std::int64_t p = l * n.P; p < (l + 1) * n.P; ++p) {
+        width[p] = static_cast<float>(w), height[p] = static_cast<float>(h);
+        width_int[p] = static_cast<std::int32_t>(w), height_int[p] = static_cast<std::int32_t>(h);
+        start[p] = static_cast<std::int32_t>(first);
+      }
+    }
+    return {};
+  }
+};
+
+cpu::Element element(DType dtype) {
+  switch (dtype) {
+    case DType::bfloat16: return cpu::Element::bfloat16;
+    case DType::float16: return cpu::Element::float16;
+    default: return cpu::Element::float32;
+  }
+}
+
+cpu::MsDeformAttnParams make_params(const TensorView& value, const TensorView& locations,
+                                    const TensorView& attention, const LevelTable& levels, const Sizes& n) {
+  cpu::MsDeformAttnParams params{};
+  params.batch = n.B, params.queries = n.Q, params.heads = n.H, params.channels = n.D, params.pixels = n.S;
+  params.points = static_cast<std::int32_t>(n.L * n.P);
+  params.padded_points = static_cast<std::int32_t>(levels.width.size());
+  params.level_width = levels.width.data(), params.level_height = levels.height.data();
+  params.level_width_int = levels.width_int.data(), params.level_height_int = levels.height_int.data();
+  params.level_start = levels.start.data();
+  params.element = element(value.dtype);
+  params.value = value.data;
+  params.value_stride_b = value.strides[0], params.value_stride_s = value.strides[1];
+  params.value_stride_h = value.strides[2];
+  params.locations = static_cast<const float*>(locations.data);
+  params.locations_stride_b = locations.strides[0], params.locations_stride_q = locations.strides[1];
+  params.locations_stride_h = locations.strides[2];
+  params.attention_element = element(attention.dtype);
+  params.attention = attention.data;
+  params.attention_stride_b = attention.strides[0], params.attention_stride_q = attention.strides[1];
+  params.attention_stride_h = attention.strides[2];
+  return params;
+}
+
+struct Kernels {
+  cpu::MsDeformAttnForward forward = cpu::scalar::ms_deform_attn_kernel;
+  cpu::MsDeformAttnBackward backward = cpu::scalar::ms_deform_attn_backward_kernel;
+};
+
+Status choose_kernels(Kernels* kernels) {
+  Isa isa;
+  VISIONLLM_RETURN_IF_BAD(active_isa(&isa));
+  switch (isa) {
+#ifdef VISIONLLM_HAVE_AVX2
+    case Isa::avx2:
+      *kernels = {cpu::avx2::ms_deform_attn_kernel, cpu::avx2::ms_deform_attn_backward_kernel};
+      break;
+#endif
+#ifdef VISIONLLM_HAVE_AVX512
+    case Isa::avx512:
+      *kernels = {cpu::avx512::ms_deform_attn_kernel, cpu::avx512::ms_deform_attn_backward_kernel};
+      break;
+#endif
+#ifdef VISIONLLM_HAVE_NEON
+    case Isa::neon:
+      *kernels = {cpu::neon::ms_deform_attn_kernel, cpu::neon::ms_deform_attn_backward_kernel};
+      break;
+#endif
+    default: break;
+  }
+  return {};
+}
+
+std::size_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::int64 ? 8 : 2; }
+
+void fill_zero(const TensorView& tensor) {  // contiguous
+  std::fill_n(static_cast<char*>(tensor.data),
+              tensor.size() * static_cast<std::int64_t>(element_size(tensor.dtype)), 0);
+}
+
+struct AlignedDelete {
+  void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using Workspace = std::unique_ptr<char[], AlignedDelete>;
+
+Workspace make_workspace(std::int64_t bytes) {
+  return Workspace(
+      static_cast<char*>(::operator new[](static_cast<std::size_t>(bytes), std::align_val_t{64})));
+}
+
+int useful_threads(const Sizes& n, const Execution& execution) {
+  const double rows = 4.0 * static_cast<double>(n.B) * n.Q * n.H * n.L * n.P * (n.D + 15) / 16;
+  return static_cast<int>(std::clamp<double>(rows / kRowsPerThread, 1.0, std::max(execution.threads, 1)));
+}
+
+}  // namespace
+
+Status ms_deform_attn(const TensorView& output, const TensorView& value, const TensorView& spatial_shapes,
+                      const TensorView& level_start_index, const TensorView& sampling_locations,
+                      const TensorView& attention_weights, const Execution& execution) {
+  constexpr const char* op = "ms_deform_attn";
+  Sizes n;
+  VISIONLLM_RETURN_IF_BAD(
+      check_inputs(op, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, &n));
+  VISIONLLM_RETURN_IF_BAD(check_shape(op, "output", output, "[B, Q, H * D]", {n.B, n.Q, n.H * n.D}));
+  VISIONLLM_RETURN_IF_BAD(check_dtype(op, "output", output, value.dtype));
+  VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "output", output, 3));
+  VISIONLLM_RETURN_IF_BAD(check_on_cpu(
+      op, {&output, &value, &spatial_shapes, &level_start_index, &sampling_locations, &attention_weights}));
+  LevelTable levels;
+  VISIONLLM_RETURN_IF_BAD(levels.fill(op, spatial_shapes, level_start_index, n));
+  Kernels kernels;
+  VISIONLLM_RETURN_IF_BAD(choose_kernels(&kernels));
+  if (output.size() == 0) return {};
+  if (n.L * n.P == 0) {
+    fill_zero(output);
+    return {};
+  }
+
+  cpu::MsDeformAttnParams params = make_params(value, sampling_locations, attention_weights, levels, n);
+  params.output = output.data;
+  params.output_stride_b = n.Q * n.H * n.D, params.output_stride_q = n.H * n.D;
+  const std::int64_t bytes = cpu::ms_deform_attn_workspace_bytes(params);
+  const int threads = useful_threads(n, execution);
+  const Workspace workspace = make_workspace(bytes * threads);
+  parallel_for(n.B * n.H * n.Q, threads, [&](std::int64_t begin, std::int64_t end, int worker) {
+    kernels.forward(params, begin, end, workspace.get() + worker * bytes);
+  });
+  return {};
+}
+
+Status ms_deform_attn_backward(const TensorView& grad_value, const TensorView& grad_sampling_locations,
+                               const TensorView& grad_attention_weights, const TensorView& grad_output,
+                               const TensorView& value, const TensorView& spatial_shapes,
+                               const TensorView& level_start_index, const TensorView& sampling_locations,
+                               const TensorView& attention_weights, const Execution& execution) {
+  constexpr const char* op = "ms_deform_attn_backward";
+  Sizes n;
+  VISIONLLM_RETURN_IF_BAD(
+      check_inputs(op, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, &n));
+  VISIONLLM_RETURN_IF_BAD(
+      check_shape(op, "grad_output", grad_output, "[B, Q, H * D]", {n.B, n.Q, n.H * n.D}));
+  VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_value", grad_value, "[B, S, H, D]", {n.B, n.S, n.H, n.D}));
+  VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_sampling_locations", grad_sampling_locations,
+                                      "[B, Q, H, L, P, 2]", {n.B, n.Q, n.H, n.L, n.P, 2}));
+  VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_attention_weights", grad_attention_weights, "[B, Q, H, L, P]",
+                                      {n.B, n.Q, n.H, n.L, n.P}));
+  VISIONLLM_RETURN_IF_BAD(check_dtype(op, "grad_output", grad_output, value.dtype));
+  VISIONLLM_RETURN_IF_BAD(check_dtype(op, "grad_value", grad_value, value.dtype));
+  VISIONLLM_RETURN_IF_BAD(
+      check_dtype(op, "grad_sampling_locations", grad_sampling_locations, DType::float32));
+  VISIONLLM_RETURN_IF_BAD(
+      check_dtype(op, "grad_attention_weights", grad_attention_weights, attention_weights.dtype));
+  VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "grad_output", grad_output, 1));
+  VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "grad_value", grad_value, 4));
+  VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "grad_sampling_locations", grad_sampling_locations, 6));
+  VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "grad_attention_weights", grad_attention_weights, 5));
+  VISIONLLM_RETURN_IF_BAD(
+      check_on_cpu(op, {&grad_value, &grad_sampling_locations, &grad_attention_weights, &grad_output, &value,
+                        &spatial_shapes, &level_start_index, &sampling_locations, &attention_weights}));
+  LevelTable levels;
+  VISIONLLM_RETURN_IF_BAD(levels.fill(op, spatial_shapes, level_start_index, n));
+  Kernels kernels;
+  VISIONLLM_RETURN_IF_BAD(choose_kernels(&kernels));
+  if (grad_output.size() == 0 || n.L * n.P == 0) {
+    fill_zero(grad_value);
+    fill_zero(grad_sampling_locations);
+    fill_zero(grad_attention_weights);
+    return {};
+  }
+
+  cpu::MsDeformAttnParams params = make_params(value, sampling_locations, attention_weights, levels, n);
+  params.grad_output = grad_output.data;
+  params.grad_output_stride_b = grad_output.strides[0], params.grad_output_stride_q = grad_output.strides[1];
+  params.grad_value = grad_value.data;
+  params.grad_locations = static_cast<float*>(grad_sampling_locations.data);
+  params.grad_attention = grad_attention_weights.data;
+  const std::int64_t bytes = cpu::ms_deform_attn_workspace_bytes(params);
+  // Low precision needs float rows for one (batch, head) per thread.
+  const std::int64_t rows = value.dtype == DType::float32 ? 0 : n.S * n.D;
+  const int threads = static_cast<int>(std::min<std::int64_t>(useful_threads(n, execution), n.B * n.H));
+  const Workspace workspace = make_workspace(bytes * threads);
+  const std::unique_ptr<float[]> row_memory(rows == 0 ? nullptr
+                                                      : new float[static_cast<std::size_t>(rows * threads)]);
+  parallel_for(n.B * n.H, threads, [&](std::int64_t begin, std::int64_t end, int worker) {
+    kernels.backward(params, begin, end, workspace.get() + worker * bytes, row_memory.get() + worker * rows);
+  });
+  return {};
+}
+
+}  // namespace visionllm
