@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from visionllm.data.class_set import PromptSettings, draw_class_set, draw_count, draw_range
 from visionllm.data.mixture import Source, TrainingBatches, targets_of
 from visionllm.data.sample import Sample

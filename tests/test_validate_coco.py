@@ -134,7 +134,8 @@ def test_damage_is_named_and_only_it(folder, damage):
 def test_wrong_size_and_broken_pictures(folder):
     content = copy.deepcopy(GOOD)
     content["images"][1]["width"] = 21
-    assert [(p.index, p.field) for p in validate_coco(written(folder, content), folder).problems][0] == (
+    problem = validate_coco(written(folder, content), folder).problems[0]
+    assert (problem.index, problem.field) == (
         1,
         "file_name",
     )

@@ -305,7 +305,9 @@ def _box_problem(entry: dict, size: tuple[int, int] | None) -> str | None:
         return f"expected positive width and height, got {box}"
     if size is not None:
         slack = BORDER_TOLERANCE
-        inside = x >= -slack and y >= -slack and x + width <= size[0] + slack and y + height <= size[1] + slack
+        inside = (
+            x >= -slack and y >= -slack and x + width <= size[0] + slack and y + height <= size[1] + slack
+        )
         if not inside or x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0:
             return f"box {box} (x, y, width, height) leaves the {size[0]} x {size[1]} image"
     return None
