@@ -108,7 +108,8 @@ def draw_class_set(
     from_absent = min(wanted - from_foreign, len(absent))
     hard: list[str] = []
     if present_names and rng.random() < settings.hard_negatives:
-        similar = _sharing_a_word(present_names, vocabulary, shown)
+        words = frozenset().union(*map(_words, present_names))
+        similar = [name for name in absent if not words.isdisjoint(_words(name))]
         hard = _pick(similar, min(math.ceil(from_absent * settings.hard_share), from_absent), rng)
         chosen = set(hard)
         absent = [name for name in absent if name not in chosen]
@@ -134,33 +135,11 @@ def _pick(names: Sequence[str], count: int, rng: np.random.Generator) -> list[st
     return [names[i] for i in rng.permutation(len(names))[:count]]
 
 
-@lru_cache(maxsize=64)
-def _names_by_word(vocabulary: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    members: dict[str, list[str]] = {}
-    for name in vocabulary:
-        for word in _words(name):
-            members.setdefault(word, []).append(name)
-    return {word: tuple(names) for word, names in members.items() if len(names) > 1}
-
-
-def _words(name: str) -> set[str]:
-    """The words of a name that say something: "a slice of pizza" has "slice" and "pizza"."""
-    return {
-        word
-        for word in name.lower().replace("-", " ").split()
-        if len(word) > 2 and word not in _FUNCTION_WORDS
-    }
-
-
 _FUNCTION_WORDS = frozenset(("and", "for", "from", "the", "with"))
 
 
-def _sharing_a_word(present: Sequence[str], vocabulary: tuple[str, ...], shown: set[str]) -> list[str]:
-    by_word = _names_by_word(vocabulary)
-    similar: dict[
-        str, None
-    ] = {}  # a set that keeps its order: Python's own sets would depend on the hash seed
-    for name in present:
-        for word in sorted(_words(name)):
-            similar.update(dict.fromkeys(by_word.get(word, ())))
-    return [name for name in similar if name not in shown]
+@lru_cache(maxsize=1 << 14)
+def _words(name: str) -> frozenset[str]:
+    """The words of a name that say something: "slice of pizza" has "slice" and "pizza"."""
+    words = name.lower().replace("-", " ").split()
+    return frozenset(word for word in words if len(word) > 2 and word not in _FUNCTION_WORDS)
