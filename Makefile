@@ -1,0 +1,55 @@
+# make demo   install into .venv and find objects in the pictures of examples/
+# make test   the same environment, all tests
+# make lint   formats and types;  make format  puts the formats right
+# make bench  operators beside their peers, results in bench/results/
+# make core   only the compiled module, in the source tree (for work with PYTHONPATH=python)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find cpp bindings python -type f -not -name '*.so' -not -path '*/__pycache__/*')
+CPP_SOURCES := $(shell find cpp bindings tests -name '*.h' -o -name '*.cpp')
+PYTHON_SOURCES := python tests bench
+INSTRUCTION ?= Find the objects of the class set {'dog': <c0>, 'cat': <c1>, 'car': <c2>, 'person': <c3>} in <image>.
+
+.PHONY: demo test lint format bench core clean
+
+demo: $(VENV)/.installed
+	$(BIN)/visionllm predict examples/ --instruction "$(INSTRUCTION)" --output demo/
+	@echo "Annotated pictures are in $(CURDIR)/demo"
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check $(PYTHON_SOURCES)
+	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
+	$(BIN)/ruff format $(PYTHON_SOURCES)
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python bench/ms_deform_attn.py
+
+core:
+	cmake --preset in-place
+	cmake --build --preset in-place
+
+clean:
+	rm -rf build demo $(VENV)/.installed $(VENV)/.installed-test
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second call quick: pip runs again only when a source has changed.
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt .
+	touch $@
+
+$(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[train,test,dev]"
+	touch $@ $(VENV)/.installed
