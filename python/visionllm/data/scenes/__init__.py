@@ -1,0 +1,7 @@
+"""Generated scenes: nameable objects on drawn or photographed backgrounds, with exact boxes, areas and masks."""
+
+from __future__ import annotations
+
+from visionllm.data.scenes.dataset import SPLITS, SceneDataset
+
+__all__ = ["SPLITS", "SceneDataset"]

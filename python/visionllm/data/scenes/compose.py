@@ -1,0 +1,214 @@
+"""Putting objects on a background: layout, pose, overlap, exact masks.
+
+A layout is drawn before any artwork is looked at, so that two scenes of one layout in two drawing styles have the
+same names at the same places. Objects are painted in order; `owner` says whose pixel each one is in the end.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from visionllm.data.scenes.appearance import BORDER, Appearance, cast_shadow, restyle
+
+COUNT_CHANCE = np.array([0.08, 0.14, 0.2, 0.2, 0.15, 0.11, 0.07, 0.05])  # of 1..8 objects; 3.9 on average
+SMALLEST, LARGEST = 0.12, 0.55  # longer side of an object, as a share of the picture's side; log-uniform
+SOLID = 96 / 255  # alpha from which a pixel belongs to the object
+MOST_CROWDED = 0.25  # part of a smaller object's square that a neighbour's square may cover
+LEAST_VISIBLE = 0.5  # part of its pixels that every object keeps
+LEAST_PIXELS = 24  # visible pixels of the smallest object that counts
+TRIES = 12
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one object goes, whatever it is."""
+
+    x: float  # centre, share of the picture's side
+    y: float
+    side: float  # longer side before rotation, share of the picture's side
+    angle: float  # radians, clockwise
+    mirror: bool
+    name: float  # 0..1, which class
+    glyph: float  # 0..1, which look of the class
+    repeat: bool  # of the same class as the object before
+
+
+def layout(rng: np.random.Generator) -> list[Placement]:
+    """Random places for 1 to 8 objects whose squares overlap little; those that find no room are left out."""
+    count = 1 + int(np.searchsorted(np.cumsum(COUNT_CHANCE), rng.random()))
+    numbers = rng.random((count, 8))
+    spots = rng.random((count, TRIES, 2))
+    placed: list[Placement] = []
+    for row, tries in zip(numbers, spots, strict=True):
+        side = SMALLEST * (LARGEST / SMALLEST) ** row[0]
+        angle = math.radians(50 * row[2] - 25 if row[1] < 0.92 else 360 * row[2])
+        inset = 0.42 * side
+        best = None
+        for u, v in tries:
+            x, y = inset + u * (1 - 2 * inset), inset + v * (1 - 2 * inset)
+            crowd = max((_cover(x, y, side, other) for other in placed), default=0.0)
+            if best is None or crowd < best[0]:
+                best = (crowd, x, y)
+            if crowd <= MOST_CROWDED / 2:
+                break
+        assert best is not None
+        if best[0] <= MOST_CROWDED:
+            placed.append(
+                Placement(best[1], best[2], side, angle, row[3] < 0.5, row[4], row[5], row[6] < 0.12 and bool(placed))
+            )
+    return placed
+
+
+def _cover(x: float, y: float, side: float, other: Placement) -> float:
+    """Intersection of two squares over the smaller one."""
+    half = (side + other.side) / 2
+    smaller = min(side, other.side)
+    w = min(half - abs(x - other.x), smaller)
+    h = min(half - abs(y - other.y), smaller)
+    return w * h / smaller**2 if w > 0 and h > 0 else 0.0
+
+
+def pose(picture: np.ndarray, side: float, angle: float, mirror: bool) -> np.ndarray:
+    """Scale a picture so that its longer side is `side` pixels, mirror and turn it.
+
+    Args:
+        picture: uint8 RGBA [h, w, 4].
+        angle: radians, clockwise.
+
+    Returns:
+        uint8 RGBA with `BORDER` transparent pixels on every side.
+    """
+    h, w = picture.shape[:2]
+    scale = side / max(h, w)
+    image = Image.fromarray(picture).convert("RGBa")
+    if scale < 0.67:
+        size = (max(1, round(w * scale)), max(1, round(h * scale)))
+        image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        w, h, scale = *size, 1.0
+    c, s = math.cos(angle), math.sin(angle)
+    out_w = math.ceil(scale * (abs(w * c) + abs(h * s))) + 2 * BORDER
+    out_h = math.ceil(scale * (abs(w * s) + abs(h * c))) + 2 * BORDER
+    a, b, d, e = c / scale, s / scale, -s / scale, c / scale
+    if mirror:
+        a, b = -a, -b
+    matrix = (
+        a, b, w / 2 - a * out_w / 2 - b * out_h / 2,
+        d, e, h / 2 - d * out_w / 2 - e * out_h / 2,
+    )  # fmt: skip
+    turned = image.transform((out_w, out_h), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    return np.asarray(turned.convert("RGBA"))
+
+
+class Canvas:
+    """A picture being painted, and whose every pixel is.
+
+    Attributes:
+        picture: float32 [S, S, 3] in 0..255.
+        owner: int8 [S, S], the object that a pixel belongs to, -1 for the background.
+        kept: per object that was painted, the caller's key.
+    """
+
+    def __init__(self, background: np.ndarray):
+        self.picture = background
+        self.size = background.shape[0]
+        self.owner = np.full((self.size, self.size), -1, np.int8)
+        self.kept: list = []
+        self._whole: list[int] = []  # solid pixels of each object, were nothing in front of it
+        self._visible: list[int] = []
+
+    def _window(self, shape: tuple[int, int], left: int, top: int) -> tuple[slice, slice, slice, slice] | None:
+        h, w = shape
+        x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + w, self.size), min(top + h, self.size)
+        if x1 >= x2 or y1 >= y2:
+            return None
+        return slice(y1, y2), slice(x1, x2), slice(y1 - top, y2 - top), slice(x1 - left, x2 - left)
+
+    def paint(
+        self, rgb: np.ndarray, alpha: np.ndarray, x: float, y: float, key: object, shadow: np.random.Generator | None = None
+    ) -> bool:
+        """Paint one object with its patch's centre at pixel (x, y); returns False, and paints nothing, if it would
+        hide more than half of itself beyond the border or of an object behind it.
+
+        Args:
+            rgb: float32 [h, w, 3] in 0..255; alpha: float32 [h, w] in 0..1.
+            shadow: draws a cast shadow with these random numbers.
+        """
+        left, top = round(x - alpha.shape[1] / 2), round(y - alpha.shape[0] / 2)
+        window = self._window(alpha.shape, left, top)
+        if window is None:
+            return False
+        rows, columns, patch_rows, patch_columns = window
+        opaque = alpha >= SOLID
+        solid = opaque[patch_rows, patch_columns]
+        inside = int(np.count_nonzero(solid))
+        if inside < LEAST_PIXELS or inside < LEAST_VISIBLE * np.count_nonzero(opaque):
+            return False
+        owner = self.owner[rows, columns]
+        if self.kept:
+            lost = np.bincount(owner[solid] + 1, minlength=len(self.kept) + 1)[1:]
+            visible = np.array(self._visible) - lost
+            if (visible < LEAST_VISIBLE * np.array(self._whole)).any() or (visible < LEAST_PIXELS).any():
+                return False
+            self._visible = visible.tolist()
+        if shadow is not None:
+            dark, right, down = cast_shadow(alpha, shadow)
+            under = self._window(alpha.shape, left + right, top + down)
+            if under is not None:
+                self.picture[under[0], under[1]] *= 1 - dark[under[2], under[3]][..., None]
+        region = self.picture[rows, columns]
+        region += alpha[patch_rows, patch_columns, None] * (rgb[patch_rows, patch_columns] - region)
+        owner[solid] = len(self.kept)
+        self.kept.append(key)
+        self._whole.append(inside)
+        self._visible.append(inside)
+        return True
+
+    def paint_posed(
+        self, picture: np.ndarray, place: Placement, key: object, rng: np.random.Generator, look: Appearance, keep: bool
+    ) -> bool:
+        """Pose, restyle and paint a picture (uint8 RGBA) at its place; `keep`: it keeps its colour."""
+        patch = pose(picture, place.side * self.size, place.angle, place.mirror)
+        rgb, alpha = restyle(patch, rng, look, keep)
+        shadow = rng if rng.random() < look.shadow else None
+        return self.paint(rgb, alpha, place.x * self.size, place.y * self.size, key, shadow)
+
+    def boxes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes of the visible pixels, float32 [n, 4] x1, y1, x2, y2, and their number, float32 [n]."""
+        boxes = np.zeros((len(self.kept), 4), np.float32)
+        for k in range(len(self.kept)):
+            mask = self.owner == k
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            boxes[k] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        return boxes, np.array(self._visible, np.float32)
+
+    def masks(self) -> list[np.ndarray]:
+        """Per object the visible pixels, bool [S, S]."""
+        return [self.owner == k for k in range(len(self.kept))]
+
+    def finish(self, rng: np.random.Generator, look: Appearance) -> np.ndarray:
+        """Light, noise, blur and compression over the whole; uint8 RGB [S, S, 3]."""
+        size, picture = self.size, self.picture
+        chance = rng.random(4)
+        if chance[0] < look.picture_light:
+            across, down, gain = rng.uniform(-0.25, 0.25, 3).astype(np.float32)
+            ramp = np.linspace(-1, 1, size, dtype=np.float32)
+            light = 1 + gain + across * ramp + down * ramp[:, None]
+            picture = picture * light[..., None]
+        if chance[1] < look.picture_noise:
+            noise = rng.normal(0, rng.uniform(2, 14), (size, size)).astype(np.float32)
+            picture = picture + noise[..., None]
+        pixels = np.clip(picture, 0, 255).astype(np.uint8)
+        if chance[2] < look.picture_blur:
+            blurred = Image.fromarray(pixels).filter(ImageFilter.BoxBlur(float(rng.uniform(0.3, 1.2))))
+            pixels = np.array(blurred)
+        if chance[3] < look.picture_jpeg:
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, "JPEG", quality=int(rng.integers(25, 90)))
+            with Image.open(stream) as image:
+                pixels = np.array(image.convert("RGB"))
+        return pixels
