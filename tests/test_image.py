@@ -132,6 +132,7 @@ def test_exif_orientation(orientation):
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(stored), "PNG", exif=exif)
     np.testing.assert_array_equal(open_image(data), UPRIGHT[orientation](stored))
+    np.testing.assert_array_equal(open_image(data, upright=False), stored)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -34,7 +34,7 @@ class ImageError(ValueError):
     """A picture that cannot be had: missing, broken, too large, or of a shape that is no picture."""
 
 
-def open_image(source: ImageSource, max_pixels: int | None = MAX_PIXELS) -> np.ndarray:
+def open_image(source: ImageSource, max_pixels: int | None = MAX_PIXELS, upright: bool = True) -> np.ndarray:
     """Any picture as RGB.
 
     Args:
@@ -42,6 +42,7 @@ def open_image(source: ImageSource, max_pixels: int | None = MAX_PIXELS) -> np.n
             ``[H, W, 1]``, ``[H, W, 3]`` (RGB) or ``[H, W, 4]`` (RGBA) of bool, integers 0..255, uint16
             (full scale 65535) or floats 0..1.
         max_pixels: larger pictures are refused before they are decoded (decompression bombs); None: no limit.
+        upright: turn the picture as its EXIF orientation says.
 
     Returns:
         uint8 ``[H, W, 3]``, contiguous, a copy.
@@ -54,22 +55,22 @@ def open_image(source: ImageSource, max_pixels: int | None = MAX_PIXELS) -> np.n
         _check_size("array", source.shape[1::-1] if source.ndim >= 2 else (0, 0), max_pixels)
         return _array_to_rgb(source)
     if isinstance(source, Image.Image):
-        return _decode(source, source_name(source), max_pixels)
+        return _decode(source, source_name(source), max_pixels, upright)
     name = source_name(source)
     if isinstance(source, (str, os.PathLike)):
         if os.path.isdir(source):
             raise ImageError(f"{name}: expected an image file, got a folder")
         try:
             with open(source, "rb") as file:
-                return _open_stream(file, name, max_pixels)
+                return _open_stream(file, name, max_pixels, upright)
         except FileNotFoundError as error:
             raise ImageError(f"{name}: no such file") from error
         except OSError as error:
             raise ImageError(f"{name}: cannot be read: {error.strerror or error}") from error
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open_stream(io.BytesIO(source), name, max_pixels)
+        return _open_stream(io.BytesIO(source), name, max_pixels, upright)
     if hasattr(source, "read"):
-        return _open_stream(source, name, max_pixels)
+        return _open_stream(source, name, max_pixels, upright)
     raise TypeError(
         "an image must be a path, bytes, a binary file, a PIL image or a NumPy array [H, W, 3], "
         f"got {type(source).__name__}"
@@ -100,7 +101,7 @@ def resize_square(image: np.ndarray, size: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _open_stream(stream: IO[bytes], name: str, max_pixels: int | None) -> np.ndarray:
+def _open_stream(stream: IO[bytes], name: str, max_pixels: int | None, upright: bool) -> np.ndarray:
     with warnings.catch_warnings(), _pillow_size_limit(max_pixels):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
@@ -112,10 +113,10 @@ def _open_stream(stream: IO[bytes], name: str, max_pixels: int | None) -> np.nda
         except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
             raise ImageError(f"{name}: broken image: {error}") from error
         with image:
-            return _decode(image, name, max_pixels)
+            return _decode(image, name, max_pixels, upright)
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int | None) -> np.ndarray:
+def _decode(image: Image.Image, name: str, max_pixels: int | None, upright: bool) -> np.ndarray:
     _check_size(name, image.size, max_pixels)
     kind = f"{image.format or 'picture'} of {image.width}x{image.height} pixels"
     try:
@@ -124,7 +125,8 @@ def _decode(image: Image.Image, name: str, max_pixels: int | None) -> np.ndarray
         raise ImageError(f"{name}: expected a whole {kind}, but it is broken or cut off: {error}") from error
     # A malformed EXIF block costs the rotation, not the picture.
     with contextlib.suppress(Exception):
-        image = ImageOps.exif_transpose(image)
+        if upright:
+            image = ImageOps.exif_transpose(image)
     try:
         return np.ascontiguousarray(_to_rgb(image))
     except (OSError, ValueError) as error:

@@ -1,0 +1,16 @@
+"""``visionllm doctor``: versions, instruction set, CUDA and the default model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    from visionllm.doctor import report
+
+    argparse.ArgumentParser(
+        prog="visionllm doctor", description="Shows versions and what works on this machine."
+    ).parse_args(argv)
+    print(report())
+    return 0

@@ -1,0 +1,220 @@
+"""``visionllm predict``: pictures in, annotated pictures and one predictions.json out."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visionllm.atomic_file import write_json
+from visionllm.image import IMAGE_SUFFIXES, MAX_PIXELS, ImageError
+
+if TYPE_CHECKING:
+    from visionllm.result import Result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns 0, or 1 when a picture failed."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    output = Path(options.output)
+    if output.exists() and not output.is_dir():
+        parser.error(f"--output: {output} is a file, expected a folder")
+    paths, failed = find_pictures(options.paths)
+    if any(path.resolve().parent == output.resolve() for path in paths):
+        parser.error(f"--output: pictures come from {output}; expected another folder")
+
+    # The instruction is checked before the model is loaded.
+    from visionllm.instruction import InstructionError
+
+    try:
+        request = read_request(options)
+    except (InstructionError, ValueError) as error:
+        parser.error(str(error))
+    for entry in failed:
+        report_failure(entry)
+    if not paths:
+        print("visionllm predict: no pictures", file=sys.stderr)
+        return 1
+
+    from visionllm.pipeline import load
+
+    model = load(options.model, options.device)
+    threshold = model.threshold if options.threshold is None else options.threshold
+    pictures: list[dict[str, Any]] = []
+    try:
+        predict_files(model, request, paths, threshold, options, pictures, failed)
+    finally:
+        # An interrupted run leaves what it has done.
+        write_json(
+            output / "predictions.json",
+            {
+                "model": str(options.model),
+                "instruction": request.instructions[0].text or request.instructions[0].render(),
+                "classes": list(request.classes),
+                "threshold": threshold,
+                "pictures": pictures,
+                "failed": failed,
+            },
+        )
+    print(f"{len(pictures)} pictures done, {len(failed)} failed; written to {output}")
+    return 1 if failed else 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="visionllm predict",
+        description="Finds objects in pictures. Writes annotated pictures and predictions.json.",
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="a picture, a folder of pictures or a glob")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--instruction", metavar="TEXT", help="what to find, in words with a class set")
+    asked.add_argument("--classes", metavar="NAME,NAME", help="what to find, as names: dog,red car")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for what is written")
+    parser.add_argument(
+        "--model", default="tiny", metavar="DIR", help="model folder (default: the packaged tiny)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--threshold", type=score, metavar="SCORE", help="lowest score shown (default: the model's)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="pictures in one pass (8)"
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"refuse larger pictures ({MAX_PIXELS})",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no line per picture")
+    return parser
+
+
+def find_pictures(patterns: Sequence[str]) -> tuple[list[Path], list[dict[str, str]]]:
+    """Every picture once, in the order given (folders and globs sorted), and what could not be found.
+
+    A folder stands for the pictures directly in it; a glob may use ``**``.
+    """
+    found: dict[Path, None] = {}
+    failed = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            entries = sorted(entry for entry in path.iterdir() if is_picture(entry))
+            if not entries:
+                failed.append({"file": pattern, "error": f"{pattern}: no pictures in this folder"})
+        elif path.exists() or not glob.has_magic(pattern):
+            entries = [path]
+        else:
+            entries = sorted(
+                Path(match) for match in glob.glob(pattern, recursive=True) if not Path(match).is_dir()
+            )
+            if not entries:
+                failed.append({"file": pattern, "error": f"{pattern}: matches nothing"})
+        found.update(dict.fromkeys(entries))
+    return list(found), failed
+
+
+def is_picture(path: Path) -> bool:
+    """By the suffix; hidden files are none."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def read_request(options: argparse.Namespace) -> Any:
+    """What is asked, from --instruction or --classes."""
+    from visionllm.pipeline import class_request, request_of
+
+    if options.instruction is not None:
+        return request_of(options.instruction)
+    return class_request([name.strip() for name in options.classes.split(",")])
+
+
+def predict_files(
+    model: Any,
+    request: Any,
+    paths: Sequence[Path],
+    threshold: float,
+    options: argparse.Namespace,
+    pictures: list[dict[str, Any]],
+    failed: list[dict[str, str]],
+) -> None:
+    """Appends to ``pictures`` and ``failed`` as it goes; writes the annotated pictures."""
+    from tqdm import tqdm
+
+    from visionllm.image import open_image
+
+    names = output_names(paths)
+    output = Path(options.output)
+    # disable=None: no bar where stderr is no terminal
+    with tqdm(total=len(paths), unit="picture", disable=True if options.quiet else None) as progress:
+        for start in range(0, len(paths), options.batch_size):
+            images, opened = [], []
+            for path in paths[start : start + options.batch_size]:
+                try:
+                    images.append(open_image(path, options.max_pixels))
+                    opened.append(path)
+                except ImageError as error:
+                    failed.append({"file": str(path), "error": str(error)})
+                    report_failure(failed[-1])
+            for path, result in zip(
+                opened, model.answer(images, [request] * len(images), threshold), strict=True
+            ):
+                result.source = str(path)
+                result.save(output / names[path])
+                pictures.append(picture_entry(result, names[path]))
+                if not options.quiet:
+                    progress.write(f"{path}: {result.summary()}")
+            progress.update(len(paths[start : start + options.batch_size]))
+
+
+def picture_entry(result: Result, annotated: str) -> dict[str, Any]:
+    """One picture's part of predictions.json."""
+    content = result.to_dict()
+    return {
+        "file": result.source,
+        "annotated": annotated,
+        "width": content["width"],
+        "height": content["height"],
+        "boxes": content["boxes"],
+        "answer": content["answer"],
+    }
+
+
+def output_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """A file name of its own for each picture: JPEG stays JPEG, everything else becomes PNG."""
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in paths:
+        suffix = path.suffix.lower() if path.suffix.lower() in (".jpg", ".jpeg") else ".png"
+        name, count = f"{path.stem}{suffix}", 1
+        while name.lower() in taken:  # some file systems do not tell cases apart
+            count += 1
+            name = f"{path.stem}-{count}{suffix}"
+        taken.add(name.lower())
+        names[path] = name
+    return names
+
+
+def report_failure(entry: dict[str, str]) -> None:
+    print(f"visionllm predict: {entry['error']}", file=sys.stderr)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def score(text: str) -> float:
+    """A number in 0..1, for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a score in 0..1, got {text}")
+    return value
