@@ -1,4 +1,4 @@
-"""Real COCO data through the loader, against pycocotools. Needs ``coco_mini``, which is not part of the project."""
+"""Real COCO data through the loader, against pycocotools. Needs ``coco_mini``, not part of the project."""
 
 from __future__ import annotations
 

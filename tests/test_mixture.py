@@ -1,4 +1,4 @@
-"""Training batches: reproducible from (seed, step, rank), honest about what is present, absent and unknown."""
+"""Training batches: reproducible from (seed, step, rank), honest about what is absent or unknown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views of photos: the boxes must still fit the pixels, whatever was cut, mirrored, shrunk or put together."""
+"""Views of photos: the boxes must still fit the pixels, whatever was cut, mirrored, shrunk or joined."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_boxes_fit_the_pixels(change):
 
 
 def test_nothing_visible_goes_without_an_entry():
-    """What is painted anywhere in a crop has a box or a crowd entry; its centre out of view makes it a crowd."""
+    """What is painted anywhere in a crop has a box or a crowd entry."""
     photos = AugmentedPhotos(PaintedPhotos(), 160, replace(PLAIN, mosaic=0, whole=0, zoom_out=0))
     cut = 0
     for seed in range(60):

@@ -54,7 +54,7 @@ def test_a_right_data_set_has_no_problem(folder):
     assert report.skipped == {"images": 0, "categories": 0, "annotations": 0}
 
 
-# section, index, field to change, new value (DELETED removes it), (section, index, field) of every problem expected
+# section, index and field to change, new value (DELETED removes it), further problems that follow
 DELETED = object()
 DAMAGE = {
     "missing area": ("annotations", 0, "area", DELETED, []),
@@ -223,7 +223,7 @@ def test_samples(folder):
 
 @pytest.mark.parametrize(("width", "height", "top_left"), [(40, 30, 200), (30, 40, 0)])
 def test_the_recorded_size_decides_about_rotation(tmp_path, width, height, top_left):
-    """A picture stored as 40 x 30 that a viewer turns by 90 degrees clockwise: bottom left becomes top left."""
+    """A picture stored as 40 x 30 that a viewer turns clockwise: bottom left becomes top left."""
     pixels = np.zeros((30, 40, 3), np.uint8)
     pixels[:8, :8] = 200
     exif = Image.Exif()

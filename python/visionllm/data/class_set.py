@@ -1,8 +1,8 @@
 """Which names a training prompt lists: some of what the picture shows, the rest absent, in random order.
 
-After VisionLLM (Wang et al. 2023, arXiv:2305.11175, section 3.2): class sets and their order are drawn anew for every
-sample, so that ``<ck>`` means nothing but "the k-th listed name". Only a name that its source annotates exhaustively
-may be listed as absent.
+After VisionLLM (Wang et al. 2023, arXiv:2305.11175, section 3.2): class sets and their order are drawn anew
+for every sample, so that ``<ck>`` means nothing but "the k-th listed name". Only a name that its source
+annotates exhaustively may be listed as absent.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PromptSettings:
 
 
 def draw_count(rng: np.random.Generator, most: int, settings: PromptSettings) -> tuple[int, str]:
-    """The number of names of a batch's prompts, at most ``most``, and its kind: "usual", "middle" or "large"."""
+    """How many names a batch's prompts list, at most ``most``; and "usual", "middle" or "large"."""
     kind = rng.random()
     if kind < settings.large_share:
         lowest = min(settings.middle_count[1], most)
@@ -77,7 +77,8 @@ def draw_class_set(
 
     Args:
         present: names with at least one target box in the picture.
-        unclear: names of crowds and cut-off objects: neither present nor absent, listed only for want of others.
+        unclear: names of crowds and cut-off objects: neither present nor absent, listed only for want of
+            others.
         vocabulary: names whose absence is known where no box is.
         foreign: further names that are never in the source's pictures.
         count: how many names to list.

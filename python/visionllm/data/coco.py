@@ -17,10 +17,11 @@ class CocoDataset:
     Args:
         annotations: the JSON file.
         images: the folder that its ``file_name`` entries are relative to.
-        on_error: "fail" raises a `DatasetError` that lists what is wrong; "skip" leaves out every wrong entry, and
-            ``report`` and ``skipped`` say which and how many. A name is not in the vocabulary of a picture that lost an
-            object of it: the object is there, without its box.
-        check_images: how far each picture is read beforehand ("decode", "header", "none"): see `validate_coco`.
+        on_error: "fail" raises a `DatasetError` that lists what is wrong; "skip" leaves out every wrong
+            entry, and ``report`` and ``skipped`` say which and how many. A name is not in the vocabulary of a
+            picture that lost an object of it: the object is there, without its box.
+        check_images: how far each picture is read beforehand ("decode", "header", "none"): see
+            `validate_coco`.
         shown: how many problems the error lists.
 
     Raises:

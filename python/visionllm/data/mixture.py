@@ -1,14 +1,14 @@
-"""Training batches from several data sets: weights, random prompts, targets; a pure function of (seed, step, rank).
+"""Training batches from several data sets, with random prompts: a pure function of (seed, step, rank).
 
-Nothing depends on which batches were made before, so that a run resumes anywhere and processes share no state. The
-number of listed names and the template are the same for all samples of a step, on all ranks: nothing is padded for
-want of names, and no rank waits for another's longer prompt.
+Nothing depends on which batches were made before, so that a run resumes anywhere and processes share no
+state. The number of listed names and the template are the same for all samples of a step, on all ranks:
+nothing is padded for want of names, and no rank waits for another's longer prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ class Source:
         weight: share of the samples, relative to the other sources.
         photo: a finite set of photos, drawn with augmentation; otherwise pictures are taken as they are.
         name: for logs.
-        absent_names: names that the caller vouches are never in this source's pictures; they may be listed there as
-            absent classes beside the source's own vocabulary.
+        absent_names: names that the caller vouches are never in this source's pictures; they may be listed
+            there as absent classes beside the source's own vocabulary.
     """
 
     dataset: SampleSource
@@ -48,14 +48,15 @@ class TrainBatch:
 
     Attributes:
         images: uint8 RGB ``[B, S, S, 3]``.
-        boxes: B arrays float32 ``[n, 4]``, centre x, centre y, width, height in 0..1 of the picture: the objects whose
-            class is listed.
+        boxes: B arrays float32 ``[n, 4]``, centre x, centre y, width, height in 0..1 of the picture: the
+            objects whose class is listed.
         labels: B arrays int64 ``[n]``, positions in ``instruction.classes``.
         instructions: B instructions with their text.
-        ignore: B arrays float32 ``[m, 4]`` like ``boxes``: areas with objects of listed classes that are no targets
-            (crowds, objects cut off by the border, more objects than asked for); answers there are neither right nor
-            wrong.
-        unlisted: B arrays float32 ``[m, 4]`` like ``boxes``: objects whose class is not listed; nothing must be said there.
+        ignore: B arrays float32 ``[m, 4]`` like ``boxes``: areas with objects of listed classes that are no
+            targets (crowds, objects cut off by the border, more objects than asked for); answers there are
+            neither right nor wrong.
+        unlisted: B arrays float32 ``[m, 4]`` like ``boxes``: objects whose class is not listed; nothing must
+            be said there.
         source: the B names of the sources.
     """
 
@@ -148,15 +149,13 @@ class TrainingBatches:
         template = self.templates[step_rng.integers(len(self.templates))]
         count, kind = draw_count(step_rng, min(int(self._capacities.max()), MAX_CLASSES), self.prompts)
         if kind == "middle" and step_rng.random() < 0.5:
-            # Half of these batches keep the small vocabularies in, listed as a whole; the other half leaves them out.
+            # Half of these batches keep the small vocabularies in, listed as a whole, half leave them out.
             count = min(count, int(self._capacities.min()))
         eligible = np.flatnonzero(self._capacities >= count)
         shares = np.cumsum(self._weights[eligible] / self._weights[eligible].sum())
 
         rngs = [self._rng(SAMPLE_STREAM, step, self.rank, position) for position in range(self.batch_size)]
-        chosen = [
-            eligible[min(np.searchsorted(shares, rng.random(), "right"), len(eligible) - 1)] for rng in rngs
-        ]
+        chosen = [int(eligible[np.searchsorted(shares[:-1], rng.random(), "right")]) for rng in rngs]
         samples = [self._sample(index, rng) for index, rng in zip(chosen, rngs, strict=True)]
         # A picture whose annotations are in part unusable knows fewer names than its source.
         most = [
@@ -213,10 +212,10 @@ class TrainingBatches:
 def targets_of(
     sample: Sample, classes: Sequence[str], max_objects: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes ``[n, 4]`` and labels ``[n]`` of the listed classes, areas to ignore and unlisted objects ``[m, 4]`` each.
+    """Listed objects' boxes ``[n, 4]`` and labels ``[n]``; areas to ignore and unlisted objects ``[m, 4]``.
 
-    Boxes are clipped to the picture, in centre form, in 0..1 of its width and height, the largest first; those beyond
-    ``max_objects`` and crowds are areas to ignore. Boxes without extent are left out.
+    Boxes are clipped to the picture, in centre form, in 0..1 of its width and height, the largest first;
+    those beyond ``max_objects`` and crowds are areas to ignore. Boxes without extent are left out.
     """
     number = {name: k for k, name in enumerate(classes)}
     labels = np.array([number.get(name, -1) for name in sample.names], np.int64).reshape(-1)
@@ -241,7 +240,7 @@ def _settings(kind: type, given: Any, name: str) -> Any:
         return given
     if not isinstance(given, Mapping):
         raise TypeError(f"{name}: expected {kind.__name__} or a mapping, got {type(given).__name__}")
-    known = kind.__dataclass_fields__
+    known = [field.name for field in fields(kind)]
     for key in given:
         if key not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {key!r}")

@@ -1,9 +1,10 @@
-"""Training views of annotated photos: crops, mosaics, mirror images and colour changes, from one random generator.
+"""Training views of annotated photos: crops, mosaics, mirror images, colour changes, from one generator.
 
-A view is a square of ``image_size`` pixels (aspect ratio not kept). An object stays a target where its centre is still
-in view, with its box clipped to the view (the IoU-sampling crop of SSD, Liu et al. 2016, arXiv:1512.02325, keeps boxes
-the same way); where only a part of it remains, it becomes a crowd entry: something is there, but nothing is asked of it.
-The mosaic of four views is YOLOv4's (Bochkovskiy et al. 2020, arXiv:2004.10934).
+A view is a square of ``image_size`` pixels (aspect ratio not kept). An object stays a target where its centre
+is still in view, with its box clipped to the view (the IoU-sampling crop of SSD, Liu et al. 2016,
+arXiv:1512.02325, keeps boxes the same way); where only a part of it remains, it becomes a crowd entry:
+something is there, but nothing is asked of it. The mosaic of four views is YOLOv4's (Bochkovskiy et al. 2020,
+arXiv:2004.10934).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class AugmentedPhotos:
         self._by_class = _photos_by_class(photos)
 
     def draw(self, rng: np.random.Generator) -> Sample:
-        """One view ``[S, S, 3]``: a photo or a mosaic of four. ``vocabulary`` holds what all its photos have."""
+        """One view ``[S, S, 3]``: a photo or a mosaic of four, with the vocabulary that they share."""
         size, settings = self.image_size, self.augmentation
         if rng.random() >= settings.mosaic:
             view = self._view(rng, size, size)
@@ -100,7 +101,7 @@ class AugmentedPhotos:
         return replace(view, image=jitter_colours(view.image, rng, settings))
 
     def photo(self, index: int) -> Sample:
-        """Photo ``index`` at no more than ``max_cached_side`` pixels, without masks; its arrays are read-only."""
+        """Photo ``index`` at its cached size, without masks; its arrays are read-only."""
         sample = self._cache.get(index)
         if sample is None:
             sample = replace(shrink(self.photos[index], self.augmentation.max_cached_side), masks=None)
@@ -159,7 +160,7 @@ def crop(
     rng: np.random.Generator,
     settings: PhotoAugmentation,
 ) -> Sample:
-    """The part ``window`` of the picture, resized to ``width`` x ``height``, at times smaller on a plain ground."""
+    """The part ``window``, resized to ``width`` x ``height``, at times smaller on a plain ground."""
     left, top = 0, 0
     inner_width, inner_height = width, height
     if rng.random() < settings.zoom_out:
@@ -207,7 +208,7 @@ def flip(sample: Sample) -> Sample:
 
 
 def shrink(sample: Sample, max_side: int) -> Sample:
-    """The sample with its longest side at most ``max_side`` pixels; masks are dropped where that changes anything."""
+    """The sample with its longest side at most ``max_side`` pixels; without masks if that changes it."""
     height, width = sample.image.shape[:2]
     if max(height, width) <= max_side:
         return sample
@@ -216,7 +217,7 @@ def shrink(sample: Sample, max_side: int) -> Sample:
 
 
 def resize(sample: Sample, width: int, height: int) -> Sample:
-    """The sample at another size, boxes and areas with it, without masks; the sample itself if it has that size."""
+    """The sample at another size, without masks; the sample itself if it has that size."""
     old_height, old_width = sample.image.shape[:2]
     if (old_width, old_height) == (width, height):
         return sample
@@ -232,7 +233,7 @@ def resize(sample: Sample, width: int, height: int) -> Sample:
 
 
 def jitter_colours(image: np.ndarray, rng: np.random.Generator, settings: PhotoAugmentation) -> np.ndarray:
-    """Random brightness, contrast, saturation and hue of ``[H, W, 3]`` uint8, as one affine map of the colours."""
+    """Random brightness, contrast, saturation and hue of uint8 ``[H, W, 3]``: one affine map of colours."""
     brightness = 1 + rng.uniform(-settings.brightness, settings.brightness)
     contrast = 1 + rng.uniform(-settings.contrast, settings.contrast)
     saturation = 1 + rng.uniform(-settings.saturation, settings.saturation)
@@ -282,7 +283,7 @@ def _mosaic(views: Sequence[Sample], corners: Sequence[tuple[int, int, int, int]
 
 
 def _photos_by_class(photos: SampleSource) -> list[np.ndarray]:
-    """Per class, the photos that show it. Only where the data set lists its objects without decoding the pictures."""
+    """Per class, the photos that show it; empty where the data set cannot say without decoding."""
     objects, names = getattr(photos, "objects", None), getattr(photos, "category_names", None)
     if objects is None or names is None:
         return []

@@ -4,10 +4,11 @@ A COCO annotation file is one JSON object with three lists::
 
     images       id, file_name, width, height
     categories   id, name
-    annotations  id, image_id, category_id, bbox [x, y, width, height] in pixels, area, optional iscrowd, segmentation
+    annotations  id, image_id, category_id, bbox [x, y, width, height] in pixels, area,
+                 optional iscrowd, segmentation
 
-Every entry is checked once (linear time), and an entry that refers to a wrong one is wrong too. A box may leave its
-picture by ``BORDER_TOLERANCE`` pixels: COCO's own boxes are rounded from polygons and do.
+Every entry is checked once (linear time), and an entry that refers to a wrong one is wrong too. A box may
+leave its picture by ``BORDER_TOLERANCE`` pixels.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visionllm.image import MAX_PIXELS, open_image
+from visionllm.image import MAX_PIXELS, ImageError, open_image
 
-BORDER_TOLERANCE = 1.0  # pixels; the largest excess in COCO val2017 is a rounding error of the second decimal
+BORDER_TOLERANCE = 1.0  # pixels; what rounding, or counting pixels from 1, makes of a box at the border
 IMAGE_CHECKS = ("decode", "header", "none")
 EXIF_ORIENTATION = 0x0112
 
@@ -104,11 +105,12 @@ def validate_coco(annotations: str | Path, images: str | Path | None, check_imag
     Args:
         annotations: the JSON file.
         images: the folder that ``file_name`` is relative to; None checks the JSON only.
-        check_images: "decode" reads every picture to its end (finds truncated files), "header" only its size, "none"
-            only that the file exists.
+        check_images: "decode" reads every picture to its end (finds truncated files), "header" only its size,
+            "none" only that the file exists.
 
     Raises:
-        DatasetError: the file is missing, is no JSON, or lacks one of the three lists: nothing could be checked.
+        DatasetError: the file is missing, is no JSON, or lacks one of the three lists: nothing could be
+            checked.
         ValueError: ``check_images`` is none of the three.
     """
     return validate_content(read_coco_json(annotations), annotations, images, check_images)
@@ -314,13 +316,15 @@ def _box_problem(entry: dict, size: tuple[int, int] | None) -> str | None:
 
 
 def _segmentation_problem(segmentation: Any, size: tuple[int, int] | None) -> str | None:
-    """None, [] (no mask), polygons [[x, y, x, y, ...], ...] or RLE {"size": [height, width], "counts": ...}."""
+    """None, [] (no mask), polygons [[x, y, ...], ...] or RLE {"size": [height, width], "counts": ...}."""
     if segmentation is None:
         return None
     if isinstance(segmentation, list):
         for number, polygon in enumerate(segmentation):
             if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                return f"polygon {number}: expected at least 3 points [x, y, x, y, ...], got {_described(polygon)}"
+                return (
+                    f"polygon {number}: expected [x, y, ...] of 3 points or more, got {_described(polygon)}"
+                )
             if not all(_is_number(value) and math.isfinite(value) for value in polygon):
                 return f"polygon {number}: expected finite numbers, got {_described(polygon)}"
         return None
@@ -377,22 +381,19 @@ def _picture_problem(path: Path, size: tuple[int, int] | None, check: str) -> st
 def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     """The picture, uint8 RGB ``[H, W, 3]``, as the annotations see it: ``size`` is their (width, height).
 
-    COCO's boxes are in stored pixels and ignore the EXIF rotation; other tools write them in displayed pixels. The
-    recorded size tells which: the stored one first, the rotated one where only that fits.
+    COCO's boxes are in stored pixels and ignore the EXIF rotation; other tools write them in displayed
+    pixels. The recorded size tells which: the stored one first, the rotated one where only that fits.
 
     Raises:
         DatasetError: the file is missing, broken, or of another size.
     """
-    message = None
     try:
-        with Image.open(path) as picture:
-            if picture.size == size:
-                picture.getexif().pop(EXIF_ORIENTATION, None)
-            image = open_image(picture)
+        image = open_image(path, upright=False)
         if (image.shape[1], image.shape[0]) != size:
-            message = f"expected {size[0]} x {size[1]} pixels, got {image.shape[1]} x {image.shape[0]}"
-    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise many types on broken files
-        message = f"broken image: {type(error).__name__}: {error}"
-    if message:
+            image = open_image(path)
+    except ImageError as error:
+        raise DatasetError([Problem(str(path), None, None, None, f"broken image: {error}")]) from error
+    if (image.shape[1], image.shape[0]) != size:
+        message = f"expected {size[0]} x {size[1]} pixels, got {image.shape[1]} x {image.shape[0]}"
         raise DatasetError([Problem(str(path), None, None, None, message)])
     return image
