@@ -93,15 +93,15 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     (tmp_path / "checkpoints" / "checkpoint-00000003.safetensors").touch()
     arguments = [f"output={tmp_path}", "steps=5"]
     with pytest.raises(ConfigError, match="--resume"):
-        settle(parser().parse_args(arguments))
-    _, checkpoint = settle(parser().parse_args(["--resume", "auto", *arguments]))
+        settle(parser().parse_intermixed_args(arguments))
+    _, checkpoint = settle(parser().parse_intermixed_args(["--resume", "auto", *arguments]))
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint-00000003.safetensors"
 
 
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(ConfigError, match=r"no config\.yaml"):
-        settle(parser().parse_args(["--resume", str(tmp_path)]))
+        settle(parser().parse_intermixed_args(["--resume", str(tmp_path)]))
     write_config(load_config(overrides=["steps=5"]), tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match="no checkpoint"):
-        settle(parser().parse_args(["--resume", str(tmp_path)]))
+        settle(parser().parse_intermixed_args(["--resume", str(tmp_path)]))

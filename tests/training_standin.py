@@ -73,7 +73,7 @@ class Batches:
         return batch
 
 
-def build(config, processes):
+def build(config, processes, resuming):
     """Network, batches and validation, as ``visionllm.train.build`` makes them for the real model."""
     return (
         Network(config.seed),
@@ -84,7 +84,7 @@ def build(config, processes):
 
 def main() -> int:
     """The command line of ``visionllm train`` with the stand-ins."""
-    arguments = parser().parse_args()
+    arguments = parser().parse_intermixed_args()
     config, checkpoint = settle(arguments)
     if config.processes > 0 and not launched() and arguments.export is None:
         return launch(config.processes, [sys.executable, __file__, *sys.argv[1:]])

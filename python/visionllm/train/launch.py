@@ -71,7 +71,9 @@ def launch(processes: int, command: Sequence[str]) -> int:
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _wait(children)
+        code = _wait(children)
+        # A process that was not ready for signals yet ends by them, with nothing to save.
+        return INTERRUPTED if received and code == 128 + signal.SIGTERM else code
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -420,8 +420,13 @@ def batch_stream(batches: Batches, start: int, workers: int) -> Iterator[Any]:
         batch_size=None,
         sampler=steps,
         num_workers=workers,
+        collate_fn=_unchanged,
     )
     return iter(loader)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def seed_generators(seed: int, step: int, rank: int) -> None:
