@@ -21,6 +21,8 @@ from visionllm.instruction import Instruction
 
 IMAGE = -2  # stands where an image token goes
 PADDING = -1
+# What stands around every class name, the tuple of a box, and digits: one piece each.
+SYMBOLS = ["\":▁", ",▁\"", "{\"", "\"}", "(c,▁x1,▁y1,▁x2,▁y2)", *"0123456789"]
 MAX_NAME_TOKENS = 32  # longer names are cut for the text encoder; the LLM still reads them whole
 
 
@@ -71,6 +73,10 @@ class Tokenizer:
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.processor.encode(text))
 
+    def encode_name(self, name: str) -> tuple[int, ...]:
+        """A class name's pieces, as the words have them in running text, where a space stands before each."""
+        return self.encode(" " + name)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode([i for i in ids if 0 <= i < self.vocab_size])
 
@@ -100,7 +106,7 @@ class Tokenizer:
                         continue
                     pieces, index, has_image = image, -1, True
                 elif segment.kind == "name":
-                    pieces, index, in_class_set = self.encode(segment.text), segment.index, True
+                    pieces, index, in_class_set = self.encode_name(segment.text), segment.index, True
                 elif segment.kind == "class_token":
                     pieces, index = (self.vocab_size + segment.index,), segment.index
                 else:
@@ -117,7 +123,7 @@ class Tokenizer:
             name_index.append(row_index)
             descriptions.append(description)
             name_rows.append([rows.setdefault(name, len(rows)) for name in instruction.classes])
-        names = [self.encode(name)[:MAX_NAME_TOKENS] for name in rows]
+        names = [self.encode_name(name)[:MAX_NAME_TOKENS] for name in rows]
         class_rows = pad(name_rows, PADDING)
         return Prompts(
             ids=pad(ids, PADDING),
@@ -138,35 +144,35 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 def train_sentencepiece(sentences: Sequence[str], vocab_size: int) -> bytes:
-    """Trains a unigram model with byte fallback, so that no text is unknown; the same input gives the same bytes."""
+    """Trains byte-pair pieces with byte fallback, so that no text is unknown; the same input gives the same bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size, model_type="unigram",
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size, model_type="bpe",
         character_coverage=1.0, byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
         normalization_rule_name="identity", split_digits=True, bos_id=1, eos_id=2, unk_id=0, pad_id=-1,
-        user_defined_symbols=["\":", ",▁\"", "{\"", "\"}"], num_threads=1, minloglevel=2, hard_vocab_limit=False,
+        user_defined_symbols=SYMBOLS, num_threads=1, minloglevel=2,
     )  # fmt: skip
     return model.getvalue()
 
 
-def corpus(names: Sequence[str]) -> list[str]:
-    """Sentences to learn pieces from: every template, every name (several times: names must stay short), numbers."""
+def corpus() -> list[str]:
+    """Sentences to learn pieces from: every training wording, and every class name often, so that names stay short."""
+    from visionllm.data.scenes.backgrounds import COCO_NAMES
+    from visionllm.data.scenes.glyphs import class_glyphs
+    from visionllm.data.scenes.shapes import SHAPE_NAMES
     from visionllm.instruction import TRAIN_TEMPLATES
 
     sentences = [template.text for templates in TRAIN_TEMPLATES.values() for template in templates]
-    for name in names:
-        sentences.extend([name] * 8)
-    return sentences
+    names = dict.fromkeys([*class_glyphs(), *SHAPE_NAMES, *COCO_NAMES])
+    return sentences * 2 + [" " + name for name in names for _ in range(8)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m visionllm.tokenizer", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="the SentencePiece model to write")
-    parser.add_argument("--names", type=Path, nargs="*", default=[], help="files with one class name a line")
-    parser.add_argument("--vocab-size", type=int, default=3072)
+    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces, bytes included")
     arguments = parser.parse_args(argv)
-    names = [line.strip() for path in arguments.names for line in path.read_text().splitlines() if line.strip()]
-    arguments.output.write_bytes(train_sentencepiece(corpus(names), arguments.vocab_size))
+    arguments.output.write_bytes(train_sentencepiece(corpus(), arguments.vocab_size))
     return 0
 
 

@@ -78,8 +78,9 @@ class EfficientNetLite(nn.Module):
     Args:
         frozen_stages: the stem and this many stages get no gradient, so that training neither stores nor walks
             back through the largest feature maps.
-        freeze_depthwise: the depthwise kernels get no gradient. They hold 5 % of the values, and their weight
-            gradient took more time than all the rest of the trunk's backward pass on a CPU.
+        freeze_depthwise: the depthwise convolutions get no gradient. They hold 5 % of the values, and their weight
+            gradient (which a bias's gradient brings with it) took more time on a CPU than all the rest of the trunk's
+            backward pass.
     """
 
     def __init__(self, frozen_stages: int = 0, freeze_depthwise: bool = False) -> None:
@@ -103,7 +104,7 @@ class EfficientNetLite(nn.Module):
         if freeze_depthwise:
             for module in self.modules():
                 if isinstance(module, DepthwiseConv):
-                    module.weight.requires_grad_(False)
+                    module.requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_stages == 0):

@@ -20,7 +20,7 @@ class ModelConfig:
     frozen_stages: int = 3  # EfficientNet-Lite0 stages (after the stem) that are never trained
     freeze_depthwise: bool = True  # depthwise kernels keep their pretrained values
     # Text
-    vocab_size: int = 3072  # SentencePiece pieces; the added tokens follow
+    vocab_size: int = 2048  # SentencePiece pieces; the added tokens follow
     text_dim: int = 160  # text encoder width
     text_layers: int = 2
     text_heads: int = 4

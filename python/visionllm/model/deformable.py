@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionllm.model.attention import attention
 from visionllm.ops import ms_deform_attn
 
 
@@ -104,7 +105,7 @@ class DeformableDecoderLayer(nn.Module):
         normed = self.self_norm(x)
         q, k = self.query_key(normed + position).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         v = self.value(normed).view(b, n, self.heads, -1).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = attention(q, k, v, mask)
         x = x + self.output(y.transpose(1, 2).reshape(b, n, c))
         x = x + self.attention(self.cross_norm(x) + position, reference, memory, shapes, starts)
         return self.ffn(x)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from visionllm.model.attention import attention
 
 
 class LanguageFusion(nn.Module):
@@ -24,5 +25,5 @@ class LanguageFusion(nn.Module):
         b, n, c = x.shape
         q = self.query(self.norm(x)).view(b, n, self.heads, -1).transpose(1, 2)
         k, v = self.key_value(text).view(b, text.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        y = attention(q, k, v, mask[:, None, None])
         return x + self.gate * self.output(y.transpose(1, 2).reshape(b, n, c))

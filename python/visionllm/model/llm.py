@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionllm.model.attention import attention
 from visionllm.model.config import ModelConfig
 from visionllm.model.lora import LoRALinear
 
@@ -105,10 +106,10 @@ class LLMLayer(nn.Module):
         k = apply_rope(self.k(normed).view(b, n, self.kv_heads, -1), rope)
         v = self.v(normed).view(b, n, self.kv_heads, -1)
         # Padding stands behind the text, where a causal query of the text cannot see it.
-        y = F.scaled_dot_product_attention(
-            q[:, :p].transpose(1, 2), k[:, :p].transpose(1, 2), v[:, :p].transpose(1, 2),
-            is_causal=True, enable_gqa=self.heads != self.kv_heads,
-        ).transpose(1, 2).reshape(b, p, c)  # fmt: skip
+        shared = self.heads // self.kv_heads
+        far_q, far_k, far_v = (t[:, :p].transpose(1, 2) for t in (q, k, v))
+        far_k, far_v = (t.repeat_interleave(shared, 1) for t in (far_k, far_v))
+        y = attention(far_q, far_k, far_v, causal=True).transpose(1, 2).reshape(b, p, c)
         if n > p:
             own = query_attention(q[:, p:], k[:, p:], v[:, p:], k[:, :p], v[:, :p], mask, slots)
             y = torch.cat([y, own], 1)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionllm.model.attention import attention
+
 
 class TextEncoderLayer(nn.Module):
     """Pre-norm self-attention and GELU feed-forward."""
@@ -29,7 +31,7 @@ class TextEncoderLayer(nn.Module):
         n, t, c = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(n, t, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, T, C / heads]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = attention(q, k, v, mask)
         x = x + self.output(y.transpose(1, 2).reshape(n, t, c))
         return x + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x))))
 

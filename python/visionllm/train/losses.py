@@ -153,7 +153,7 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         # Denoising query d stands for object d; those at unlisted objects must say nothing.
         own = torch.arange(extra, device=device).expand(len(denoised), -1)
         denoised_object = torch.where(denoised_valid & (own < listed), own, -1)
-    losses["proposals"] = proposal_loss(tokens, targets, network) / objects
+    losses["proposals"] = proposal_loss(tokens, targets, batch.images.shape[1]) / objects
     for boxes, objectness in zip(tokens.boxes[:-1], tokens.objectness[:-1], strict=True):
         with torch.no_grad():
             assigned = match(pair_costs(boxes[:, :m], objectness[:, :m], targets.boxes), targets.valid)
@@ -219,9 +219,8 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     return result
 
 
-def proposal_loss(tokens: ImageTokens, targets: Targets, network: Network) -> Tensor:
-    """Token loss on the encoder's positions, several per object."""
-    size = network.config.image_size
+def proposal_loss(tokens: ImageTokens, targets: Targets, size: int) -> Tensor:
+    """Token loss on the encoder's positions, several per object; size: the pictures' side in pixels."""
     shapes = torch.tensor([[-(-size // stride)] * 2 for stride in (8, 16, 32, 64)])
     centres = anchor_boxes(shapes)[:, :2].to(tokens.proposal_boxes.device)
     with torch.no_grad():
