@@ -186,6 +186,21 @@ def test_a_picture_that_knows_fewer_names_shortens_the_batch():
     for step in range(5):
         assert 6 <= len(batches[step].instructions[0].classes) <= 10
 
+    class Mixed(Pictures):  # some of the pictures know all names: long prompts look for those
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return replace(sample, vocabulary=self.vocabulary if index % 2 else self.vocabulary[:6])
+
+    batches = mixture(sources=[Source(Mixed(PHOTO_NAMES))], prompts={"usual_count": (10, 10, 10.1)})
+    lengths = [len(batches[step].instructions[0].classes) for step in range(20)]
+    assert lengths.count(10) >= 18
+    short = mixture(
+        sources=[Source(Mixed(PHOTO_NAMES))],
+        prompts={"usual_count": (4, 5, 6), "middle_share": 0, "large_share": 0},
+    )
+    known = [int(image[0, 0, 0]) % 2 for step in range(20) for image in short[step].images]
+    assert 0.3 < np.mean(known) < 0.7
+
 
 @pytest.mark.parametrize("seed", range(5))
 def test_class_sets(seed):

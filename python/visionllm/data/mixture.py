@@ -20,6 +20,7 @@ from visionllm.instruction import TRAIN_TEMPLATES, Instruction, Template
 from visionllm.instruction.instruction import MAX_CLASSES
 
 STEP_STREAM, SAMPLE_STREAM = 0, 1  # independent random streams
+DRAWS = 8  # attempts to find a picture that knows enough names for a long prompt
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,9 @@ class TrainingBatches:
 
         rngs = [self._rng(SAMPLE_STREAM, step, self.rank, position) for position in range(self.batch_size)]
         chosen = [int(eligible[np.searchsorted(shares[:-1], rng.random(), "right")]) for rng in rngs]
-        samples = [self._sample(index, rng) for index, rng in zip(chosen, rngs, strict=True)]
-        # A picture whose annotations are in part unusable knows fewer names than its source.
-        most = [
-            len({*sample.vocabulary, *sample.names, *self.sources[index].absent_names})
-            for index, sample in zip(chosen, samples, strict=True)
-        ]
-        count = min([count, *most])
+        samples = [self._sample(index, count, rng) for index, rng in zip(chosen, rngs, strict=True)]
+        known = [self._known(index, sample) for index, sample in zip(chosen, samples, strict=True)]
+        count = min([count, *known])
         batch = TrainBatch(
             images=np.stack([sample.image for sample in samples]),
             boxes=[],
@@ -179,12 +176,28 @@ class TrainingBatches:
     def _rng(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=stream))
 
-    def _sample(self, index: int, rng: np.random.Generator) -> Sample:
+    def _sample(self, index: int, count: int, rng: np.random.Generator) -> Sample:
+        """A sample of a source, one that can fill a prompt of about ``count`` names if a few draws find any.
+
+        A picture can know fewer names than its source: on a real background, or with a damaged annotation.
+        """
+        sample = self._draw(index, rng)
+        for _ in range(DRAWS - 1):
+            if self._known(index, sample) >= 0.95 * count:
+                break
+            sample = self._draw(index, rng)
+        return sample
+
+    def _draw(self, index: int, rng: np.random.Generator) -> Sample:
         photos = self._photos[index]
         if photos is not None:
             return photos.draw(rng)
         dataset = self.sources[index].dataset
         return resize(dataset[int(rng.integers(len(dataset)))], self.image_size, self.image_size)
+
+    def _known(self, index: int, sample: Sample) -> int:
+        """How many names a prompt for the sample can list."""
+        return len({*sample.vocabulary, *sample.names, *self.sources[index].absent_names})
 
     def _add_prompt(
         self,
@@ -250,8 +263,9 @@ def _settings(kind: type, given: Any, name: str) -> Any:
 
 
 def _capacity(source: Source) -> int:
-    """How many names every prompt for this source can list."""
-    vocabulary = getattr(source.dataset, "vocabulary", None)
-    if vocabulary is None:
-        vocabulary = source.dataset[0].vocabulary
+    """How many names a prompt for this source can list."""
+    dataset = source.dataset
+    vocabulary = (
+        getattr(dataset, "vocabulary", None) or getattr(dataset, "names", None) or dataset[0].vocabulary
+    )
     return len({*vocabulary, *source.absent_names})

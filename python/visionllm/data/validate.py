@@ -322,9 +322,7 @@ def _segmentation_problem(segmentation: Any, size: tuple[int, int] | None) -> st
     if isinstance(segmentation, list):
         for number, polygon in enumerate(segmentation):
             if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                return (
-                    f"polygon {number}: expected [x, y, ...] of 3 points or more, got {_described(polygon)}"
-                )
+                return f"polygon {number}: expected at least 3 points [x, y, ...], got {_described(polygon)}"
             if not all(_is_number(value) and math.isfinite(value) for value in polygon):
                 return f"polygon {number}: expected finite numbers, got {_described(polygon)}"
         return None
