@@ -86,7 +86,7 @@ def test_plot_of_tiny_pictures_and_odd_boxes(size):
 def test_labels_stay_inside_and_apart():
     taken = []
     box = (90.0, 2.0, 99.0, 30.0)
-    for _ in range(4):
+    for _ in range(3):
         taken.append(place_label(box, (40.0, 10.0), (100, 100), taken))
     for place in taken:
         assert place[0] >= 0 and place[1] >= 0 and place[2] <= 100 and place[3] <= 100

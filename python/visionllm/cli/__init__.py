@@ -31,7 +31,7 @@ COMMANDS = {
         "visionllm.data.scenes.export", "main", "write generated scenes as a COCO-format data set"
     ),
     "glyphs": Command("visionllm.data.scenes.glyphs", "main", "collect the glyphs that scenes are made of"),
-    "validate": Command("visionllm.data.validate", "main", "check a COCO-format data set"),
+    "validate": Command("visionllm.cli.validate", "main", "check a COCO-format data set"),
     "instruction": Command("visionllm.cli.instruction", "main", "show how an instruction is understood"),
     "doctor": Command("visionllm.cli.doctor", "main", "show versions and what works on this machine"),
 }
