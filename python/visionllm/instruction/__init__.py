@@ -1,4 +1,4 @@
-"""The instruction language: text to a typed instruction and back, wordings for training, and the language of the answers."""
+"""The instruction language: text to a typed instruction and back, wordings to train on, and the answers."""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
 """The language of the answers: "The bounding boxes are [(<c0>, 226.4, 229.8, 363.1, 347.4), ...]."
 
-An answer is a view of the picture's objects in the range r and the coordinate mode that the instruction asks for
-(VisionLLM, section 3.2 and Figure 2). With a point (x, y) in pixels, a picture of width W and height H, and the object's
-centre point (cx, cy):
+An answer is a view of the picture's objects in the range r and the coordinate mode that the instruction asks
+for (VisionLLM, section 3.2 and Figure 2). With a point (x, y) in pixels, a picture of width W and height H,
+and the object's centre point (cx, cy):
 
     absolute   x / W * r,         y / H * r           one decimal, in [0, r], as Figure 2 prints them
-    offset     (x - cx) / W * r,  (y - cy) / H * r    whole numbers in [-r, r]: a step is 1/r of the width or the height;
-                                                      with r = 512 they are the location tokens' own i/512 (section 3.4)
+    offset     (x - cx) / W * r,  (y - cy) / H * r    whole numbers in [-r, r]
 
-Halves round to even; values outside the interval are moved to its end. An answer in offsets does not hold the centres: they
-are needed to come back to pixels.
+A step of an offset is 1/r of the width or the height; with r = 512 offsets are the location tokens' own i/512
+(section 3.4).
+
+Halves round to even; values outside the interval are moved to its end. An answer in offsets does not hold the
+centres: they are needed to come back to pixels.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Answer:
     Attributes:
         kind: ``"bounding boxes"``, ``"detected polygons"`` or ``"detected keypoints"``.
         labels: int64 ``[n]``, k of the class token ``<ck>``.
-        numbers: float64 ``[n, 2 N]``, ``x1, y1, ..., xN, yN`` as written, in the instruction's range and coordinates.
+        numbers: float64 ``[n, 2 N]``, ``x1, y1, ..., xN, yN`` as written, in the instruction's range and
+            coordinates.
     """
 
     kind: str
@@ -80,8 +83,8 @@ def box_numbers(
         instruction: gives range and coordinates.
         points: ``[n, 2 N]``, ``x1, y1, ..., xN, yN`` in pixels (boxes: corners xyxy).
         size: (width, height) of the picture in pixels.
-        centers: ``[n, 2]``, centre points (x, y) in pixels; the middle of the points' extent when None. Absolute answers
-            do not use them.
+        centers: ``[n, 2]``, centre points (x, y) in pixels; the middle of the points' extent when None.
+            Absolute answers do not use them.
 
     Returns:
         float64 ``[n, 2 N]``, rounded to what the answer prints.
@@ -129,7 +132,9 @@ def _checked(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The values as float64 ``[n, 2 N]``, and the factor ``[2 N]`` from pixels to the range."""
     if instruction.task not in SET_TASKS:
-        raise ValueError(f"answer: expected an instruction for one of {', '.join(SET_TASKS)}, got {instruction.task}")
+        raise ValueError(
+            f"answer: expected an instruction for one of {', '.join(SET_TASKS)}, got {instruction.task}"
+        )
     width, height = size
     if not (width > 0 and height > 0):
         raise ValueError(f"answer: size must be a positive (width, height), got {size}")
@@ -137,7 +142,9 @@ def _checked(
     if array.size == 0:
         array = array.reshape(0, 2 * instruction.points)
     if array.ndim != 2 or array.shape[1] != 2 * instruction.points:
-        raise ValueError(f"answer: points must have shape [n, {2 * instruction.points}], got {list(array.shape)}")
+        raise ValueError(
+            f"answer: points must have shape [n, {2 * instruction.points}], got {list(array.shape)}"
+        )
     if not np.isfinite(array).all():
         raise ValueError("answer: points must be finite")
     return array, np.tile([instruction.range / width, instruction.range / height], instruction.points)
@@ -199,7 +206,8 @@ def parse_answer(text: str, instruction: Instruction | None = None) -> Answer | 
 
     Args:
         text: the answer.
-        instruction: when given, the answer has to fit it: kind, classes, number of points, range, whole offsets.
+        instruction: when given, the answer has to fit it: kind, classes, number of points, range, whole
+            offsets.
 
     Returns:
         The answer, or where and why it could not be read.

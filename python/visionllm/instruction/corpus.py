@@ -1,7 +1,7 @@
 """The seed instructions: wordings with placeholders, by task.
 
-Training draws one at random for each batch (section 3.2); those for evaluation are never trained on, so that robustness to
-an unseen wording can be measured. The wordings stand in ``templates.json``.
+Training draws one at random for each batch (section 3.2); those for evaluation are never trained on, so that
+robustness to an unseen wording can be measured. The wordings stand in ``templates.json``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The typed instruction: what a picture is asked for, and in which form the answer is wanted.
 
-VisionLLM, arXiv 2305.11175, section 3.2: an instruction names a task, a category set that maps names to the class
-tokens ``<c0>`` ... ``<c511>``, and an output format, the tuple (C, P) of a class index and N points whose coordinates lie
-within a range.
+VisionLLM, arXiv 2305.11175, section 3.2: an instruction names a task, a category set that maps names to the
+class tokens ``<c0>`` ... ``<c511>``, and an output format, the tuple (C, P) of a class index and N points whose
+coordinates lie within a range.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Segment(NamedTuple):
     """A piece of an instruction's text.
 
     Attributes:
-        kind: ``"text"``; ``"image"``, the ``<image>`` placeholder; ``"name"``, a class name as it stands in the text (with
-            its escapes, without its quotes); ``"class_token"``, ``<ck>`` in the class set.
+        kind: ``"text"``; ``"image"``, the ``<image>`` placeholder; ``"name"``, a class name as it stands in the
+            text (with its escapes, without its quotes); ``"class_token"``, ``<ck>`` in the class set.
         text: the piece itself.
         index: k for names and class tokens, None otherwise.
     """
 
     kind: Literal["text", "image", "name", "class_token"]
     text: str
-    index: int | None = None
+    index: int | None = None  # type: ignore[assignment]  # hides tuple.index
 
 
 class InstructionError(ValueError):
@@ -55,6 +55,12 @@ class InstructionError(ValueError):
         return f"instruction, position {self.position}: expected {self.expected}, found {self.found}"
 
 
+def found_at(text: str, position: int) -> str:
+    """What stands at a position, for an error."""
+    rest = text[position : position + 24]
+    return f"`{rest}`" if rest else "the end of the text"
+
+
 @dataclass(frozen=True)
 class Instruction:
     """What is asked of a picture.
@@ -66,9 +72,13 @@ class Instruction:
     """
 
     task: str = "detection"  # one of TASKS
-    classes: tuple[str, ...] = ()  # names in token order: classes[k] is <ck>; empty for captioning and vqa alone
+    classes: tuple[
+        str, ...
+    ] = ()  # names in token order: classes[k] is <ck>; empty for captioning and vqa alone
     range: int = DEFAULT_RANGE  # > 0; the largest number of an answer, see answer.py
-    coordinates: str = "offset"  # "offset": relative to the centre point; "absolute": from the top left corner
+    coordinates: str = (
+        "offset"  # "offset": relative to the centre point; "absolute": from the top left corner
+    )
     points: int = 2  # N of the tuple (c, x1, y1, ..., xN, yN); 2 for boxes
     text: str | None = field(default=None, compare=False, repr=False)  # the wording, placeholders filled
     question: str | None = None  # vqa only: the question
@@ -76,12 +86,16 @@ class Instruction:
     def __post_init__(self) -> None:
         if not isinstance(self.classes, tuple):
             if isinstance(self.classes, str):
-                raise ValueError(f"instruction: classes must be a list of names, got the string {self.classes!r}")
+                raise ValueError(
+                    f"instruction: classes must be a list of names, got the string {self.classes!r}"
+                )
             object.__setattr__(self, "classes", tuple(self.classes))
         if self.task not in TASKS:
             raise ValueError(f"instruction: task must be one of {', '.join(TASKS)}, got {self.task!r}")
         if self.coordinates not in ("offset", "absolute"):
-            raise ValueError(f"instruction: coordinates must be 'offset' or 'absolute', got {self.coordinates!r}")
+            raise ValueError(
+                f"instruction: coordinates must be 'offset' or 'absolute', got {self.coordinates!r}"
+            )
         for name in ("range", "points"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -91,17 +105,25 @@ class Instruction:
         self._check_classes()
         self._check_points()
         if (self.question is not None) != (self.task == "vqa"):
-            raise ValueError(f"instruction: question belongs to the task vqa, got {self.question!r} for {self.task}")
+            raise ValueError(
+                f"instruction: question belongs to the task vqa, got {self.question!r} for {self.task}"
+            )
         question = self.question
         if question is not None and (not question or question != question.strip() or "<image>" in question):
-            raise ValueError(f"instruction: question must be text without outer spaces or <image>, got {question!r}")
+            raise ValueError(
+                f"instruction: question must be text without outer spaces or <image>, got {question!r}"
+            )
 
     def _check_classes(self) -> None:
         if self.task not in SET_TASKS:
             if self.range != DEFAULT_RANGE or self.coordinates != "offset":
-                raise ValueError(f"instruction: {self.task} has no range and coordinates, got {self.range}, {self.coordinates}")
+                raise ValueError(
+                    f"instruction: {self.task} has no range, got {self.range} and {self.coordinates} coordinates"
+                )
             if self.classes:
-                raise ValueError(f"instruction: {self.task} takes no class set, got {len(self.classes)} classes")
+                raise ValueError(
+                    f"instruction: {self.task} takes no class set, got {len(self.classes)} classes"
+                )
             return
         if not self.classes:
             raise ValueError("instruction: class set is empty")
@@ -146,7 +168,7 @@ class Instruction:
         """The text cut in pieces, in order: ``"".join(s.text for s in segments) == text``.
 
         Args:
-            template: the wording. When None: ``self.text`` if it is set, the task's default template otherwise.
+            template: the wording. When None: ``self.text`` if it is set, or else the task's default.
 
         Raises:
             ValueError: ``self.text`` says something else than the fields, or the template cannot say it.

@@ -1,7 +1,8 @@
 """From a typed instruction to text: class sets, output formats and templates with placeholders.
 
-Inside a class set every ``<ck>`` ends an entry, so a name that contains one has it escaped: ``\\<c3>``. A backslash also
-escapes a backslash, a quote or a bracket where it would be misread. Ordinary names are written as they are.
+Inside a class set every ``<ck>`` ends an entry, so a name that contains one has it escaped: ``\\<c3>``. A
+backslash also escapes a backslash, a quote or a bracket where it would be misread. Ordinary names are written
+as they are.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
+from .class_set import QUOTES
 from .instruction import DEFAULT_RANGE, MAX_CLASSES, SET_TASKS, Instruction, Segment
 from .wording import coordinates_of
 
-QUOTES = "\"'`´‘’“”„«»"
 _PLACEHOLDER = re.compile(r"(<image>|<class>|<range>|<format>|<question>|\{<expression>: <c0>\})")
 _QUOTED_SPECIAL = re.compile(rf"""[\\"]|<c\d|[(\[{{]\s*[{QUOTES}]""")
 _QUOTED_ESCAPE = re.compile(rf"""[\\"]|<(?=c\d)|(?<=[(\[{{\s])[{QUOTES}]""")
@@ -57,8 +58,8 @@ def _escape_bare(name: str) -> str:
 class Template:
     """An instruction's wording, with placeholders for what varies.
 
-    ``<image>`` stands for the picture, ``<class>`` for the class set (grounding: ``{<expression>: <c0>}``), ``<range>`` for
-    the range, ``<format>`` for the output format, ``<question>`` for the question.
+    ``<image>`` stands for the picture, ``<class>`` for the class set (grounding: ``{<expression>: <c0>}``),
+    ``<range>`` for the range, ``<format>`` for the output format, ``<question>`` for the question.
 
     Raises:
         ValueError: a placeholder that the task needs is missing or stands twice.
@@ -80,8 +81,13 @@ class Template:
         for placeholder in needed:
             count = pieces.count(placeholder)
             if count != 1:
-                raise ValueError(f"template {self.text!r}: expected {placeholder} once, found it {count} times")
-        object.__setattr__(self, "_coordinates", coordinates_of(self.text.replace("<class>", " ")))
+                raise ValueError(
+                    f"template {self.text!r}: expected {placeholder} once, found it {count} times"
+                )
+        coordinates = (
+            coordinates_of(self.text.replace("<class>", " ")) if self.task in SET_TASKS else "offset"
+        )
+        object.__setattr__(self, "_coordinates", coordinates)
 
     @property
     def coordinates(self) -> str:
@@ -93,23 +99,22 @@ class Template:
         """Whether the picture comes before the class set."""
         return self.text.find("<image>") < max(self.text.find("<class>"), self.text.find("<expression>"))
 
-    def instruction(self, classes: Sequence[str], range: int = DEFAULT_RANGE, points: int | None = None) -> Instruction:
-        """An instruction in this wording, its ``text`` set and its segments ready.
+    def instruction(self, classes: Sequence[str], range: int = DEFAULT_RANGE, points: int = 2) -> Instruction:
+        """An instruction in this wording with its ``text`` and segments, for the tasks with a class set.
 
         Args:
             classes: names in token order.
             range: the largest number of the answer.
-            points: N; 2 when None.
+            points: N, 2 for boxes.
         """
-        bare = Instruction(self.task, tuple(classes), range, self.coordinates, 2 if points is None else points)
+        bare = Instruction(self.task, tuple(classes), range, self.coordinates, points)
         segments = fill(bare, self)
-        text = "".join([segment.text for segment in segments])
-        result = Instruction(bare.task, bare.classes, range, bare.coordinates, bare.points, text)
-        object.__setattr__(result, "_segments", segments)
-        return result
+        object.__setattr__(bare, "text", "".join([segment.text for segment in segments]))
+        object.__setattr__(bare, "_segments", segments)
+        return bare
 
 
-@lru_cache(maxsize=None)
+@cache
 def default_template(task: str, coordinates: str) -> Template:
     """The first template of the corpus with this task and these coordinates."""
     from .corpus import TRAIN_TEMPLATES
@@ -163,7 +168,9 @@ def fill(instruction: Instruction, template: Template | None = None) -> list[Seg
 
 def _check_fit(instruction: Instruction, template: Template) -> None:
     if template.task != instruction.task:
-        raise ValueError(f"instruction: expected a template for {instruction.task}, got one for {template.task}")
+        raise ValueError(
+            f"instruction: expected a template for {instruction.task}, got one for {template.task}"
+        )
     if instruction.task not in SET_TASKS:
         return
     if template.coordinates != instruction.coordinates:
@@ -172,9 +179,13 @@ def _check_fit(instruction: Instruction, template: Template) -> None:
             f"got {template.coordinates}: {template.text!r}"
         )
     if instruction.range != DEFAULT_RANGE and "<range>" not in template.text:
-        raise ValueError(f"instruction: range {instruction.range} needs <range> in the template {template.text!r}")
+        raise ValueError(
+            f"instruction: range {instruction.range} needs <range> in the template {template.text!r}"
+        )
     if instruction.points != 2 and "<format>" not in template.text:
-        raise ValueError(f"instruction: {instruction.points} points need <format> in the template {template.text!r}")
+        raise ValueError(
+            f"instruction: {instruction.points} points need <format> in the template {template.text!r}"
+        )
 
 
 def render(instruction: Instruction, template: Template | None = None) -> str:

@@ -1,6 +1,7 @@
 """What the words around a class set ask for: the range, the coordinate mode and the task.
 
-The text is cut into words, numbers and signs once and walked from left to right, so the time is linear in its length.
+The text is cut into words, numbers and signs once and walked from left to right, so the time is linear in its
+length.
 """
 
 from __future__ import annotations
@@ -15,26 +16,78 @@ _OFFSET_WORDS = frozenset({"offset", "offsets", "displacement", "displacements"}
 _ABSOLUTE_WORDS = frozenset({"coordinate", "coordinates", "pixel", "pixels"})
 _CENTER_WORDS = frozenset({"center", "centre", "centers", "centres", "midpoint"})
 _RANGE_WORDS = frozenset(
-    {"range", "ranges", "ranging", "within", "between", "interval", "limits", "bounds", "scale", "scaled", "normalized"}
+    {
+        "range",
+        "ranges",
+        "ranging",
+        "within",
+        "between",
+        "interval",
+        "limits",
+        "bounds",
+        "scale",
+        "scaled",
+        "normalized",
+    }
     | {"normalised"}
 )
 _RANGE_FILLERS = frozenset(
-    {"the", "a", "an", "of", "is", "are", "be", "to", "by", "from", "range", "interval", "as", "in", "integer", "integers"}
+    {
+        "the",
+        "a",
+        "an",
+        "of",
+        "is",
+        "are",
+        "be",
+        "to",
+        "by",
+        "from",
+        "range",
+        "interval",
+        "as",
+        "in",
+        "integer",
+        "integers",
+    }
     | {"value", "values", "limits", "bounds", "between", "within", ":", "=", "whole", "numbers"}
 )
 _OPEN, _CLOSE = "([{", ")]}"
 _MINUS = frozenset("-−–")
 _DASHES = frozenset("-–—")
 _TO = frozenset({"to", "..", "...", "…", "~", "∼", "through"}) | _DASHES
-_KEYPOINT_WORDS = frozenset({"keypoint", "keypoints", "pose", "poses", "landmark", "landmarks", "joint", "joints"})
+_KEYPOINT_WORDS = frozenset(
+    {"keypoint", "keypoints", "pose", "poses", "landmark", "landmarks", "joint", "joints"}
+)
 _MASK_WORDS = frozenset(
-    {"segment", "segmentation", "segmenting", "mask", "masks", "polygon", "polygons", "contour", "contours", "outline"}
+    {
+        "segment",
+        "segmentation",
+        "segmenting",
+        "mask",
+        "masks",
+        "polygon",
+        "polygons",
+        "contour",
+        "contours",
+        "outline",
+    }
     | {"outlines"}
 )
 _BOX_WORDS = frozenset({"box", "boxes", "bounding", "rectangle", "rectangles"})
 _ANSWER_WORDS = frozenset({"question", "answer"})
 _CAPTION_WORDS = frozenset(
-    {"caption", "captions", "describe", "description", "descriptions", "analyze", "analyse", "summarize", "summarise"}
+    {
+        "caption",
+        "captions",
+        "describe",
+        "description",
+        "descriptions",
+        "analyze",
+        "analyse",
+        "summarize",
+        "summarise",
+    }
     | {"summary", "title", "explain", "narrate", "story"}
 )
 
@@ -59,8 +112,9 @@ def coordinates_of(text: str) -> str:
 def read_coordinates(words: list[Word], signed: bool | None) -> str:
     """The coordinate mode.
 
-    "absolute" says so; otherwise "offsets", or "relative to" or "from" the centre, are offsets; otherwise "coordinates" or
-    "pixels" are absolute (Figure 2). A text that says nothing goes by its range, [-r, r] or [0, r]; without one: offsets.
+    "absolute" says so; otherwise "offsets", or "relative to" or "from" the centre, are offsets; otherwise
+    "coordinates" or "pixels" are absolute (Figure 2). A text that says nothing goes by its range, [-r, r] or
+    [0, r]; without one: offsets.
     """
     texts = [word.text for word in words]
     present = set(texts)
@@ -90,7 +144,7 @@ class RangeReader:
         self.default = default
 
     def read(self) -> tuple[int | None, bool | None]:
-        """The range, None when there is none, and whether it was written as [-r, r] (True), [0, r] (False) or r (None)."""
+        """The range or None, and whether it was written as [-r, r] (True), as [0, r] (False) or as r (None)."""
         value: int | None = None
         signed: bool | None = None
         i = 0
@@ -137,7 +191,9 @@ class RangeReader:
         if second is not None and not (bracket and self._text(second[2]) not in (*_CLOSE, "")):
             high, _, j = second
             if high <= 0 and low <= 0:
-                raise InstructionError(position, "a positive range (range must be positive)", f"{low} to {high}")
+                raise InstructionError(
+                    position, "a positive range (range must be positive)", f"{low} to {high}"
+                )
             if low not in (0, -high):
                 raise InstructionError(position, "a range from -r to r or from 0 to r", f"{low} to {high}")
             return position, self._checked(high, position), low < 0, j
@@ -145,8 +201,15 @@ class RangeReader:
             return position, self._checked(low, position), True, j
         if not trigger or (bracket and self._text(j) not in tuple(_CLOSE)):
             return None
-        if self._text(j) == "," and self._adjoins(j) and re.fullmatch(r"\d{3}", self._text(j + 1)) and self._adjoins(j + 1):
-            raise InstructionError(position, "a range without thousands separator", f"{low},{self._text(j + 1)}")
+        if (
+            self._text(j) == ","
+            and self._adjoins(j)
+            and re.fullmatch(r"\d{3}", self._text(j + 1))
+            and self._adjoins(j + 1)
+        ):
+            raise InstructionError(
+                position, "a range without thousands separator", f"{low},{self._text(j + 1)}"
+            )
         return position, self._checked(low, position), None, j
 
     def _adjoins(self, i: int) -> bool:
@@ -184,7 +247,11 @@ def read_point_count(words: list[Word]) -> int | None:
     """N of "with 16 points"; None when the words do not say."""
     for i, word in enumerate(words[1:]):
         number = words[i].text
-        if word.text in ("points", "keypoints", "vertices", "landmarks") and number.isascii() and number.isdigit():
+        if (
+            word.text in ("points", "keypoints", "vertices", "landmarks")
+            and number.isascii()
+            and number.isdigit()
+        ):
             return int(number) if len(number) < 6 else MAX_POINTS + 1
     return None
 
@@ -206,13 +273,12 @@ def set_task_of(words: list[Word], points: int | None, bare: bool) -> str:
 
 
 def word_task_of(words: list[Word]) -> str | None:
-    """"captioning" or "vqa" for a text without class set; None when it asks for objects or for nothing known."""
+    """The task "captioning" or "vqa" of a text without class set; None when it asks for objects or nothing."""
     present = {word.text for word in words}
-    if present & (_BOX_WORDS | {"polygon", "polygons"}):
+    if present & {"bounding", "boxes", "polygon", "polygons"}:
         return None
     if present & _ANSWER_WORDS or "?" in present:
         return "vqa"
     if present & _CAPTION_WORDS:
         return "captioning"
     return None
-
