@@ -31,6 +31,7 @@ class Appearance:
     ink: float = 0.0  # dark lines where colours meet
     outline: float = 0.0  # a line around the object, which belongs to it
     shade: float = 0.0  # light from one side
+    stretch: float = 0.0  # wider or taller
     grain: float = 0.0  # noise
     blur: float = 0.0  # soft focus
     soft: float = 0.0  # a thinner or wider soft edge
@@ -43,13 +44,15 @@ class Appearance:
 
 TRAINING = Appearance(
     hue=0.35, saturation=0.45, mixing=0.2, duotone=0.05, brightness=0.5, flat=0.2, ink=0.2, outline=0.35, shade=0.35,
-    grain=0.12, blur=0.12, soft=0.12, shadow=0.3, picture_light=0.3, picture_noise=0.2, picture_blur=0.1, picture_jpeg=0.15,
+    stretch=0.4, grain=0.12, blur=0.12, soft=0.12, shadow=0.3, picture_light=0.3, picture_noise=0.2, picture_blur=0.1, picture_jpeg=0.15,
 )  # fmt: skip
 EVALUATION = Appearance(shade=0.3, shadow=0.3, picture_light=0.3, picture_noise=0.1)
 PLAIN = Appearance()
 
 
-def colour_change(rng: np.random.Generator, look: Appearance, keep_colour: bool) -> tuple[np.ndarray, np.ndarray] | None:
+def colour_change(
+    rng: np.random.Generator, look: Appearance, keep_colour: bool
+) -> tuple[np.ndarray, np.ndarray] | None:
     """A random affine change of colour: `rgb @ matrix + offset`, or None for no change.
 
     With `keep_colour` (the name says a colour) hues and saturations stay; brightness changes little.
@@ -119,27 +122,36 @@ def restyle(
     """
     chance = rng.random(8)
     if chance[0] < look.blur:
-        image = Image.fromarray(patch).convert("RGBa").filter(ImageFilter.BoxBlur(float(0.4 + chance[0] / look.blur)))
+        radius = min(max(patch.shape[0], patch.shape[1]) / 60, 1.5) * (0.3 + 0.7 * chance[7])
+        image = Image.fromarray(patch).convert("RGBa").filter(ImageFilter.BoxBlur(float(radius)))
         patch = np.asarray(image.convert("RGBA"))
     rgb = patch[..., :3].astype(np.float32)
     alpha = patch[..., 3].astype(np.float32) * np.float32(1 / 255)
     change = colour_change(rng, look, keep_colour)
     if change is not None:
-        rgb = np.clip(rgb @ change[0] + change[1], 0, 255)
+        flat = rgb.reshape(-1, 3) @ change[0]
+        flat += change[1]
+        rgb = np.clip(flat, 0, 255, out=flat).reshape(rgb.shape)
     if chance[1] < look.flat and not keep_colour:
         step = np.float32(rng.uniform(40, 90))
         shift = np.float32(rng.uniform(0, 1))
-        rgb = np.clip((np.floor(rgb / step + shift) + (0.5 - shift)) * step, 0, 255)
+        rgb = np.floor(rgb * (1 / step) + shift)
+        rgb += 0.5 - shift
+        rgb *= step
     if chance[2] < look.ink and not keep_colour:
         _ink(rgb, rng.uniform(0, 60), rng.uniform(0.5, 1.6))
     if chance[3] < look.shade:
         h, w = alpha.shape
         reach = 0.12 if keep_colour else 0.3
         across, down = rng.uniform(-reach, reach, 2).astype(np.float32)
-        light = np.linspace(-down, down, h, dtype=np.float32)[:, None] + np.linspace(-across, across, w, dtype=np.float32)
+        light = np.linspace(-down, down, h, dtype=np.float32)[:, None] + np.linspace(
+            -across, across, w, dtype=np.float32
+        )
         rgb *= (1 + light)[..., None]
     if chance[4] < look.grain:
-        rgb += rng.normal(0, rng.uniform(4, 18), alpha.shape).astype(np.float32)[..., None]
+        rgb += ((rng.random(alpha.shape, np.float32) - np.float32(0.5)) * np.float32(rng.uniform(14, 60)))[
+            ..., None
+        ]
     if chance[5] < look.soft:
         alpha = np.clip((alpha - 0.5) * np.float32(rng.uniform(0.6, 3)) + 0.5, 0, 1) * (alpha > 0)
     if chance[6] < look.outline:
@@ -148,7 +160,9 @@ def restyle(
         tone = rng.uniform(0, 50) if rng.random() < 0.8 else rng.uniform(150, 255)
         line = np.float32(tone) + (rng.uniform(-30, 30, 3)).astype(np.float32)
         share = (alpha / np.maximum(around, np.float32(1e-3)))[..., None]
-        rgb = rgb * share + line * (1 - share)
+        rgb -= line
+        rgb *= share
+        rgb += line
         alpha = around
     return rgb, alpha
 
@@ -158,5 +172,7 @@ def cast_shadow(alpha: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
     h, w = alpha.shape
     reach = max(2, min(h, w) // 10)
     right, down = int(rng.integers(-reach, reach + 1)), int(rng.integers(0, reach + 1))
-    mask = Image.fromarray((alpha * 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(float(rng.uniform(0.5, 3))))
+    mask = Image.fromarray((alpha * 255).astype(np.uint8)).filter(
+        ImageFilter.BoxBlur(float(rng.uniform(0.5, 3)))
+    )
     return np.asarray(mask, np.float32) * np.float32(rng.uniform(0.2, 0.6) / 255), right, down

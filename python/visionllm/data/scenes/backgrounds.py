@@ -8,36 +8,23 @@ such an object was placed).
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-COCO_NAMES = tuple(
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
-    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
-    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
-    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
-    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush".split(",")
-)
 
-# Classes of the scenes outside COCO's list that everyday photos often show; never certain to be absent from one.
-PHOTO_THINGS = tuple(
-    "baby,eye,ear,nose,mouth,smiling face,thumbs up,raised fist,bouquet,palm tree,pine tree,rose,seedling,sunflower,"
-    "tree,tulip,daisy,beer mug,birthday cake,bread,can,cheese,cookie,cucumber,dinner plate,french fries,hamburger,"
-    "lemon,onion,tomato,strawberry,baseball,basketball,picture frame,soccer ball,balloon,ribbon,basket,bathtub,cap,"
-    "briefcase,bucket,camera,candle,calendar,coat,desktop computer,door,dress,envelope,pen,pencil,glasses,gloves,"
-    "headphones,high heel,jeans,boot,key,ladder,light bulb,microphone,mirror,newspaper,cardboard box,ring,"
-    "padlock,running shoe,dress shoe,sandal,shopping cart,socks,sunglasses,t-shirt,telephone,flip-flop,toilet paper,"
-    "top hat,trash can,window,wristwatch,taxi,police car,racing car,tram,ship,wheelchair,tractor,bank,church,"
-    "factory,house,office building,castle,tent,cloud,mountain,fire,sun,water drop,globe,radio,printer,goat,duck,swan,"
-    "bandage,credit card,paper clip,coin,banknote,ruler,hand saw,hammer,screwdriver,wrench,guitar,piano keys,drum,"
-    "hand fan,fountain,anchor,rooster,chick,egg,peach,pear,grapes,cherries,mango,lollipop,candy,cupcake,ice cream,"
-    "shell,mushroom,checkered flag,medal,trophy,ticket,life buoy,golf hole,fishing pole,bikini,comb,crown".split(",")
-)
+def _photo_names() -> list[tuple[str, ...]]:
+    text = resources.files("visionllm.data.scenes").joinpath("photo_names.txt").read_text(encoding="utf-8")
+    sections = re.split(r"^\[.*\]$", text, flags=re.MULTILINE)[1:]
+    return [tuple(" ".join(name.split()) for name in section.strip().split(",")) for section in sections]
+
+
+COCO_NAMES, PHOTO_THINGS = _photo_names()
 
 
 @dataclass(frozen=True)
@@ -73,12 +60,23 @@ def photos_of(folder: str | Path, annotations: str | Path | None = None) -> list
     return [Photo(str(path), frozenset(shown[path.name]), doubtful) for path in annotated]
 
 
+_PHOTO_SIDE = (
+    288  # px; crops of 130 to 288 pixels are sharp enough behind a 224-pixel scene, and quick to scale
+)
+
+
 @cache
 def _photo(path: str) -> Image.Image:
-    """A photo, decoded small: the shorter side is at most twice 256 pixels, at least 256 where it has them."""
+    """A photo, its shorter side reduced to `_PHOTO_SIDE` pixels. Kept: a crop must not decode it again."""
     with Image.open(path) as image:
-        image.draft("RGB", (256, 256))
-        return image.convert("RGB")
+        image.draft("RGB", (_PHOTO_SIDE, _PHOTO_SIDE))
+        picture = image.convert("RGB")
+    scale = _PHOTO_SIDE / min(picture.size)
+    if scale < 1:
+        picture = picture.resize(
+            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BOX
+        )
+    return picture
 
 
 def photo_crop(photo: Photo, size: int, rng: np.random.Generator) -> np.ndarray:

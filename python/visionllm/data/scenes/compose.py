@@ -20,6 +20,9 @@ SMALLEST, LARGEST = 0.12, 0.55  # longer side of an object, as a share of the pi
 SOLID = 96 / 255  # alpha from which a pixel belongs to the object
 MOST_CROWDED = 0.25  # part of a smaller object's square that a neighbour's square may cover
 LEAST_VISIBLE = 0.5  # part of its pixels that every object keeps
+LEAST_CONTRAST = (
+    10.0  # mean difference (of 255) between an object and what it covers; below, nobody could see it
+)
 LEAST_PIXELS = 24  # visible pixels of the smallest object that counts
 TRIES = 12
 
@@ -59,7 +62,16 @@ def layout(rng: np.random.Generator) -> list[Placement]:
         assert best is not None
         if best[0] <= MOST_CROWDED:
             placed.append(
-                Placement(best[1], best[2], side, angle, row[3] < 0.5, row[4], row[5], row[6] < 0.12 and bool(placed))
+                Placement(
+                    best[1],
+                    best[2],
+                    side,
+                    angle,
+                    row[3] < 0.5,
+                    row[4],
+                    row[5],
+                    row[6] < 0.12 and bool(placed),
+                )
             )
     return placed
 
@@ -73,27 +85,29 @@ def _cover(x: float, y: float, side: float, other: Placement) -> float:
     return w * h / smaller**2 if w > 0 and h > 0 else 0.0
 
 
-def pose(picture: np.ndarray, side: float, angle: float, mirror: bool) -> np.ndarray:
+def pose(picture: np.ndarray, side: float, angle: float, mirror: bool, stretch: float = 1.0) -> np.ndarray:
     """Scale a picture so that its longer side is `side` pixels, mirror and turn it.
 
     Args:
         picture: uint8 RGBA [h, w, 4].
         angle: radians, clockwise.
+        stretch: width is multiplied and height divided by its square root, before the scaling.
 
     Returns:
         uint8 RGBA with `BORDER` transparent pixels on every side.
     """
     h, w = picture.shape[:2]
-    scale = side / max(h, w)
+    scale = side / max(h / math.sqrt(stretch), w * math.sqrt(stretch))
+    across, down = scale * math.sqrt(stretch), scale / math.sqrt(stretch)
     image = Image.fromarray(picture).convert("RGBa")
     if scale < 0.67:
-        size = (max(1, round(w * scale)), max(1, round(h * scale)))
+        size = (max(1, round(w * across)), max(1, round(h * down)))
         image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
-        w, h, scale = *size, 1.0
+        w, h, across, down = *size, 1.0, 1.0
     c, s = math.cos(angle), math.sin(angle)
-    out_w = math.ceil(scale * (abs(w * c) + abs(h * s))) + 2 * BORDER
-    out_h = math.ceil(scale * (abs(w * s) + abs(h * c))) + 2 * BORDER
-    a, b, d, e = c / scale, s / scale, -s / scale, c / scale
+    out_w = math.ceil(abs(w * across * c) + abs(h * down * s)) + 2 * BORDER
+    out_h = math.ceil(abs(w * across * s) + abs(h * down * c)) + 2 * BORDER
+    a, b, d, e = c / across, s / across, -s / down, c / down
     if mirror:
         a, b = -a, -b
     matrix = (
@@ -121,7 +135,9 @@ class Canvas:
         self._whole: list[int] = []  # solid pixels of each object, were nothing in front of it
         self._visible: list[int] = []
 
-    def _window(self, shape: tuple[int, int], left: int, top: int) -> tuple[slice, slice, slice, slice] | None:
+    def _window(
+        self, shape: tuple[int, int], left: int, top: int
+    ) -> tuple[slice, slice, slice, slice] | None:
         h, w = shape
         x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + w, self.size), min(top + h, self.size)
         if x1 >= x2 or y1 >= y2:
@@ -129,10 +145,17 @@ class Canvas:
         return slice(y1, y2), slice(x1, x2), slice(y1 - top, y2 - top), slice(x1 - left, x2 - left)
 
     def paint(
-        self, rgb: np.ndarray, alpha: np.ndarray, x: float, y: float, key: object, shadow: np.random.Generator | None = None
+        self,
+        rgb: np.ndarray,
+        alpha: np.ndarray,
+        x: float,
+        y: float,
+        key: object,
+        shadow: np.random.Generator | None = None,
     ) -> bool:
-        """Paint one object with its patch's centre at pixel (x, y); returns False, and paints nothing, if it would
-        hide more than half of itself beyond the border or of an object behind it.
+        """Paint one object with its patch's centre at pixel (x, y); returns False, and paints nothing, if more than
+        half of it would lie beyond the border, if it would hide more than half of an object behind it, or if it would
+        hardly differ from what it covers.
 
         Args:
             rgb: float32 [h, w, 3] in 0..255; alpha: float32 [h, w] in 0..1.
@@ -148,6 +171,12 @@ class Canvas:
         inside = int(np.count_nonzero(solid))
         if inside < LEAST_PIXELS or inside < LEAST_VISIBLE * np.count_nonzero(opaque):
             return False
+        region = self.picture[rows, columns]
+        step = 1 + min(solid.shape) // 16  # a sample of the pixels is enough
+        some = (slice(None, None, step), slice(None, None, step))
+        difference = np.abs(rgb[patch_rows, patch_columns][some] - region[some])[solid[some]]
+        if difference.size == 0 or difference.mean() < LEAST_CONTRAST:
+            return False
         owner = self.owner[rows, columns]
         if self.kept:
             lost = np.bincount(owner[solid] + 1, minlength=len(self.kept) + 1)[1:]
@@ -160,7 +189,6 @@ class Canvas:
             under = self._window(alpha.shape, left + right, top + down)
             if under is not None:
                 self.picture[under[0], under[1]] *= 1 - dark[under[2], under[3]][..., None]
-        region = self.picture[rows, columns]
         region += alpha[patch_rows, patch_columns, None] * (rgb[patch_rows, patch_columns] - region)
         owner[solid] = len(self.kept)
         self.kept.append(key)
@@ -169,10 +197,17 @@ class Canvas:
         return True
 
     def paint_posed(
-        self, picture: np.ndarray, place: Placement, key: object, rng: np.random.Generator, look: Appearance, keep: bool
+        self,
+        picture: np.ndarray,
+        place: Placement,
+        key: object,
+        rng: np.random.Generator,
+        look: Appearance,
+        keep: bool,
     ) -> bool:
         """Pose, restyle and paint a picture (uint8 RGBA) at its place; `keep`: it keeps its colour."""
-        patch = pose(picture, place.side * self.size, place.angle, place.mirror)
+        stretch = math.exp(rng.uniform(-0.35, 0.35)) if rng.random() < look.stretch else 1.0
+        patch = pose(picture, place.side * self.size, place.angle, place.mirror, stretch)
         rgb, alpha = restyle(patch, rng, look, keep)
         shadow = rng if rng.random() < look.shadow else None
         return self.paint(rgb, alpha, place.x * self.size, place.y * self.size, key, shadow)
@@ -198,11 +233,11 @@ class Canvas:
             across, down, gain = rng.uniform(-0.25, 0.25, 3).astype(np.float32)
             ramp = np.linspace(-1, 1, size, dtype=np.float32)
             light = 1 + gain + across * ramp + down * ramp[:, None]
-            picture = picture * light[..., None]
+            picture *= light[..., None]
         if chance[1] < look.picture_noise:
-            noise = rng.normal(0, rng.uniform(2, 14), (size, size)).astype(np.float32)
-            picture = picture + noise[..., None]
-        pixels = np.clip(picture, 0, 255).astype(np.uint8)
+            noise = (rng.random((size, size), np.float32) - np.float32(0.5)) * np.float32(rng.uniform(7, 48))
+            picture += noise[..., None]
+        pixels = np.clip(picture, 0, 255, out=picture).astype(np.uint8)
         if chance[2] < look.picture_blur:
             blurred = Image.fromarray(pixels).filter(ImageFilter.BoxBlur(float(rng.uniform(0.3, 1.2))))
             pixels = np.array(blurred)

@@ -13,7 +13,9 @@ LARGEST_SIDE = 160  # pixels that are kept of the longer side
 LEAST_FILL = 0.25  # of its box that the mask covers; below, an object is mostly hidden or in pieces
 
 
-def load_cutouts(annotations: str | Path, images: str | Path, per_class: int = 40) -> list[tuple[np.ndarray, str]]:
+def load_cutouts(
+    annotations: str | Path, images: str | Path, per_class: int = 40
+) -> list[tuple[np.ndarray, str]]:
     """Cut the annotated objects out of COCO-format photos.
 
     Taken are objects that are no crowd, larger than `LEAST_AREA`, in one connected outline, inside the photo, and not

