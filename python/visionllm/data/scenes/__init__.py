@@ -1,4 +1,4 @@
-"""Generated scenes: nameable objects on drawn or photographed backgrounds, with exact boxes, areas and masks."""
+"""Generated scenes: nameable objects on drawn or photo backgrounds, with exact boxes, areas and masks."""
 
 from __future__ import annotations
 

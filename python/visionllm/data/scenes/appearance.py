@@ -1,7 +1,7 @@
 """How an object is drawn: the same glyph recoloured, outlined, flattened, shaded, softened.
 
-A network that sees each class in a handful of drawing styles reads colours and line work that the next style does not
-share. So in training every object's patch is restyled at random; `Appearance` holds how often.
+A network that sees each class in a handful of drawing styles reads colours and line work that the next style
+does not share. So in training every object's patch is restyled at random; `Appearance` holds how often.
 """
 
 from __future__ import annotations
@@ -43,9 +43,25 @@ class Appearance:
 
 
 TRAINING = Appearance(
-    hue=0.35, saturation=0.45, mixing=0.2, duotone=0.05, brightness=0.5, flat=0.2, ink=0.2, outline=0.35, shade=0.35,
-    stretch=0.4, grain=0.12, blur=0.12, soft=0.12, shadow=0.3, picture_light=0.3, picture_noise=0.2, picture_blur=0.1, picture_jpeg=0.15,
-)  # fmt: skip
+    hue=0.35,
+    saturation=0.45,
+    mixing=0.2,
+    duotone=0.05,
+    brightness=0.5,
+    flat=0.2,
+    ink=0.2,
+    outline=0.35,
+    shade=0.35,
+    stretch=0.4,
+    grain=0.12,
+    blur=0.12,
+    soft=0.12,
+    shadow=0.3,
+    picture_light=0.3,
+    picture_noise=0.2,
+    picture_blur=0.1,
+    picture_jpeg=0.15,
+)
 EVALUATION = Appearance(shade=0.3, shadow=0.3, picture_light=0.3, picture_noise=0.1)
 PLAIN = Appearance()
 
@@ -168,7 +184,11 @@ def restyle(
 
 
 def cast_shadow(alpha: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, int, int]:
-    """The shadow of an alpha mask float32 [h, w]: its darkness [h, w] in 0..1 and its shift (right, down) in pixels."""
+    """The shadow of an alpha mask float32 [h, w].
+
+    Returns:
+        its darkness, float32 [h, w] in 0..1, and its shift to the right and down in pixels.
+    """
     h, w = alpha.shape
     reach = max(2, min(h, w) // 10)
     right, down = int(rng.integers(-reach, reach + 1)), int(rng.integers(0, reach + 1))

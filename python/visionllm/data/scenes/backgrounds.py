@@ -1,8 +1,8 @@
 """What a scene stands on: gradients, textures, and crops of photos.
 
-A photo shows real things without boxes. So every photo says which names it shows for certain (`Photo.shows`: never
-placed on it, never in the scene's vocabulary) and which it may show (`Photo.may_show`: in the vocabulary only where
-such an object was placed).
+A photo shows real things without boxes. So every photo says which names it shows for certain
+(`Photo.shows`: never placed on it, never in the scene's vocabulary) and which it may show
+(`Photo.may_show`: in the vocabulary only where such an object was placed).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def photos_of(folder: str | Path, annotations: str | Path | None = None) -> list
     """The photos of a folder, in name order.
 
     Args:
-        annotations: COCO-format JSON that annotates the folder's photos exhaustively for its categories. Without it
-            each of COCO's names may be in any photo.
+        annotations: COCO-format JSON that annotates the folder's photos exhaustively for its categories.
+            Without it each of COCO's names may be in any photo.
     """
     paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
@@ -60,9 +60,8 @@ def photos_of(folder: str | Path, annotations: str | Path | None = None) -> list
     return [Photo(str(path), frozenset(shown[path.name]), doubtful) for path in annotated]
 
 
-_PHOTO_SIDE = (
-    288  # px; crops of 130 to 288 pixels are sharp enough behind a 224-pixel scene, and quick to scale
-)
+# px; crops of 130 to 288 pixels are sharp enough behind a 224-pixel scene, and quick to scale
+_PHOTO_SIDE = 288
 
 
 @cache
@@ -80,7 +79,11 @@ def _photo(path: str) -> Image.Image:
 
 
 def photo_crop(photo: Photo, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square part of a photo, sometimes mirrored, darkened or washed out: float32 [size, size, 3] in 0..255."""
+    """A random square part of a photo, sometimes mirrored, darkened or washed out.
+
+    Returns:
+        float32 [size, size, 3] in 0..255.
+    """
     picture = _photo(photo.path)
     scale, u, v, mirror, wash, gain = rng.random(6)
     side = min(picture.size) * (0.45 + 0.55 * scale)
@@ -115,7 +118,11 @@ def _smooth(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def drawn(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A drawn background, float32 [size, size, 3] in 0..255: plain, gradient, clouds of colour, noise, stripes, checker."""
+    """A drawn background: plain, a gradient, blotches, stripes or a checker, with or without grain.
+
+    Returns:
+        float32 [size, size, 3] in 0..255.
+    """
     y, x = _grid(size)
     first, second = _colour(rng), _colour(rng)
     kind, angle, frequency, phase, grain = rng.random(5)

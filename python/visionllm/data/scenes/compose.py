@@ -1,7 +1,8 @@
 """Putting objects on a background: layout, pose, overlap, exact masks.
 
-A layout is drawn before any artwork is looked at, so that two scenes of one layout in two drawing styles have the
-same names at the same places. Objects are painted in order; `owner` says whose pixel each one is in the end.
+A layout is drawn before any artwork is looked at, so that two scenes of one layout in two drawing styles
+have the same names at the same places. Objects are painted in order; `owner` says whose pixel each one is
+in the end.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ SMALLEST, LARGEST = 0.12, 0.55  # longer side of an object, as a share of the pi
 SOLID = 96 / 255  # alpha from which a pixel belongs to the object
 MOST_CROWDED = 0.25  # part of a smaller object's square that a neighbour's square may cover
 LEAST_VISIBLE = 0.5  # part of its pixels that every object keeps
-LEAST_CONTRAST = (
-    10.0  # mean difference (of 255) between an object and what it covers; below, nobody could see it
-)
+LEAST_CONTRAST = 10.0  # of 255, mean difference between an object and what it covers; below, it is invisible
 LEAST_PIXELS = 24  # visible pixels of the smallest object that counts
 TRIES = 12
 
@@ -153,9 +152,9 @@ class Canvas:
         key: object,
         shadow: np.random.Generator | None = None,
     ) -> bool:
-        """Paint one object with its patch's centre at pixel (x, y); returns False, and paints nothing, if more than
-        half of it would lie beyond the border, if it would hide more than half of an object behind it, or if it would
-        hardly differ from what it covers.
+        """Paint one object with its patch's centre at pixel (x, y); returns False, and paints nothing, if
+        more than half of it would lie beyond the border, if it would hide more than half of an object
+        behind it, or if it would hardly differ from what it covers.
 
         Args:
             rgb: float32 [h, w, 3] in 0..255; alpha: float32 [h, w] in 0..1.

@@ -18,8 +18,8 @@ def load_cutouts(
 ) -> list[tuple[np.ndarray, str]]:
     """Cut the annotated objects out of COCO-format photos.
 
-    Taken are objects that are no crowd, larger than `LEAST_AREA`, in one connected outline, inside the photo, and not
-    thin against their box; the `per_class` largest of every category.
+    Taken are objects that are no crowd, larger than `LEAST_AREA`, in one connected outline, inside the
+    photo, and not thin against their box; the `per_class` largest of every category.
 
     Args:
         annotations: COCO-format JSON with polygons or RLE.
@@ -67,7 +67,7 @@ def load_cutouts(
 
 
 def _cut(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
-    """RGBA of the masked part of uint8 [H, W, 3], its edge softened, its longer side at most `LARGEST_SIDE`."""
+    """RGBA of the masked part of uint8 [H, W, 3]: soft edge, longer side at most `LARGEST_SIDE`."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return None

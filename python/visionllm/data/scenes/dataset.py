@@ -73,10 +73,10 @@ RELATED: dict[str, tuple[str, ...]] = {
 class SceneDataset:
     """Generated scenes with exact boxes, areas and masks.
 
-    Objects are the glyphs of an atlas and the shapes that the package draws itself (without an atlas: shapes only).
-    "val", "test" and "heldout_style" scenes are never trained on: other random streams, other photos behind them.
-    "heldout_style" has the compositions of "val" (names, places, backgrounds), drawn in the one style that no other
-    split uses.
+    Objects are the glyphs of an atlas and the shapes that the package draws itself (without an atlas:
+    shapes only). "val", "test" and "heldout_style" scenes are never trained on: other random streams, other
+    photos behind them. "heldout_style" has the compositions of "val" (names, places, backgrounds), drawn in
+    the one style that no other split uses.
 
     Boxes bound an object's visible pixels, as COCO's do; an object keeps at least half of its pixels visible.
 
@@ -86,8 +86,8 @@ class SceneDataset:
         size: side of the square pictures, pixels.
         length: number of scenes; `LENGTHS` by default.
         glyphs: folder of the atlas (`python -m visionllm.data.scenes.glyphs`), or None.
-        backgrounds: folder of photos to crop backgrounds from, or None. Every eighth one is kept for the splits that
-            are not trained on.
+        backgrounds: folder of photos to crop backgrounds from, or None. Every eighth one is kept for the
+            splits that are not trained on.
         background_annotations: COCO-format JSON of those photos: what they show is then known (see `Photo`).
         cutouts: (RGBA uint8 [h, w, 4], name) of real objects, mixed with the glyphs in "train".
         augment: changes of looks; default `TRAINING` for "train", else `EVALUATION`.

@@ -21,9 +21,10 @@ def write_coco(
 
     Args:
         dataset: made with `masks=True`, so that every annotation gets its segmentation.
-        output: gets `images/000000.png`, … and `annotations.json`: images, categories (all `dataset.names`, ids from
-            1), annotations with bbox (x, y, width, height), area, iscrowd and segmentation (compressed RLE). Each
-            image also lists in `not_exhaustive` the categories that it may show without a box.
+        output: gets `images/000000.png`, … and `annotations.json`: images, categories (all `dataset.names`,
+            ids from 1), annotations with bbox (x, y, width, height), area, iscrowd and segmentation
+            (compressed RLE). Each image also lists in `not_exhaustive` the categories that it may show
+            without a box.
         image_format: "png" (exact) or "jpg".
 
     Returns:

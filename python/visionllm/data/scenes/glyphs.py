@@ -1,7 +1,8 @@
 """Glyph atlas: colour-emoji artwork from public npm packages, rasterised once into one memory-mapped array.
 
-The packages (`SETS`) hold SVG bodies in the Iconify JSON format. Every glyph that `names.txt` assigns to a class is
-rendered so that the longer side of its visible extent is `GLYPH_SIZE` pixels, centred on a transparent square.
+The packages (`SETS`) hold SVG bodies in the Iconify JSON format. Every glyph that `names.txt` assigns to a
+class is rendered so that the longer side of its visible extent is `GLYPH_SIZE` pixels, centred on a
+transparent square.
 
     python -m visionllm.data.scenes.glyphs --output DIR
 
@@ -150,8 +151,8 @@ def rasterise(
 ) -> tuple[np.ndarray, tuple[int, int, int, int]] | None:
     """One icon, scaled so that the longer side of what it shows is `size`, and centred.
 
-    Returns the RGBA uint8 [size, size, 4] picture and its tight box x1, y1, x2, y2 (alpha >= 96), or None if the
-    icon shows nothing.
+    Returns the RGBA uint8 [size, size, 4] picture and its tight box x1, y1, x2, y2 (alpha >= 96), or None
+    if the icon shows nothing.
     """
     x, y, w, h = icons.extent(key)
     side = max(w, h)  # a square window around the icon, which may not be square itself

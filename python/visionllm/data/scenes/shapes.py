@@ -1,7 +1,7 @@
 """Plain shapes in plain colours ("red circle"): nameable objects that need no artwork at all.
 
-A shape is an alpha mask drawn four times too large and averaged down; its colour is drawn from the range of hues,
-saturations and brightnesses that its name allows.
+A shape is an alpha mask drawn four times too large and averaged down; its colour is drawn from the range of
+hues, saturations and brightnesses that its name allows.
 """
 
 from __future__ import annotations
