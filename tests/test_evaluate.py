@@ -14,7 +14,7 @@ import visionllm.pipeline
 from visionllm.cli import main
 from visionllm.evaluate.confusion import confusion_matrix, confusion_pairs
 from visionllm.evaluate.dataset import EvaluationSet
-from visionllm.evaluate.evaluation import PromptOptions, class_listings, evaluate, passes
+from visionllm.evaluate.evaluation import PromptOptions, absent_listings, class_listings, evaluate, passes
 from visionllm.evaluate.matching import box_iou, match_greedily
 from visionllm.evaluate.prompts import list_absent, list_all, list_some
 from visionllm.image import ImageError
@@ -212,6 +212,16 @@ def test_absent_listings():
     assert set(list_absent(5, [0, 1, 2], 20, 0, "a").indices) == {3, 4}
     assert list_absent(3, [0, 1, 2], 20, 0, "a") is None
     assert sorted(list_all(9).shuffled(1).indices) == list(range(9))
+
+
+def test_classes_that_may_be_there_unannotated_are_never_absent(annotations):
+    content = json.loads(annotations.read_text())
+    content["images"][1]["not_exhaustive"] = [10, 11, 12]
+    annotations.write_text(json.dumps(content))
+    dataset = EvaluationSet(annotations, annotations.parent / "images")
+    listing = class_listings(dataset, PromptOptions(listed=4))[1]
+    assert sorted(listing.indices) == [1, 3, 4], "green is in the picture; red and blue may be"
+    assert sorted(absent_listings(dataset, PromptOptions(listed=4))[1].indices) == [3, 4]
 
 
 def test_iou_and_greedy_matching():

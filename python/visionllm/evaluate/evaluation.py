@@ -106,7 +106,9 @@ def class_listings(dataset: EvaluationSet, options: PromptOptions) -> list[Class
         listings = [list_all(count)] * len(dataset.images)
     else:
         listings = [
-            list_some(count, present, options.listed, options.seed, image["id"])
+            list_some(
+                count, present, options.listed, options.seed, image["id"], unsure_classes(dataset, image)
+            )
             for image, present in zip(dataset.images, present_classes(dataset), strict=True)
         ]
     if options.shuffle is not None:
@@ -117,8 +119,9 @@ def class_listings(dataset: EvaluationSet, options: PromptOptions) -> list[Class
 def absent_listings(dataset: EvaluationSet, options: PromptOptions) -> list[ClassListing | None]:
     """Prompts of absent classes only; None for a picture that shows every class."""
     assert options.listed is not None, "only asked where a part of the classes is listed"
+    count = len(dataset.names)
     return [
-        list_absent(len(dataset.names), present, options.listed, options.seed, image["id"])
+        list_absent(count, present, options.listed, options.seed, image["id"], unsure_classes(dataset, image))
         for image, present in zip(dataset.images, present_classes(dataset), strict=True)
     ]
 
@@ -128,6 +131,14 @@ def present_classes(dataset: EvaluationSet) -> list[list[int]]:
     position = {category_id: index for index, category_id in enumerate(dataset.category_ids)}
     objects = dataset.objects()
     return [sorted({position[e["category_id"]] for e in objects[image["id"]]}) for image in dataset.images]
+
+
+def unsure_classes(dataset: EvaluationSet, image: dict[str, Any]) -> list[int]:
+    """Positions of the categories that may be in a picture without a box: its ``not_exhaustive`` category ids."""
+    position = {category_id: index for index, category_id in enumerate(dataset.category_ids)}
+    return [
+        position[category_id] for category_id in image.get("not_exhaustive", ()) if category_id in position
+    ]
 
 
 def listed_ground_truth(dataset: EvaluationSet, listings: Sequence[ClassListing]) -> dict[str, Any]:

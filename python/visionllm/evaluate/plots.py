@@ -85,4 +85,4 @@ def _figure(width: float, height: float) -> Figure:
 
 def _write(figure: Figure, path: Path) -> None:
     with replacing(path) as part:
-        figure.savefig(part)
+        figure.savefig(part, bbox_inches="tight")

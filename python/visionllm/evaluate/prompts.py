@@ -33,26 +33,37 @@ def list_some(
     """``listed`` of ``count`` categories in random order, present and absent ones mixed.
 
     Each class in the picture is listed with probability LISTED_SHARE, at least one of them; the rest of the
-    list is absent ones. The choice depends on the seed and the picture's id alone.
+    list is absent ones. ``unsure`` ones, which may be in the picture without a box, are never taken for absent.
+    The choice depends on the seed and the picture's id alone.
     """
     rng = random.Random(f"listed classes {seed} {image_id}")
     here = sorted(set(present))
     rng.shuffle(here)
     chosen = [index for position, index in enumerate(here) if position == 0 or rng.random() < LISTED_SHARE]
     chosen = chosen[: min(listed, count)]
-    absent = [index for index in range(count) if index not in set(here)]
+    absent = absent_classes(count, here, unsure)
     chosen += rng.sample(absent, min(max(listed - len(chosen), 0), len(absent)))
     rng.shuffle(chosen)
     return ClassListing(tuple(chosen))
 
 
 def list_absent(
-    count: int, present: Sequence[int], listed: int, seed: int, image_id: int | str
+    count: int,
+    present: Sequence[int],
+    listed: int,
+    seed: int,
+    image_id: int | str,
+    unsure: Sequence[int] = (),
 ) -> ClassListing | None:
     """``listed`` categories that the picture does not show, in random order; None where there are none."""
-    here = set(present)
-    absent = [index for index in range(count) if index not in here]
+    absent = absent_classes(count, present, unsure)
     if not absent:
         return None
     rng = random.Random(f"absent classes {seed} {image_id}")
     return ClassListing(tuple(rng.sample(absent, min(listed, len(absent)))))
+
+
+def absent_classes(count: int, present: Sequence[int], unsure: Sequence[int]) -> list[int]:
+    """Positions of the categories that are certainly not in the picture."""
+    possible = {*present, *unsure}
+    return [index for index in range(count) if index not in possible]
