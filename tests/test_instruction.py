@@ -1,8 +1,8 @@
-"""Instruction text to typed instructions: the paper's own examples, the documented forms, errors and
-speed."""
+"""Instruction text to typed instructions: the paper's examples, the documented forms, errors and speed."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
 import time
@@ -11,10 +11,11 @@ import pytest
 from visionllm.instruction import Instruction, InstructionError, Template, parse
 
 FIGURE_2A = (
-    'Identify the objects in <image> that belong to ("What is the child eating?": <c0>, \'red gamepad": <c1>) '
-    "and draw a bounding box around each one. The output should be a list of tuples in the format (c, x1, y1, x2, "
-    "y2), where c is the class label and x1, y1, x2, y2 are the coordinates of the top-left and bottom-right "
-    "corners of the bounding box. The coordinates should be within the range 1024."
+    'Identify the objects in <image> that belong to ("What is the child eating?": <c0>, '
+    "'red gamepad\": <c1>) "
+    "and draw a bounding box around each one. The output should be a list of tuples in the format "
+    "(c, x1, y1, x2, y2), where c is the class label and x1, y1, x2, y2 are the coordinates of the "
+    "top-left and bottom-right corners of the bounding box. The coordinates should be within the range 1024."
 )
 FIGURE_2B = (
     "For each object in <image> that is a member of ['motorbike': <c0>], output a tuple with the class "
@@ -436,8 +437,6 @@ def test_speed_of_large_prompts():
 )
 def test_time_is_linear_in_hostile_texts(text):
     start = time.perf_counter()
-    try:
+    with contextlib.suppress(InstructionError):
         parse(text)
-    except InstructionError:
-        pass
     assert time.perf_counter() - start < 3.0  # about 0.1 s; a quadratic scan needs minutes

@@ -9,6 +9,7 @@ from visionllm.instruction import (
     EVAL_TEMPLATES,
     TRAIN_TEMPLATES,
     Instruction,
+    InstructionError,
     Template,
     class_set_text,
     format_text,
@@ -112,6 +113,37 @@ def check_round_trip(instruction: Instruction, template: Template | None) -> Non
 @example((Instruction(classes=TRICKY), DETECTION[0]))
 def test_render_then_parse_is_the_identity(case):
     check_round_trip(*case)
+
+
+PIECES = [
+    *SYNTAX,
+    "<c1>",
+    '{"a": <c0>}',
+    "within",
+    "512",
+    "-",
+    "x1",
+    "?",
+    "caption",
+    "question:",
+    "segment",
+    "12 points",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+@example("<image><range>?")
+@example('<image>{"a": <c0>}<range>')
+def test_any_text_gives_an_instruction_or_an_error_with_a_position(text):
+    try:
+        parsed = parse(text)
+    except InstructionError as error:
+        assert 0 <= error.position <= len(text)
+        return
+    assert parsed.text is not None
+    assert "".join(segment.text for segment in parsed.segments()) == parsed.text
+    assert parse(parsed.text) == parsed
 
 
 @pytest.mark.parametrize("name", TRICKY)

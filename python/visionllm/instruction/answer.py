@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,7 +37,7 @@ _TAIL = re.compile(r"\s*\.?\s*[\"”]?\s*\Z")
 _SPACE = re.compile(r"\s*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answer:
     """An answer that was read.
 
@@ -49,8 +49,8 @@ class Answer:
     """
 
     kind: str
-    labels: np.ndarray = field(compare=False)
-    numbers: np.ndarray = field(compare=False)
+    labels: np.ndarray
+    numbers: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The typed instruction: what a picture is asked for, and in which form the answer is wanted.
 
 VisionLLM, arXiv 2305.11175, section 3.2: an instruction names a task, a category set that maps names to the
-class tokens ``<c0>`` ... ``<c511>``, and an output format, the tuple (C, P) of a class index and N points whose
-coordinates lie within a range.
+class tokens ``<c0>`` ... ``<c511>``, and an output format, the tuple (C, P) of a class index and N points
+whose coordinates lie within a range.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Segment(NamedTuple):
     """A piece of an instruction's text.
 
     Attributes:
-        kind: ``"text"``; ``"image"``, the ``<image>`` placeholder; ``"name"``, a class name as it stands in the
-            text (with its escapes, without its quotes); ``"class_token"``, ``<ck>`` in the class set.
+        kind: ``"text"``; ``"image"``, the ``<image>`` placeholder; ``"name"``, a class name as it stands in
+            the text (with its escapes, without its quotes); ``"class_token"``, ``<ck>`` in the class set.
         text: the piece itself.
         index: k for names and class tokens, None otherwise.
     """
@@ -118,7 +118,7 @@ class Instruction:
         if self.task not in SET_TASKS:
             if self.range != DEFAULT_RANGE or self.coordinates != "offset":
                 raise ValueError(
-                    f"instruction: {self.task} has no range, got {self.range} and {self.coordinates} coordinates"
+                    f"instruction: {self.task} has no range, got {self.range}, {self.coordinates}"
                 )
             if self.classes:
                 raise ValueError(

@@ -61,8 +61,8 @@ def parse(
         image = _find_image(text, class_set)
         result = _set_instruction(text, class_set, words, default_range)
         spans = class_set.entries
-    segments = _cut(text, image, spans, default_range)
-    if "<range>" in text:
+    segments = _cut(text, image, spans, None if class_set is None else default_range)
+    if class_set is not None and "<range>" in text:
         object.__setattr__(result, "text", "".join([segment.text for segment in segments]))
     object.__setattr__(result, "_segments", segments)
     return result
@@ -179,11 +179,12 @@ def _raise_no_class_set(text: str) -> NoReturn:
     raise InstructionError(len(text), expected, "none")
 
 
-def _cut(text: str, image: int, entries: list[ClassEntry], default_range: int) -> list[Segment]:
-    """The text in pieces: the picture, names, class tokens and what is between, ``<range>`` filled."""
+def _cut(text: str, image: int, entries: list[ClassEntry], fill_range: int | None) -> list[Segment]:
+    """The text in pieces: the picture, names, class tokens and what is between, with ``<range>`` filled."""
 
     def words(start: int, end: int) -> Segment:
-        return Segment("text", text[start:end].replace("<range>", str(default_range)))
+        piece = text[start:end]
+        return Segment("text", piece if fill_range is None else piece.replace("<range>", str(fill_range)))
 
     marks = [
         mark

@@ -144,7 +144,7 @@ class RangeReader:
         self.default = default
 
     def read(self) -> tuple[int | None, bool | None]:
-        """The range or None, and whether it was written as [-r, r] (True), as [0, r] (False) or as r (None)."""
+        """The range or None, and whether it was written as [-r, r] (True), [0, r] (False) or r (None)."""
         value: int | None = None
         signed: bool | None = None
         i = 0
@@ -273,7 +273,7 @@ def set_task_of(words: list[Word], points: int | None, bare: bool) -> str:
 
 
 def word_task_of(words: list[Word]) -> str | None:
-    """The task "captioning" or "vqa" of a text without class set; None when it asks for objects or nothing."""
+    """The task "captioning" or "vqa" of a text without class set; None if it asks for something else."""
     present = {word.text for word in words}
     if present & {"bounding", "boxes", "polygon", "polygons"}:
         return None
