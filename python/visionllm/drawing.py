@@ -37,20 +37,23 @@ def draw_boxes(image: np.ndarray, boxes: Boxes, scale: float = 1.0) -> Image.Ima
     font = label_font(max(11, round(shorter / 32)))
     objects = list(boxes)
     for box in reversed(objects):
-        x1, y1, x2, y2 = (value * scale for value in box.xyxy)
-        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=class_colour(box.label), width=line)
+        draw.rectangle(_enlarged(box.xyxy, scale), outline=class_colour(box.label), width=line)
     taken: list[Rectangle] = []
     for box in objects:
         text = f"{box.name} {box.score:.2f}"
         left, top, right, bottom = font.getbbox(text)
         width, height = right - left + 2 * line, bottom - top + 2 * line
-        corners: Rectangle = tuple(value * scale for value in box.xyxy)
-        place = place_label(corners, (width, height), canvas.size, taken)
+        place = place_label(_enlarged(box.xyxy, scale), (width, height), canvas.size, taken)
         taken.append(place)
         colour = class_colour(box.label)
         draw.rectangle(place, fill=(*colour, 225))
         draw.text((place[0] + line - left, place[1] + line - top), text, fill=text_colour(colour), font=font)
     return canvas
+
+
+def _enlarged(xyxy: Rectangle, scale: float) -> Rectangle:
+    x1, y1, x2, y2 = (value * scale for value in xyxy)
+    return x1, y1, max(x1, x2), max(y1, y2)
 
 
 def place_label(

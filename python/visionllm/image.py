@@ -201,11 +201,8 @@ def _scale_wide_grey(values: np.ndarray) -> np.ndarray:
     values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     if low >= 0 and high <= (255 if is_float else 65535):
-        white = 65535 if not is_float else 1 if high <= 1 else 255
-        low = 0.0
-    else:
-        white = high
-    return np.rint((values - low) * 255 / max(white - low, 1e-12)).astype(np.uint8)
+        low, high = 0.0, 65535.0 if not is_float else 1.0 if high <= 1 else 255.0
+    return np.rint((values - low) * 255 / max(high - low, 1e-12)).astype(np.uint8)
 
 
 def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:

@@ -66,11 +66,11 @@ class VisionLLM:
             raise FileNotFoundError(f"{os.fspath(folder)}: expected a model folder, found none")
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(Network.from_pretrained(folder, device=device))
+        return cls(Network.from_pretrained(Path(folder), device=device))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the folder that `from_pretrained` reads."""
-        self.network.save_pretrained(folder)
+        self.network.save_pretrained(Path(folder))
 
     def predict(
         self,

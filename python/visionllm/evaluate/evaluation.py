@@ -134,11 +134,9 @@ def present_classes(dataset: EvaluationSet) -> list[list[int]]:
 
 
 def unsure_classes(dataset: EvaluationSet, image: dict[str, Any]) -> list[int]:
-    """Positions of the categories that may be in a picture without a box: its ``not_exhaustive`` category ids."""
-    position = {category_id: index for index, category_id in enumerate(dataset.category_ids)}
-    return [
-        position[category_id] for category_id in image.get("not_exhaustive", ()) if category_id in position
-    ]
+    """Positions of the categories that may be in a picture without a box: its ``not_exhaustive`` ids."""
+    unsure = set(image.get("not_exhaustive", ()))
+    return [index for index, category_id in enumerate(dataset.category_ids) if category_id in unsure]
 
 
 def listed_ground_truth(dataset: EvaluationSet, listings: Sequence[ClassListing]) -> dict[str, Any]:

@@ -28,12 +28,17 @@ def list_all(count: int) -> ClassListing:
 
 
 def list_some(
-    count: int, present: Sequence[int], listed: int, seed: int, image_id: int | str
+    count: int,
+    present: Sequence[int],
+    listed: int,
+    seed: int,
+    image_id: int | str,
+    unsure: Sequence[int] = (),
 ) -> ClassListing:
     """``listed`` of ``count`` categories in random order, present and absent ones mixed.
 
     Each class in the picture is listed with probability LISTED_SHARE, at least one of them; the rest of the
-    list is absent ones. ``unsure`` ones, which may be in the picture without a box, are never taken for absent.
+    list is absent ones. ``unsure`` ones, which may be in the picture without a box, are not taken for absent.
     The choice depends on the seed and the picture's id alone.
     """
     rng = random.Random(f"listed classes {seed} {image_id}")

@@ -46,7 +46,7 @@ def evaluate_robustness(
     """
     from visionllm.evaluate.coco import coco_metrics
 
-    runs = []
+    runs: list[dict[str, Any]] = []
     for name, run in robustness_runs(options):
         listings = class_listings(dataset, run)
         predictions = predict_set(model, dataset, dataset.images, listings, run.template, batch_size, done)
