@@ -160,6 +160,12 @@ def test_bad_pictures_are_named(model, tmp_path):
         model.predict(picture(), TEXT, batch_size=0)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "", "cpu:x"])
+def test_devices_that_are_not_there(tmp_path, device):
+    with pytest.raises(ValueError, match="device: "):
+        VisionLLM.from_pretrained(tmp_path, device)
+
+
 def test_missing_models_say_what_to_do(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="enormous: expected a model folder or the name of .*visionllm train"

@@ -58,15 +58,14 @@ class VisionLLM:
 
         Raises:
             FileNotFoundError: no such folder.
-            ValueError: the files do not fit together; the message lists the differences.
+            ValueError: the files do not fit together; the message lists the differences. Or there is no such
+                device.
         """
         from visionllm.model.network import Network
 
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{os.fspath(folder)}: expected a model folder, found none")
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(Network.from_pretrained(Path(folder), device=device))
+        return cls(Network.from_pretrained(Path(folder), device=checked_device(device)))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the folder that `from_pretrained` reads."""
@@ -215,6 +214,23 @@ def model_folder(model: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
         "Install a release of visionllm, which carries the weights, or train a model with "
         "`visionllm train` and give its folder."
     )
+
+
+def checked_device(device: str | None) -> torch.device:
+    """The device of that name; None: a GPU if torch has one, else the CPU.
+
+    Raises:
+        ValueError: torch knows no such name, or finds no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu, cuda, cuda:1, ..., got {device!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {device!r}, but torch finds {torch.cuda.device_count()} CUDA devices")
+    return found
 
 
 def request_of(instruction: InstructionLike) -> Request:
