@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+GLYPH_SIZE = 112  # px; half of the default picture side, the largest object a scene holds
 HELD_OUT_STYLE = "twemoji"  # never trained on: it measures how well names carry over to unseen drawings
 
 

@@ -9,10 +9,9 @@ import numpy as np
 
 from visionllm.data.sample import Sample
 from visionllm.data.scenes.appearance import EVALUATION, TRAINING, Appearance
-from visionllm.data.scenes.atlas import HELD_OUT_STYLE, GlyphAtlas
+from visionllm.data.scenes.atlas import GLYPH_SIZE, HELD_OUT_STYLE, GlyphAtlas
 from visionllm.data.scenes.backgrounds import Photo, drawn, photo_crop, photos_of
 from visionllm.data.scenes.compose import Canvas, layout
-from visionllm.data.scenes.glyphs import GLYPH_SIZE
 from visionllm.data.scenes.shapes import SHAPE_NAMES, shape_picture
 
 SPLITS = ("train", "val", "test", "heldout_style")
@@ -35,9 +34,7 @@ RELATED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("birthday cake", "cupcake"), ("cake",)),
     **dict.fromkeys(("santa claus", "baby"), ("person",)),
     **dict.fromkeys(("palm tree", "pine tree", "christmas tree"), ("tree",)),
-    **dict.fromkeys(
-        ("rose", "tulip", "daisy", "sunflower", "seedling", "cactus", "bouquet"), ("potted plant", "vase")
-    ),
+    **dict.fromkeys(("rose", "tulip", "daisy", "sunflower", "seedling", "cactus"), ("potted plant", "vase")),
     "bus": ("car",),
     "tram": ("train", "bus"),
     "truck": ("car",),
@@ -66,7 +63,7 @@ RELATED: dict[str, tuple[str, ...]] = {
     "table tennis paddle": ("sports ball",),
     "bowling": ("sports ball",),
     "picture frame": ("mountain",),
-    "bouquet": ("rose", "tulip", "vase"),
+    "bouquet": ("rose", "tulip", "potted plant", "vase"),
 }
 
 

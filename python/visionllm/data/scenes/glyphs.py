@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-GLYPH_SIZE = 112  # px; half of the default picture side, the largest object a scene holds
+from visionllm.data.scenes.atlas import GLYPH_SIZE
 
 
 @dataclass(frozen=True)
