@@ -262,7 +262,7 @@ def test_brackets_and_quotes_before_the_class_set_are_not_its_opening():
         ("(c, x1, y1, x2, y2)", 512, "offset"),
         ("as they are within the image", 512, "offset"),
         ("in the range [-<range>, <range>]", 512, "offset"),
-        ("offsets within 512 - two corners", 512, "offset"),
+        ("offsets within 512 - 2 corners", 512, "offset"),
     ],
 )
 def test_range_and_coordinates(words, value, coordinates):
@@ -334,6 +334,7 @@ A = '{"a": <c0>}'
         (f"<image> {A} (c, x1, y1, x2)", ")", "`,` in the output format"),
         (f"<image> {A} (c, x1, y1, ...)", ")", "`,` in the output format"),
         (f"<image> {A} (c, x1, y1, ..., x8, y9)", "y9", "`y8`"),
+        (f"<image> {A} (c, x1, y1, ..., x1, y1)", "x1, y1)", "`x2`"),
         (f"<image> {A} (c, x1, y1, ..., x9999, y9999)", "x9999", "at most 512 points"),
         (
             f"<image> {A} (c, x1, y1, x2, y2) (c, x1, y1, ..., x8, y8)",
