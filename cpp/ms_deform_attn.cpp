@@ -2,9 +2,9 @@
 // include/visionllm/ms_deform_attn.h.
 #include "visionllm/ms_deform_attn.h"
 
+#include <cstring>
 #include <initializer_list>
 #include <limits>
-#include <memory>
 #include <new>
 #include <vector>
 
@@ -15,6 +15,9 @@
 
 namespace visionllm {
 namespace {
+
+// Copying a head's rows together costs about as much as this many gathered rows per row copied.
+constexpr std::int64_t kGathersPerCopy = 2;
 
 // One thread per this many corner rows at least: about 100 us of work, five times what starting a thread
 // costs.
@@ -221,19 +224,33 @@ Status choose_kernels(Kernels* kernels) {
 std::size_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::int64 ? 8 : 2; }
 
 void fill_zero(const TensorView& tensor) {  // contiguous
-  std::fill_n(static_cast<char*>(tensor.data),
-              tensor.size() * static_cast<std::int64_t>(element_size(tensor.dtype)), 0);
+  if (tensor.size() > 0)
+    std::memset(tensor.data, 0, static_cast<std::size_t>(tensor.size()) * element_size(tensor.dtype));
 }
 
-struct AlignedDelete {
-  void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
+// Uninitialised memory, aligned to a cache line; parts(i) are `bytes` long each.
+class Scratch {
+ public:
+  Scratch(std::int64_t bytes, int count) : bytes_((bytes + 63) / 64 * 64) {
+    if (bytes_ > 0)
+      memory_ = ::operator new[](static_cast<std::size_t>(bytes_ * count), std::align_val_t{64});
+  }
+  ~Scratch() {
+    if (memory_ != nullptr) ::operator delete[](memory_, std::align_val_t{64});
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <typename T>
+  T* part(int i) const {
+    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(static_cast<char*>(memory_) + i * bytes_);
+  }
+
+ private:
+  std::int64_t bytes_;
+  void* memory_ = nullptr;
 };
-using Workspace = std::unique_ptr<char[], AlignedDelete>;
 
-Workspace make_workspace(std::int64_t bytes) {
-  return Workspace(
-      static_cast<char*>(::operator new[](static_cast<std::size_t>(bytes), std::align_val_t{64})));
-}
+bool copying_pays(const Sizes& n) { return n.H > 1 && 4 * n.Q * n.L * n.P >= kGathersPerCopy * n.S; }
 
 int useful_threads(const Sizes& n, const Execution& execution) {
   const double rows = 4.0 * static_cast<double>(n.B) * n.Q * n.H * n.L * n.P * (n.D + 15) / 16;
@@ -267,11 +284,11 @@ Status ms_deform_attn(const TensorView& output, const TensorView& value, const T
   cpu::MsDeformAttnParams params = make_params(value, sampling_locations, attention_weights, levels, n);
   params.output = output.data;
   params.output_stride_b = n.Q * n.H * n.D, params.output_stride_q = n.H * n.D;
-  const std::int64_t bytes = cpu::ms_deform_attn_workspace_bytes(params);
   const int threads = useful_threads(n, execution);
-  const Workspace workspace = make_workspace(bytes * threads);
+  const Scratch workspace(cpu::ms_deform_attn_workspace_bytes(params), threads);
+  const Scratch value_rows(copying_pays(n) ? (n.S + 1) * n.D * 4 : 0, threads);
   parallel_for(n.B * n.H * n.Q, threads, [&](std::int64_t begin, std::int64_t end, int worker) {
-    kernels.forward(params, begin, end, workspace.get() + worker * bytes);
+    kernels.forward(params, begin, end, workspace.part<void>(worker), value_rows.part<float>(worker));
   });
   return {};
 }
@@ -322,15 +339,16 @@ Status ms_deform_attn_backward(const TensorView& grad_value, const TensorView& g
   params.grad_value = grad_value.data;
   params.grad_locations = static_cast<float*>(grad_sampling_locations.data);
   params.grad_attention = grad_attention_weights.data;
-  const std::int64_t bytes = cpu::ms_deform_attn_workspace_bytes(params);
-  // Low precision needs float rows for one (batch, head) per thread.
-  const std::int64_t rows = value.dtype == DType::float32 ? 0 : n.S * n.D;
+  const bool copying = copying_pays(n);
+  const bool in_place = !copying && value.dtype == DType::float32;
   const int threads = static_cast<int>(std::min<std::int64_t>(useful_threads(n, execution), n.B * n.H));
-  const Workspace workspace = make_workspace(bytes * threads);
-  const std::unique_ptr<float[]> row_memory(rows == 0 ? nullptr
-                                                      : new float[static_cast<std::size_t>(rows * threads)]);
+  const Scratch workspace(cpu::ms_deform_attn_workspace_bytes(params), threads);
+  const Scratch value_rows(copying ? (n.S + 1) * n.D * 4 : 0, threads);
+  const Scratch grad_rows(in_place ? 0 : (n.S + 1) * n.D * 4, threads);
+  if (in_place) fill_zero(grad_value);  // all of it at once: four times as fast as head by head
   parallel_for(n.B * n.H, threads, [&](std::int64_t begin, std::int64_t end, int worker) {
-    kernels.backward(params, begin, end, workspace.get() + worker * bytes, row_memory.get() + worker * rows);
+    kernels.backward(params, begin, end, workspace.part<void>(worker), value_rows.part<float>(worker),
+                     grad_rows.part<float>(worker));
   });
   return {};
 }

@@ -5,6 +5,11 @@
 //   sampled = (1-fy)(1-fx) v[y0,x0] + (1-fy) fx v[y0,x1] + fy (1-fx) v[y1,x0] + fy fx v[y1,x1]
 //   output += attention * sampled
 //
+// Where a head has many more gathers than pixels, its rows are first copied together, in float, with a row of
+// zeros behind them: the copy is dense in the caches, and points that contribute nothing read (and, backward,
+// write) the extra row, so that the inner loops have no tests. Otherwise the rows are used where they lie and
+// such points are skipped.
+//
 // For one (batch, query, head) the lanes run over points while the cells and weights are computed, then over
 // channels while rows of value are gathered. A corner outside the image gets weight zero and the row number
 // of the corner beside it, which is inside: no branch, and no memory is read that the formula does not name.
@@ -37,7 +42,7 @@ struct Points {
   float* inside_x1;
   float* inside_y0;
   float* inside_y1;
-  uint32_t* valid;  // [padded_points / kPointChunk], bit p: the point contributes
+  uint32_t* valid;  // [padded_points / kPointChunk], bit p: the point must be visited
 
   Points(void* workspace, int64_t n) : padded(n) {
     row = static_cast<int32_t*>(workspace);
@@ -79,8 +84,11 @@ VISIONLLM_INLINE void store_attention(void* p, int64_t i, Element element, F v, 
   }
 }
 
+constexpr uint32_t kAllValid = (1u << kPointChunk) - 1u;
+
 // Fills `points` for one (batch, query, head) from its locations [points, 2] and attention weights [points].
-template <bool kForBackward>
+// With kCopied points that contribute nothing get the row of zeros, number S.
+template <bool kForBackward, bool kCopied>
 VISIONLLM_INLINE void locate(const MsDeformAttnParams& params, const float* locations, const void* attention,
                              const Points& points) {
   const F half = set(0.5f), one = set(1.0f), minus_one = set(-1.0f), zero = set(0.0f);
@@ -126,10 +134,17 @@ VISIONLLM_INLINE void locate(const MsDeformAttnParams& params, const float* loca
     const I start = load(params.level_start + p);
     const I line0 = add(start, mul(max(y0, int_zero), width_int));
     const I line1 = add(start, mul(min(y1, add(height_int, int_minus_one)), width_int));
-    store(points.row + p, add(line0, column0));
-    store(points.row + points.padded + p, add(line0, column1));
-    store(points.row + 2 * points.padded + p, add(line1, column0));
-    store(points.row + 3 * points.padded + p, add(line1, column1));
+    I row00 = add(line0, column0), row01 = add(line0, column1);
+    I row10 = add(line1, column0), row11 = add(line1, column1);
+    if (kCopied) {
+      const I zeros = set(static_cast<int32_t>(params.pixels));
+      row00 = where(valid, row00, zeros), row01 = where(valid, row01, zeros);
+      row10 = where(valid, row10, zeros), row11 = where(valid, row11, zeros);
+    }
+    store(points.row + p, row00);
+    store(points.row + points.padded + p, row01);
+    store(points.row + 2 * points.padded + p, row10);
+    store(points.row + 3 * points.padded + p, row11);
 
     const F weight_x0 = where(inside_x0, one - fx), weight_x1 = where(inside_x1, fx);
     const F weight_y0 = where(inside_y0, (one - fy) * weight), weight_y1 = where(inside_y1, fy * weight);
@@ -146,6 +161,7 @@ VISIONLLM_INLINE void locate(const MsDeformAttnParams& params, const float* loca
       store(points.inside_y0 + p, where(inside_y0, one));
       store(points.inside_y1 + p, where(inside_y1, one));
     }
+    if (kCopied) continue;
     const int lane = p % kPointChunk;
     valid_bits |= bits(valid) << lane;
     if (lane + kWidth == kPointChunk) {
@@ -154,8 +170,6 @@ VISIONLLM_INLINE void locate(const MsDeformAttnParams& params, const float* loca
     }
   }
 }
-
-constexpr uint32_t kAllValid = (1u << kPointChunk) - 1u;
 
 // Adds one point's four corners to `sum`. Corners go to `kChains` separate sums so that the additions
 // overlap.
@@ -172,15 +186,15 @@ VISIONLLM_INLINE void gather_point(const Points& points, int64_t p, const T* val
 }
 
 // output[0 .. kVectors * kWidth) for the located points; `value` points at the same channels of row 0.
-template <int kVectors, typename T>
-VISIONLLM_INLINE void gather(const Points& points, const T* value, int64_t stride, T* output) {
+template <int kVectors, bool kCopied, typename V, typename T>
+VISIONLLM_INLINE void gather(const Points& points, const V* value, int64_t stride, T* output) {
   constexpr int kChains = kVectors >= 4 ? 2 : 4;
   F sum[kChains][kVectors];
   for (int chain = 0; chain < kChains; ++chain) {
     for (int i = 0; i < kVectors; ++i) sum[chain][i] = set(0.0f);
   }
   for (int64_t chunk = 0; chunk < points.padded / kPointChunk; ++chunk) {
-    uint32_t valid = points.valid[chunk];
+    uint32_t valid = kCopied ? kAllValid : points.valid[chunk];
     const int64_t base = chunk * kPointChunk;
     if (valid == kAllValid) {
       for (int p = 0; p < kPointChunk; ++p) gather_point(points, base + p, value, stride, sum);
@@ -197,14 +211,14 @@ VISIONLLM_INLINE void gather(const Points& points, const T* value, int64_t strid
 }
 
 // The last n < kWidth channels.
-template <typename T>
-VISIONLLM_INLINE void gather_tail(const Points& points, const T* value, int64_t stride, T* output, int n) {
+template <bool kCopied, typename V, typename T>
+VISIONLLM_INLINE void gather_tail(const Points& points, const V* value, int64_t stride, T* output, int n) {
   F sum = set(0.0f);
   for (int64_t chunk = 0; chunk < points.padded / kPointChunk; ++chunk) {
-    for (uint32_t valid = points.valid[chunk]; valid != 0; valid &= valid - 1) {
+    for (uint32_t valid = kCopied ? kAllValid : points.valid[chunk]; valid != 0; valid &= valid - 1) {
       const int64_t p = chunk * kPointChunk + __builtin_ctz(valid);
       for (int corner = 0; corner < kCorners; ++corner) {
-        const T* row = value + points.row[corner * points.padded + p] * stride;
+        const V* row = value + points.row[corner * points.padded + p] * stride;
         sum = mul_add(set(points.weight[corner * points.padded + p]), load_partial(row, n), sum);
       }
     }
@@ -212,91 +226,156 @@ VISIONLLM_INLINE void gather_tail(const Points& points, const T* value, int64_t 
   store_partial(output, sum, n);
 }
 
-template <typename T>
-void forward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace) {
-  const Points points(workspace, params.padded_points);
-  const int attention_size = params.attention_element == Element::float32 ? 4 : 2;
-  const int64_t stride = params.value_stride_s;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t q = item % params.queries;
-    const int64_t h = item / params.queries % params.heads;
-    const int64_t b = item / params.queries / params.heads;
-    const float* locations = params.locations + b * params.locations_stride_b +
-                             q * params.locations_stride_q + h * params.locations_stride_h;
-    const char* attention =
+// All channels of one (batch, query, head).
+template <bool kCopied, typename V, typename T>
+VISIONLLM_INLINE void gather_channels(const Points& points, const V* value, int64_t stride, T* output,
+                                      int64_t channels) {
+  int64_t d = 0;
+  for (; d + 4 * kWidth <= channels; d += 4 * kWidth)
+    gather<4, kCopied>(points, value + d, stride, output + d);
+  if (d + 2 * kWidth <= channels) {
+    gather<2, kCopied>(points, value + d, stride, output + d);
+    d += 2 * kWidth;
+  }
+  if (d + kWidth <= channels) {
+    gather<1, kCopied>(points, value + d, stride, output + d);
+    d += kWidth;
+  }
+  if (d < channels)
+    gather_tail<kCopied>(points, value + d, stride, output + d, static_cast<int>(channels - d));
+}
+
+// Copies `pixels` rows of `channels` elements, converting as the types say.
+template <typename From, typename To>
+void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t pixels,
+               int64_t channels) {
+  for (int64_t s = 0; s < pixels; ++s, from += from_stride, to += to_stride) {
+    int64_t d = 0;
+    for (; d + kWidth <= channels; d += kWidth) store(to + d, load(from + d));
+    if (d < channels) {
+      const int n = static_cast<int>(channels - d);
+      store_partial(to + d, load_partial(from + d, n), n);
+    }
+  }
+}
+
+// Where the inputs of one (batch, query, head) begin.
+struct Place {
+  const float* locations;
+  const char* attention;
+
+  Place(const MsDeformAttnParams& params, int64_t b, int64_t q, int64_t h) {
+    locations = params.locations + b * params.locations_stride_b + q * params.locations_stride_q +
+                h * params.locations_stride_h;
+    const int size = params.attention_element == Element::float32 ? 4 : 2;
+    attention =
         static_cast<const char*>(params.attention) +
         (b * params.attention_stride_b + q * params.attention_stride_q + h * params.attention_stride_h) *
-            attention_size;
-    locate<false>(params, locations, attention, points);
+            size;
+  }
+};
 
+// Asks for the inputs of a query to come: they lie H heads apart, which the hardware does not foresee.
+VISIONLLM_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
+VISIONLLM_INLINE void prefetch(const MsDeformAttnParams& params, const Place& place) {
+  prefetch(place.locations, static_cast<int64_t>(params.points) * 2 * static_cast<int64_t>(sizeof(float)));
+  prefetch(place.attention, static_cast<int64_t>(params.points) * static_cast<int64_t>(sizeof(float)));
+}
+
+constexpr int64_t kPrefetchQueries = 4;
+
+// Copies one head's rows and puts the row of zeros behind them.
+template <typename T>
+void copy_head(const MsDeformAttnParams& params, const T* value, float* rows) {
+  copy_rows(value, params.value_stride_s, rows, params.channels, params.pixels, params.channels);
+  memset(rows + params.pixels * params.channels, 0, static_cast<size_t>(params.channels) * sizeof(float));
+}
+
+template <typename T>
+void forward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
+             float* value_rows) {
+  const Points points(workspace, params.padded_points);
+  int64_t copied_head = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t q = item % params.queries;
+    const int64_t head = item / params.queries;  // of B * H
+    const int64_t h = head % params.heads;
+    const int64_t b = head / params.heads;
+    const Place place(params, b, q, h);
     const T* value =
         static_cast<const T*>(params.value) + b * params.value_stride_b + h * params.value_stride_h;
     T* output = static_cast<T*>(params.output) + b * params.output_stride_b + q * params.output_stride_q +
                 h * params.channels;
-    int64_t d = 0;
-    for (; d + 4 * kWidth <= params.channels; d += 4 * kWidth)
-      gather<4>(points, value + d, stride, output + d);
-    if (d + 2 * kWidth <= params.channels) {
-      gather<2>(points, value + d, stride, output + d);
-      d += 2 * kWidth;
+    if (value_rows == nullptr) {
+      locate<false, false>(params, place.locations, place.attention, points);
+      gather_channels<false>(points, value, params.value_stride_s, output, params.channels);
+      continue;
     }
-    if (d + kWidth <= params.channels) {
-      gather<1>(points, value + d, stride, output + d);
-      d += kWidth;
+    if (head != copied_head) {
+      copy_head(params, value, value_rows);
+      copied_head = head;
     }
-    if (d < params.channels) {
-      gather_tail(points, value + d, stride, output + d, static_cast<int>(params.channels - d));
-    }
+    locate<false, true>(params, place.locations, place.attention, points);
+    gather_channels<true>(points, static_cast<const float*>(value_rows), params.channels, output,
+                          params.channels);
   }
 }
 
 // For kWidth points from p on: points.dot += <grad, row> and grad_value row += weight * grad, for each corner
-// and the channels of `grad`. `tail` is 0, or the number of channels when there are fewer than a vector of
-// them.
-template <int kVectors, bool kTail, typename T>
-VISIONLLM_INLINE void scatter_points(const Points& points, int64_t p, uint32_t valid, const T* value,
+// and the channels of `grad`. `tail` is the number of channels where there are fewer than a vector of them.
+template <int kVectors, bool kTail, typename V>
+VISIONLLM_INLINE void scatter_points(const Points& points, int64_t p, uint32_t valid, const V* value,
                                      int64_t stride, const F (&grad)[kVectors], float* grad_value,
-                                     int64_t grad_stride, int tail) {
+                                     int64_t grad_stride, int tail, bool first) {
   for (int corner = 0; corner < kCorners; ++corner) {
     F product[kWidth];
     const int32_t* rows = points.row + corner * points.padded + p;
     const float* weights = points.weight + corner * points.padded + p;
+#pragma GCC unroll 16
     for (int lane = 0; lane < kWidth; ++lane) {
       product[lane] = set(0.0f);
       if (!(valid >> lane & 1u)) continue;
-      const T* row = value + rows[lane] * stride;
+      const V* row = value + rows[lane] * stride;
       float* grad_row = grad_value + rows[lane] * grad_stride;
       const F weight = set(weights[lane]);
+      if (kTail) {
+        product[lane] = grad[0] * load_partial(row, tail);
+        store_partial(grad_row, mul_add(weight, grad[0], load_partial(grad_row, tail)), tail);
+        continue;
+      }
+      product[lane] = grad[0] * load(row);
+      for (int i = 1; i < kVectors; ++i)
+        product[lane] = mul_add(grad[i], load(row + i * kWidth), product[lane]);
       for (int i = 0; i < kVectors; ++i) {
-        if (kTail) {
-          product[lane] = grad[i] * load_partial(row, tail);
-          store_partial(grad_row, mul_add(weight, grad[i], load_partial(grad_row, tail)), tail);
-        } else {
-          product[lane] = mul_add(grad[i], load(row + i * kWidth), product[lane]);
-          store(grad_row + i * kWidth, mul_add(weight, grad[i], load(grad_row + i * kWidth)));
-        }
+        store(grad_row + i * kWidth, mul_add(weight, grad[i], load(grad_row + i * kWidth)));
       }
     }
     float* dot = points.dot + corner * points.padded + p;
-    store(dot, load(dot) + sum_rows(product));
+    const F sum = sum_rows(product);
+    store(dot, first ? sum : load(dot) + sum);
   }
 }
 
-template <int kVectors, bool kTail, typename T>
-VISIONLLM_INLINE void scatter(const Points& points, const T* value, int64_t stride, const T* grad_output,
-                              float* grad_value, int64_t grad_stride, int tail = 0) {
+template <int kVectors, bool kTail, bool kCopied, typename V, typename T>
+VISIONLLM_INLINE void scatter(const Points& points, const V* value, int64_t stride, const T* grad_output,
+                              float* grad_value, int64_t grad_stride, bool first, int tail = 0) {
   constexpr uint32_t kAllLanes = static_cast<uint32_t>((uint64_t{1} << kWidth) - 1u);
   F grad[kVectors];
   for (int i = 0; i < kVectors; ++i) {
     grad[i] = kTail ? load_partial(grad_output, tail) : load(grad_output + i * kWidth);
   }
   for (int64_t p = 0; p < points.padded; p += kWidth) {
-    const uint32_t valid = points.valid[p / kPointChunk] >> (p % kPointChunk) & kAllLanes;
+    const uint32_t valid =
+        kCopied ? kAllLanes : points.valid[p / kPointChunk] >> (p % kPointChunk) & kAllLanes;
     if (valid == kAllLanes) {  // a constant mask lets the compiler drop the tests
       scatter_points<kVectors, kTail>(points, p, kAllLanes, value, stride, grad, grad_value, grad_stride,
-                                      tail);
-    } else if (valid != 0) {
-      scatter_points<kVectors, kTail>(points, p, valid, value, stride, grad, grad_value, grad_stride, tail);
+                                      tail, first);
+    } else if (valid != 0 || first) {
+      scatter_points<kVectors, kTail>(points, p, valid, value, stride, grad, grad_value, grad_stride, tail,
+                                      first);
     }
   }
 }
@@ -335,92 +414,93 @@ VISIONLLM_INLINE void finish_points(const MsDeformAttnParams& params, const Poin
   }
 }
 
-// Rounds the float rows [S, D] of one (batch, head) into grad_value.
-template <typename T>
-void round_rows(const float* rows, int64_t pixels, int64_t channels, T* grad_value, int64_t stride) {
-  for (int64_t s = 0; s < pixels; ++s) {
-    const float* from = rows + s * channels;
-    T* to = grad_value + s * stride;
-    int64_t d = 0;
-    for (; d + kWidth <= channels; d += kWidth) store(to + d, load(from + d));
-    if (d < channels) {
-      const int n = static_cast<int>(channels - d);
-      store_partial(to + d, load_partial(from + d, n), n);
-    }
+// All channels of one (batch, query, head).
+template <bool kCopied, typename V, typename T>
+VISIONLLM_INLINE void scatter_channels(const Points& points, const V* value, int64_t stride,
+                                       const T* grad_output, float* grad_value, int64_t grad_stride,
+                                       int64_t channels) {
+  int64_t d = 0;
+  for (; d + 4 * kWidth <= channels; d += 4 * kWidth) {
+    scatter<4, false, kCopied>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride,
+                               d == 0);
+  }
+  if (d + 2 * kWidth <= channels) {
+    scatter<2, false, kCopied>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride,
+                               d == 0);
+    d += 2 * kWidth;
+  }
+  if (d + kWidth <= channels) {
+    scatter<1, false, kCopied>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride,
+                               d == 0);
+    d += kWidth;
+  }
+  if (d < channels) {
+    scatter<1, true, kCopied>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride, d == 0,
+                              static_cast<int>(channels - d));
   }
 }
-VISIONLLM_INLINE void round_rows(const float*, int64_t, int64_t, float*, int64_t) {
-}  // float: written in place
 
 template <typename T>
-void backward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace, float* rows) {
+void backward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
+              float* value_rows, float* grad_rows) {
   const Points points(workspace, params.padded_points);
-  const int attention_size = params.attention_element == Element::float32 ? 4 : 2;
-  const int64_t stride = params.value_stride_s;
-  const int64_t value_row = params.heads * params.channels;
+  const int64_t pixels = params.pixels, channels = params.channels;
+  const int64_t value_row = params.heads * channels;  // of the contiguous grad_value
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / params.heads, h = item % params.heads;
     const T* value =
         static_cast<const T*>(params.value) + b * params.value_stride_b + h * params.value_stride_h;
-    T* grad_value_out =
-        static_cast<T*>(params.grad_value) + b * params.pixels * value_row + h * params.channels;
-    // Low precision sums in float rows of its own; float sums in the output.
-    const bool in_place = params.element == Element::float32;
-    float* grad_value = in_place ? reinterpret_cast<float*>(grad_value_out) : rows;
-    const int64_t grad_stride = in_place ? value_row : params.channels;
-    for (int64_t s = 0; s < params.pixels; ++s) {
-      memset(grad_value + s * grad_stride, 0, static_cast<size_t>(params.channels) * sizeof(float));
+    T* grad_value_out = static_cast<T*>(params.grad_value) + b * pixels * value_row + h * channels;
+    if (value_rows != nullptr) copy_head(params, value, value_rows);
+    float* grad_value = grad_rows;
+    int64_t grad_stride = channels;
+    if (grad_rows != nullptr) {
+      memset(grad_rows, 0, static_cast<size_t>((pixels + 1) * channels) * sizeof(float));
+    } else {
+      grad_value = reinterpret_cast<float*>(grad_value_out);  // float32, and the caller has cleared it
+      grad_stride = value_row;
     }
     for (int64_t q = 0; q < params.queries; ++q) {
-      const float* locations = params.locations + b * params.locations_stride_b +
-                               q * params.locations_stride_q + h * params.locations_stride_h;
-      const char* attention =
-          static_cast<const char*>(params.attention) +
-          (b * params.attention_stride_b + q * params.attention_stride_q + h * params.attention_stride_h) *
-              attention_size;
-      locate<true>(params, locations, attention, points);
-      memset(points.dot, 0, static_cast<size_t>(kCorners * points.padded) * sizeof(float));
-
+      const Place place(params, b, q, h);
       const T* grad_output = static_cast<const T*>(params.grad_output) + b * params.grad_output_stride_b +
-                             q * params.grad_output_stride_q + h * params.channels;
-      int64_t d = 0;
-      for (; d + 4 * kWidth <= params.channels; d += 4 * kWidth) {
-        scatter<4, false>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride);
+                             q * params.grad_output_stride_q + h * channels;
+      if (q + kPrefetchQueries < params.queries) {
+        prefetch(params, Place(params, b, q + kPrefetchQueries, h));
+        prefetch(grad_output + kPrefetchQueries * params.grad_output_stride_q,
+                 channels * static_cast<int64_t>(sizeof(T)));
       }
-      if (d + 2 * kWidth <= params.channels) {
-        scatter<2, false>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride);
-        d += 2 * kWidth;
-      }
-      if (d + kWidth <= params.channels) {
-        scatter<1, false>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride);
-        d += kWidth;
-      }
-      if (d < params.channels) {
-        scatter<1, true>(points, value + d, stride, grad_output + d, grad_value + d, grad_stride,
-                         static_cast<int>(params.channels - d));
+      if (value_rows != nullptr) {
+        locate<true, true>(params, place.locations, place.attention, points);
+        scatter_channels<true>(points, static_cast<const float*>(value_rows), channels, grad_output,
+                               grad_value, grad_stride, channels);
+      } else {
+        locate<true, false>(params, place.locations, place.attention, points);
+        scatter_channels<false>(points, value, params.value_stride_s, grad_output, grad_value, grad_stride,
+                                channels);
       }
       finish_points(params, points, (b * params.queries + q) * params.heads + h);
     }
-    round_rows(rows, params.pixels, params.channels, grad_value_out, value_row);
+    if (grad_rows != nullptr) copy_rows(grad_rows, channels, grad_value_out, value_row, pixels, channels);
   }
 }
 
 }  // namespace
 
-void ms_deform_attn_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace) {
+void ms_deform_attn_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
+                           float* value_rows) {
   switch (params.element) {
-    case Element::float32: return forward<float>(params, begin, end, workspace);
-    case Element::bfloat16: return forward<bfloat16>(params, begin, end, workspace);
-    case Element::float16: return forward<float16>(params, begin, end, workspace);
+    case Element::float32: return forward<float>(params, begin, end, workspace, value_rows);
+    case Element::bfloat16: return forward<bfloat16>(params, begin, end, workspace, value_rows);
+    case Element::float16: return forward<float16>(params, begin, end, workspace, value_rows);
   }
 }
 
 void ms_deform_attn_backward_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end,
-                                    void* workspace, float* grad_value_rows) {
+                                    void* workspace, float* value_rows, float* grad_rows) {
   switch (params.element) {
-    case Element::float32: return backward<float>(params, begin, end, workspace, grad_value_rows);
-    case Element::bfloat16: return backward<bfloat16>(params, begin, end, workspace, grad_value_rows);
-    case Element::float16: return backward<float16>(params, begin, end, workspace, grad_value_rows);
+    case Element::float32: return backward<float>(params, begin, end, workspace, value_rows, grad_rows);
+    case Element::bfloat16: return backward<bfloat16>(params, begin, end, workspace, value_rows, grad_rows);
+    case Element::float16: return backward<float16>(params, begin, end, workspace, value_rows, grad_rows);
   }
 }
 

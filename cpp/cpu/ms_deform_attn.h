@@ -14,6 +14,7 @@ enum class Element : int32_t { float32, bfloat16, float16 };
 // Strides are in elements. points = L * P; tables have `padded_points` entries, a multiple of kPointChunk.
 struct MsDeformAttnParams {
   int64_t batch, queries, heads, channels;  // B, Q, H, D
+  int64_t pixels;                           // S
   int32_t points, padded_points;
 
   const float* level_width;   // [padded_points] the level's width and height, as float and as int, and its
@@ -36,7 +37,6 @@ struct MsDeformAttnParams {
   int64_t output_stride_b, output_stride_q;
 
   // Backward only.
-  int64_t pixels;           // S
   const void* grad_output;  // [B, Q, H * D]
   int64_t grad_output_stride_b, grad_output_stride_q;
   void* grad_value;       // [B, S, H, D] contiguous, of type element
@@ -44,15 +44,21 @@ struct MsDeformAttnParams {
   void* grad_attention;   // [B, Q, H, L, P] contiguous, of type attention_element
 };
 
-// Both run the items [begin, end) on the calling thread. `workspace` has workspace_bytes(params) bytes,
-// aligned to 64, for this call alone; `grad_value_rows` holds [S, D] floats for it when element is not
-// float32.
+// Both run the items [begin, end) on the calling thread. Memory that one call alone uses:
+//   workspace   workspace_bytes(params), aligned to 64
+//   value_rows  [S, D] floats, or null. One head's rows lie H * D elements apart in value and so share few
+//   sets of the
+//               caches; with many queries it pays to copy them together first.
+//   grad_rows   [S, D] floats for one head's part of grad_value; null, with grad_value of float32 and cleared
+//   by the
+//               caller, to sum in place.
+// Items:
 //   forward   item = (b * H + h) * Q + q
 //   backward  item = b * H + h; all of one item's gradients are written by its call, so none needs an atomic
 using MsDeformAttnForward = void (*)(const MsDeformAttnParams& params, int64_t begin, int64_t end,
-                                     void* workspace);
+                                     void* workspace, float* value_rows);
 using MsDeformAttnBackward = void (*)(const MsDeformAttnParams& params, int64_t begin, int64_t end,
-                                      void* workspace, float* grad_value_rows);
+                                      void* workspace, float* value_rows, float* grad_rows);
 
 // Per point: four row numbers and weights, four dot products, seven factors of the backward pass; a validity
 // word per chunk.
@@ -61,11 +67,12 @@ inline int64_t ms_deform_attn_workspace_bytes(const MsDeformAttnParams& params) 
          (params.padded_points / kPointChunk + 15) / 16 * 64;
 }
 
-#define VISIONLLM_DECLARE_MS_DEFORM_ATTN(isa)                                                                \
-  namespace isa {                                                                                            \
-  void ms_deform_attn_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace); \
-  void ms_deform_attn_backward_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end,          \
-                                      void* workspace, float* grad_value_rows);                              \
+#define VISIONLLM_DECLARE_MS_DEFORM_ATTN(isa)                                                               \
+  namespace isa {                                                                                           \
+  void ms_deform_attn_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace, \
+                             float* value_rows);                                                            \
+  void ms_deform_attn_backward_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end,         \
+                                      void* workspace, float* value_rows, float* grad_rows);                \
   }
 VISIONLLM_DECLARE_MS_DEFORM_ATTN(scalar)
 VISIONLLM_DECLARE_MS_DEFORM_ATTN(avx2)

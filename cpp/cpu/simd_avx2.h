@@ -33,6 +33,7 @@ VISIONLLM_INLINE I max(I a, I b) { return {_mm256_max_epi32(a.v, b.v)}; }
 VISIONLLM_INLINE M greater(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
 VISIONLLM_INLINE M both(M a, M b) { return {_mm256_and_ps(a.v, b.v)}; }
 VISIONLLM_INLINE F where(M m, F a) { return {_mm256_and_ps(m.v, a.v)}; }
+VISIONLLM_INLINE I where(M m, I a, I b) { return {_mm256_blendv_epi8(b.v, a.v, _mm256_castps_si256(m.v))}; }
 VISIONLLM_INLINE uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.v)); }
 VISIONLLM_INLINE M first(int n) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

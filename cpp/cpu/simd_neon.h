@@ -35,6 +35,7 @@ VISIONLLM_INLINE M both(M a, M b) { return {vandq_u32(a.v, b.v)}; }
 VISIONLLM_INLINE F where(M m, F a) {
   return {vreinterpretq_f32_u32(vandq_u32(m.v, vreinterpretq_u32_f32(a.v)))};
 }
+VISIONLLM_INLINE I where(M m, I a, I b) { return {vbslq_s32(m.v, a.v, b.v)}; }
 VISIONLLM_INLINE uint32_t bits(M m) {
   const uint32x4_t weight = {1, 2, 4, 8};
   return vaddvq_u32(vandq_u32(m.v, weight));

@@ -30,6 +30,7 @@ VISIONLLM_INLINE I max(I a, I b) { return {a.v > b.v ? a.v : b.v}; }
 VISIONLLM_INLINE M greater(F a, F b) { return {a.v > b.v}; }  // false where either is NaN
 VISIONLLM_INLINE M both(M a, M b) { return {a.v && b.v}; }
 VISIONLLM_INLINE F where(M m, F a) { return {m.v ? a.v : 0.0f}; }  // a where m, else +0
+VISIONLLM_INLINE I where(M m, I a, I b) { return m.v ? a : b; }    // a where m, else b
 VISIONLLM_INLINE uint32_t bits(M m) { return m.v ? 1u : 0u; }      // lane i in bit i
 VISIONLLM_INLINE M first(int n) { return {n > 0}; }                // lanes below n
 
