@@ -83,7 +83,9 @@ def glyph_aliases() -> dict[str, dict[str, str]]:
     aliases: dict[str, dict[str, str]] = {}
     for line in _lines("aliases.txt"):
         style, _, pairs = line.partition(":")
-        aliases.setdefault(style, {}).update(pair.split("=") for pair in pairs.split())
+        for pair in pairs.split():
+            glyph, _, key = pair.partition("=")
+            aliases.setdefault(style, {})[glyph] = key
     return aliases
 
 
