@@ -16,7 +16,9 @@ from visionllm.evaluate.confusion import confusion_matrix, confusion_pairs
 from visionllm.evaluate.dataset import EvaluationSet
 from visionllm.evaluate.evaluation import PromptOptions, absent_listings, class_listings, evaluate, passes
 from visionllm.evaluate.matching import box_iou, match_greedily
-from visionllm.evaluate.prompts import list_absent, list_all, list_some
+from visionllm.evaluate.prediction import PicturePrediction
+from visionllm.evaluate.prompts import ClassListing, list_absent, list_all, list_some
+from visionllm.evaluate.rejection import measure_rejection
 from visionllm.image import ImageError
 from visionllm.instruction import EVAL_TEMPLATES
 from visionllm.pipeline import VisionLLM
@@ -132,6 +134,19 @@ def test_boxes_of_unlisted_classes_are_counted_above_the_score(dataset, mistaken
     assert rates["unlisted_boxed_rate"] == share
     assert rates["absent_shown_rate"] == share * 3 / 4, "one picture is empty"
     assert found.coco.metrics["AP"] == pytest.approx(1.0) if not share else found.coco.metrics["AP"] < 1
+
+
+def test_a_right_box_is_no_box_of_an_unlisted_object_beneath_it():
+    def prediction(*scores: float) -> PicturePrediction:
+        count = len(scores)
+        boxes = np.tile(np.array([0, 0, 10, 10], np.float32), (count, 1))
+        return PicturePrediction(1, ClassListing((0,)), boxes, np.array(scores), np.zeros(count, np.int64))
+
+    objects = {1: [{"category_id": k, "bbox": [0, 0, 10, 9 + k], "iscrowd": 0} for k in (0, 1)]}
+    right = measure_rejection([prediction(0.9)], [], objects, [0, 1])
+    assert (right.listed_found, right.unlisted_objects, right.unlisted_boxed, right.score) == (1, 1, 0, 0.9)
+    twice = measure_rejection([prediction(0.9, 0.9)], [], objects, [0, 1])
+    assert (twice.listed_found, twice.unlisted_boxed) == (1, 1)
 
 
 def test_a_network_that_finds_nothing_has_no_score(dataset):

@@ -79,7 +79,7 @@ def measure_rejection(
         categories = np.array([position[entry["category_id"]] for entry in entries], np.int64)
         is_listed = np.isin(categories, prediction.listing.indices)
         iou = box_iou(prediction.xyxy.astype(np.float64), boxes)  # [n, m]
-        matched = match_greedily(iou, (prediction.categories[:, None] == categories) & is_listed)
+        matched = match_greedily(iou, prediction.categories[:, None] == categories)
         listed_objects += int(is_listed.sum())
         found_scores += prediction.scores[matched >= 0].tolist()
         # A box that rightly marks a listed object is no box of an unlisted one beneath it.
