@@ -65,7 +65,7 @@ def query_attention(
     near = own_q @ own_k  # [B, Hkv, G, R, S, S]
     future = torch.ones(slots, slots, dtype=torch.bool, device=q.device).triu(1)
     near = near.masked_fill(future, float("-inf")).reshape(b, kv_heads, -1, slots)
-    weights = torch.cat([far, near], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
+    weights = torch.cat([far, near], -1).softmax(-1)  # summed in fp32 whatever its type
     far, near = weights.split([far.shape[-1], slots], -1)
     y = (near.reshape(b, kv_heads, groups, -1, slots, slots) @ own_v).reshape(b, kv_heads, -1, d)
     y = y + far @ prefix_v.transpose(1, 2)
