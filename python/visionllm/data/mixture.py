@@ -58,6 +58,7 @@ class TrainBatch:
             neither right nor wrong.
         unlisted: B arrays float32 ``[m, 4]`` like ``boxes``: objects whose class is not listed; nothing must
             be said there.
+        unlisted_names: the m names of those.
         source: the B names of the sources.
     """
 
@@ -67,6 +68,7 @@ class TrainBatch:
     instructions: list[Instruction]
     ignore: list[np.ndarray]
     unlisted: list[np.ndarray]
+    unlisted_names: list[list[str]]
     source: list[str]
 
 
@@ -167,6 +169,7 @@ class TrainingBatches:
             instructions=[],
             ignore=[],
             unlisted=[],
+            unlisted_names=[],
             source=[self.sources[index].name for index in chosen],
         )
         for index, sample, rng in zip(chosen, samples, rngs, strict=True):
@@ -214,18 +217,19 @@ class TrainingBatches:
         classes = draw_class_set(
             present, unclear, sample.vocabulary, source.absent_names, count, rng, self.prompts
         )
-        boxes, labels, ignore, unlisted = targets_of(sample, classes, self.prompts.max_objects)
+        boxes, labels, ignore, unlisted, unlisted_names = targets_of(sample, classes, self.prompts.max_objects)
         batch.boxes.append(boxes)
         batch.labels.append(labels)
         batch.ignore.append(ignore)
         batch.unlisted.append(unlisted)
+        batch.unlisted_names.append(unlisted_names)
         batch.instructions.append(template.instruction(classes, range=draw_range(rng, self.prompts)))
 
 
 def targets_of(
     sample: Sample, classes: Sequence[str], max_objects: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Listed objects' boxes ``[n, 4]`` and labels ``[n]``; areas to ignore and unlisted objects ``[m, 4]``.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Listed objects' boxes ``[n, 4]`` and labels ``[n]``; areas to ignore; unlisted objects and their names.
 
     Boxes are clipped to the picture, in centre form, in 0..1 of its width and height, the largest first;
     those beyond ``max_objects`` and crowds are areas to ignore. Boxes without extent are left out.
@@ -242,8 +246,9 @@ def targets_of(
     targets = np.flatnonzero(is_listed & ~is_crowd)
     targets = targets[np.argsort(-boxes[targets, 2] * boxes[targets, 3], kind="stable")]
     ignored = np.concatenate([np.flatnonzero(is_listed & is_crowd), targets[max_objects:]])
-    unlisted = boxes[(labels < 0) & has_extent & ~is_crowd]
-    return boxes[targets[:max_objects]], labels[targets[:max_objects]], boxes[ignored], unlisted
+    unlisted = np.flatnonzero((labels < 0) & has_extent & ~is_crowd)
+    found = targets[:max_objects]
+    return boxes[found], labels[found], boxes[ignored], boxes[unlisted], [sample.names[i] for i in unlisted]
 
 
 def _settings(kind: type, given: Any, name: str) -> Any:

@@ -1,9 +1,9 @@
 """EfficientNet-Lite0 trunk with its batch norms folded away, giving C3, C4 and C5 (strides 8, 16, 32).
 
 Convolution, bias and ReLU6 only: a folded batch norm costs no memory pass, and with few pictures per step its
-statistics would be noise anyway (detectors freeze them for that reason). Source of the architecture: Tan & Le,
-EfficientNet (1905.11946), and the Lite variant without squeeze-and-excitation; "same" padding as in its published
-weights, which puts the odd row and column at the bottom right.
+statistics would be noise anyway (detectors freeze them for that reason). Source of the architecture: Tan &
+Le, EfficientNet (1905.11946), and the Lite variant without squeeze-and-excitation; "same" padding as in its
+published weights, which puts the odd row and column at the bottom right.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ class SameConv(nn.Conv2d):
 class DepthwiseConv(SameConv):
     """Depthwise convolution; strided ones leave bf16 autocast while gradients are needed.
 
-    Why: their bf16 input gradient on a CPU took 3 to 7 ms a picture where fp32 takes 0.3 ms (oneDNN, AVX-512).
+    Why: their bf16 input gradient on a CPU took 3 to 7 ms a picture, in fp32 0.3 ms (oneDNN, AVX-512).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stride == (1, 1) or x.device.type != "cpu" or not (torch.is_grad_enabled() and x.requires_grad):
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        if self.stride == (1, 1) or x.device.type != "cpu" or not needs_gradient:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
@@ -76,11 +77,11 @@ class EfficientNetLite(nn.Module):
     """Picture ``[B, 3, H, W]`` (normalised by PIXEL_MEAN, PIXEL_STD) to ``[C3, C4, C5]``.
 
     Args:
-        frozen_stages: the stem and this many stages get no gradient, so that training neither stores nor walks
-            back through the largest feature maps.
-        freeze_depthwise: the depthwise convolutions get no gradient. They hold 5 % of the values, and their weight
-            gradient (which a bias's gradient brings with it) took more time on a CPU than all the rest of the trunk's
-            backward pass.
+        frozen_stages: the stem and this many stages get no gradient, so that training neither stores nor
+            walks back through the largest feature maps.
+        freeze_depthwise: the depthwise convolutions get no gradient. They hold 5 % of the values, and their
+            weight gradient (which a bias's gradient brings with it) took more time on a CPU than all the rest
+            of the trunk's backward pass.
     """
 
     def __init__(self, frozen_stages: int = 0, freeze_depthwise: bool = False) -> None:
@@ -96,7 +97,7 @@ class EfficientNetLite(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.ModuleList(stages)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
                 nn.init.zeros_(module.bias)
         for module in (self.stem, *self.stages[:frozen_stages]):
@@ -121,8 +122,8 @@ class EfficientNetLite(nn.Module):
         """Folds the batch norms of a published EfficientNet-Lite0 state dict into this trunk.
 
         Args:
-            state: names as in the `efficientnet-lite-pytorch` package (``_conv_stem.weight``, ``_bn0.weight``,
-                ``_blocks.0._depthwise_conv.weight``, …).
+            state: names as in the `efficientnet-lite-pytorch` package (``_conv_stem.weight``,
+                ``_bn0.weight``, ``_blocks.0._depthwise_conv.weight``, …).
 
         Raises:
             KeyError, RuntimeError: a name is missing or a shape differs.
@@ -132,10 +133,11 @@ class EfficientNetLite(nn.Module):
             scale = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + epsilon)
             with torch.no_grad():
                 conv.weight.copy_(state[f"{weight}.weight"] * scale[:, None, None, None])
+                assert conv.bias is not None
                 conv.bias.copy_(state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale)
 
         fold(self.stem, "_conv_stem", "_bn0")
-        blocks = [block for stage in self.stages for block in stage]
+        blocks = [module for module in self.stages.modules() if isinstance(module, InvertedResidual)]
         for i, block in enumerate(blocks):
             if block.expand is not None:
                 fold(block.expand, f"_blocks.{i}._expand_conv", f"_blocks.{i}._bn0")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 
 LOCATION_BINS = 1025  # <p-512> … <p512>, an offset in units of 1/512 of the picture's height or width
 CLASS_TOKENS = 512  # <c0> … <c511>
 MAX_BOUNDARY_POINTS = 64  # <x1> <y1> … <x64> <y64>
+STRIDES = (8, 16, 32, 64)  # of the four scales, in pixels
+GROUPS = 16  # of the group norms behind the scales' convolutions
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+MAY_BE_ZERO = ("frozen_stages", "text_layers", "encoder_layers", "lora_rank", "coordinate_window")
 
 
 @dataclass(frozen=True)
@@ -43,51 +48,85 @@ class ModelConfig:
     rope_theta: float = 10000.0
     lora_rank: int = 8  # 0 removes the LoRA modules
     lora_alpha: float = 16.0
-    lora_targets: tuple[str, ...] = ("q", "v")  # of q, k, v, o, gate, up, down
+    lora_targets: tuple[str, ...] = ("q", "v")  # of LORA_TARGETS
     # Slot head
-    class_rows: str = "names"  # "names": the prompt's own states at each name; "static": the rows of <c0>…<c511>
-    coordinate_window: int = 6  # decode by expectation within ± this many bins of the argmax; 0 is argmax alone
-    objectness_power: float = 0.35  # a in score = objectness^a · class probability^(1 − a); chosen on training data
+    class_rows: str = "names"  # "names": the prompt's own states at each name; "static": rows of <c0>…<c511>
+    coordinate_window: int = 6  # decode by expectation within ± this many bins of the argmax; 0: argmax alone
+    objectness_power: float = 0.35  # a in score = objectness^a · class probability^(1 − a)
     score_threshold: float = 0.3  # shown and answered boxes; evaluation uses all
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._check_field(field.name, getattr(self, field.name), field.default)
         if self.class_rows not in ("names", "static"):
             raise ValueError(f"ModelConfig: class_rows must be 'names' or 'static', got {self.class_rows!r}")
-        for width, heads in (("dim", "heads"), ("dim", "fusion_heads"), ("text_dim", "text_heads"),
-                             ("llm_dim", "llm_heads"), ("llm_heads", "llm_kv_heads")):
+        for width, heads in (
+            ("dim", "heads"),
+            ("dim", "fusion_heads"),
+            ("text_dim", "text_heads"),
+            ("llm_dim", "llm_heads"),
+            ("llm_heads", "llm_kv_heads"),
+        ):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(
                     f"ModelConfig: {width} must be a multiple of {heads}, got {getattr(self, width)} and "
                     f"{getattr(self, heads)}"
                 )
+        if self.dim % GROUPS:
+            raise ValueError(f"ModelConfig: dim must be a multiple of {GROUPS}, got {self.dim}")
+        if self.llm_dim // self.llm_heads % 2:
+            raise ValueError(
+                f"ModelConfig: llm_dim / llm_heads must be even, got {self.llm_dim} / {self.llm_heads}"
+            )
+        positions = sum((-(-self.image_size // stride)) ** 2 for stride in STRIDES)
+        if self.num_queries > positions:
+            raise ValueError(
+                f"ModelConfig: num_queries must be at most {positions}, the positions of a picture of "
+                f"{self.image_size} pixels, got {self.num_queries}"
+            )
+
+    @staticmethod
+    def _check_field(name: str, value: object, default: object) -> None:
+        if isinstance(default, float):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"ModelConfig: {name} must be a finite float, got {value!r}")
+        elif type(value) is not type(default):
+            raise ValueError(f"ModelConfig: {name} must be {type(default).__name__}, got {value!r}")
+        elif type(value) is int and value < (0 if name in MAY_BE_ZERO else 1):
+            raise ValueError(
+                f"ModelConfig: {name} must be at least {0 if name in MAY_BE_ZERO else 1}, got {value}"
+            )
+        elif isinstance(value, tuple) and not set(value) <= set(LORA_TARGETS):
+            raise ValueError(f"ModelConfig: {name} must be of {', '.join(LORA_TARGETS)}, got {value!r}")
 
     def to_json(self) -> str:
         return json.dumps({"model_type": "visionllm", **dataclasses.asdict(self)}, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str = "config.json") -> ModelConfig:
+    def from_json(cls, text: str | bytes, where: str = "config.json") -> ModelConfig:
         """Reads what `to_json` wrote.
 
         Raises:
-            ValueError: not JSON, another model type, or fields this version does not know.
+            ValueError: not JSON, another model type, fields this version does not know, or a value that
+                a field cannot have.
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{where}: expected JSON: {error}") from error
         if not isinstance(values, dict) or values.pop("model_type", None) != "visionllm":
-            raise ValueError(f"{where}: expected an object with \"model_type\": \"visionllm\"")
+            raise ValueError(f'{where}: expected an object with "model_type": "visionllm"')
         known = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"{where}: unknown fields {', '.join(unknown)}")
         for name, value in values.items():
-            default = known[name].default
-            if isinstance(default, tuple):
-                values[name] = value = tuple(value) if isinstance(value, list) else value
-            if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-                raise ValueError(f"{where}: {name} must be {type(default).__name__}, got {value!r}")
-        return cls(**values)
+            if isinstance(known[name].default, tuple) and isinstance(value, list):
+                values[name] = tuple(value)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{where}: {str(error).removeprefix('ModelConfig: ')}") from error
 
 
 PRESETS: dict[str, ModelConfig] = {"tiny": ModelConfig()}

@@ -39,12 +39,13 @@ class ImageTokens:
         features: [B, N, C], e_i.
         boxes: per decoder layer, [B, N, 4] cxcywh in 0..1; the last one's centres are l_i.
         objectness: per decoder layer, [B, N] logits.
-        proposal_boxes, proposal_objectness: [B, S, 4], [B, S] of the encoder's positions.
+        memory: [B, S, C], the encoder's output; proposal_boxes, proposal_objectness: [B, S, 4], [B, S] of its positions.
     """
 
     features: Tensor
     boxes: list[Tensor]
     objectness: list[Tensor]
+    memory: Tensor
     proposal_boxes: Tensor
     proposal_objectness: Tensor
 
@@ -143,7 +144,7 @@ class ImageTokenizer(nn.Module):
             layer_boxes.append(refined)
             layer_objectness.append(objectness(features).squeeze(-1).float())
             boxes = refined.detach()
-        return ImageTokens(features, layer_boxes, layer_objectness, proposal_boxes, proposal_objectness)
+        return ImageTokens(features, layer_boxes, layer_objectness, memory, proposal_boxes, proposal_objectness)
 
 
 def anchor_boxes(shapes: Tensor) -> Tensor:

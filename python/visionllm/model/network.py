@@ -45,11 +45,15 @@ class Detections:
 
 @dataclass
 class Text:
-    """Encoded prompts: tokens [B, T, C] with mask [B, T] for the fusion, names [B, K, C] for the slot head."""
+    """Encoded prompts: tokens [B, T, C] with mask [B, T] for the fusion, names [B, K, C] for the slot head.
+
+    distinct: [U, C], the features of the batch's distinct names.
+    """
 
     tokens: Tensor
     mask: Tensor
     names: Tensor
+    distinct: Tensor
 
 
 class Network(nn.Module):
@@ -71,16 +75,23 @@ class Network(nn.Module):
         self.llm = LLM(config)
         self.slot_queries = SlotQueries(config)
         self.slot_head = SlotHead(config)
+        # Training only: the encoder's and the decoder's features against the names' text features.
+        self.alignment = nn.ModuleDict({part: nn.Linear(config.dim, config.text_dim) for part in ("encoder", "decoder")})
 
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
     def encode_text(self, prompts: Prompts) -> Text:
-        names = mean_pool(self.text_encoder(prompts.names), prompts.names)[prompts.name_row]  # [B, K, C]
+        distinct = self.encode_names(prompts.names)
+        names = distinct[prompts.name_row]  # [B, K, C]
         description = self.text_encoder(prompts.description)  # [B, D, C]
         mask = torch.cat([prompts.description >= 0, prompts.class_mask], 1)
-        return Text(torch.cat([description, names], 1), mask, names)
+        return Text(torch.cat([description, names], 1), mask, names, distinct)
+
+    def encode_names(self, ids: Tensor) -> Tensor:
+        """Padded token ids of names [U, N] → [U, C]."""
+        return mean_pool(self.text_encoder(ids), ids)
 
     def image_tokens(self, images: Tensor, text: Text, denoising: DenoisingQueries | None = None) -> ImageTokens:
         """images: uint8 [B, S, S, 3]."""

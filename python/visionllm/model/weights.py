@@ -1,4 +1,4 @@
-"""A network as a folder: config.json, model.safetensors, tokenizer.model. Written atomically, checked when read."""
+"""A network as a folder: config.json, model.safetensors, tokenizer.model. Written whole, checked on load."""
 
 from __future__ import annotations
 
@@ -39,11 +39,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 def save_network(network: Network, directory: Path, dtype: torch.dtype | None) -> None:
     """Writes the three files; floating-point weights in the given type."""
     state = network.state_dict()
-    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(f"save_pretrained: weights are not finite: {', '.join(broken[:5])} ({len(broken)} in all)")
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().to(dtype or t.dtype).contiguous() for name, t in state.items()}
+    check_finite(tensors, "save_pretrained")  # after the cast: fp16 turns what it cannot hold into infinity
+    directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_atomically(directory / TOKENIZER, network.tokenizer.model)
     write_atomically(directory / CONFIG, network.config.to_json().encode())
@@ -54,7 +52,7 @@ def load_network(network_class: type[Network], directory: Path) -> Network:
     for name in (CONFIG, WEIGHTS, TOKENIZER):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"from_pretrained: {directory} has no {name}")
-    config = ModelConfig.from_json((directory / CONFIG).read_text(), str(directory / CONFIG))
+    config = ModelConfig.from_json((directory / CONFIG).read_bytes(), str(directory / CONFIG))
     tokenizer = Tokenizer.from_file(directory / TOKENIZER)
     try:
         state = load_file(directory / WEIGHTS)
@@ -63,6 +61,7 @@ def load_network(network_class: type[Network], directory: Path) -> Network:
     with torch.device("meta"):
         network = network_class(config, tokenizer)
     check(network.state_dict(), state, str(directory / WEIGHTS))
+    check_finite(state, str(directory / WEIGHTS))
     network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return network.eval()
 
@@ -77,9 +76,18 @@ def check(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], whe
     problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
         if expected[name].shape != found[name].shape:
-            problems.append(f"{name}: expected shape {list(expected[name].shape)}, got {list(found[name].shape)}")
+            problems.append(
+                f"{name}: expected shape {list(expected[name].shape)}, got {list(found[name].shape)}"
+            )
         elif found[name].dtype not in FLOATS:
-            problems.append(f"{name}: expected a floating-point type, got {found[name].dtype}")
+            problems.append(f"{name}: expected float32, bfloat16 or float16, got {found[name].dtype}")
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         raise ValueError(f"{where}: {len(problems)} differences from config.json's network:\n  {shown}")
+
+
+def check_finite(tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Raises ValueError naming the tensors that hold NaN or an infinity."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"{where}: not finite: {', '.join(broken[:5])} ({len(broken)} in all)")

@@ -20,14 +20,15 @@ from visionllm.model.boxes import cxcywh_to_xyxy, overlap
 from visionllm.model.config import LOCATION_BINS
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokens, anchor_boxes
 from visionllm.model.slots import BINS_PER_UNIT
+from visionllm.tokenizer import MAX_NAME_TOKENS, PADDING, pad
 from visionllm.train.matcher import CLASS_COST, GIOU_COST, L1_COST, match, match_proposals, pair_costs
 
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
-    from visionllm.model.network import Network
+    from visionllm.model.network import Network, Text
 
 OBJECTNESS_WEIGHT, CENTRE_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 1.0, 2.5, 2.5, 2.0
-CLASS_WEIGHT, LOCATION_WEIGHT = 2.0, 1.0
+CLASS_WEIGHT, LOCATION_WEIGHT, ALIGNMENT_WEIGHT = 2.0, 1.0, 1.0
 # An unmatched group's weight in the class loss.
 NO_OBJECT_WEIGHT = 0.2
 # Standard deviation, in bins, of the smoothed coordinate targets.
@@ -153,7 +154,8 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         # Denoising query d stands for object d; those at unlisted objects must say nothing.
         own = torch.arange(extra, device=device).expand(len(denoised), -1)
         denoised_object = torch.where(denoised_valid & (own < listed), own, -1)
-    losses["proposals"] = proposal_loss(tokens, targets, batch.images.shape[1]) / objects
+    at_positions, losses["proposals"] = proposal_loss(tokens, targets, batch.images.shape[1])
+    losses["proposals"] = losses["proposals"] / objects
     for boxes, objectness in zip(tokens.boxes[:-1], tokens.objectness[:-1], strict=True):
         with torch.no_grad():
             assigned = match(pair_costs(boxes[:, :m], objectness[:, :m], targets.boxes), targets.valid)
@@ -206,6 +208,7 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         found = location_loss(logits.locations[positive], (offsets * BINS_PER_UNIT)[positive])
         losses["location"] = LOCATION_WEIGHT * found / positive.sum().clamp(min=1)
 
+    losses["alignment"] = alignment_loss(network, batch, text, tokens, targets, at_positions, of_token, listed)
     result = {name: torch.as_tensor(value, device=device) for name, value in losses.items()}
     result["total"] = torch.stack(list(result.values())).sum()
     with torch.no_grad():
@@ -219,8 +222,70 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     return result
 
 
-def proposal_loss(tokens: ImageTokens, targets: Targets, size: int) -> Tensor:
-    """Token loss on the encoder's positions, several per object; size: the pictures' side in pixels."""
+def alignment_loss(
+    network: Network,
+    batch: TrainBatch,
+    text: Text,
+    tokens: ImageTokens,
+    targets: Targets,
+    at_positions: Tensor,
+    of_token: Tensor,
+    listed: int,
+) -> Tensor:
+    """Cross-entropy of the encoder's and decoder's features at known objects over all names of the batch.
+
+    It asks for more than the slots do: every object of the batch against every name that any of its prompts lists, those
+    of unlisted objects too. Class slots stayed at chance for 300 steps on 469 classes without it.
+
+    Args:
+        at_positions: [B, S], of_token: [B, M], the object that a position or an image token stands for, or −1.
+        listed: how many denoising queries stand at listed objects; those at unlisted ones follow.
+    """
+    device = network.device
+    # The same order as in Prompts.names, which text.distinct follows.
+    row = {name: i for i, name in enumerate(dict.fromkeys(n for i in batch.instructions for n in i.classes))}
+    more = [name for name in dict.fromkeys(n for names in batch.unlisted_names for n in names) if name not in row]
+    names = text.distinct
+    if more:
+        row.update((name, len(row)) for name in more)
+        ids = pad([network.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in more], PADDING)
+        names = torch.cat([names, network.encode_names(ids.to(device))])
+    wanted = torch.full(targets.valid.shape, -1)  # [B, N], rows of the listed objects' names
+    for b, (labels, instruction) in enumerate(zip(batch.labels, batch.instructions, strict=True)):
+        for i, label in enumerate(labels):
+            wanted[b, i] = row[instruction.classes[label]]
+    others = [[row[name] for name in names_[:MAX_UNLISTED]] for names_ in batch.unlisted_names]
+    unlisted = torch.full((len(others), tokens.features.shape[1] - of_token.shape[1] - listed), -1)
+    for b, rows in enumerate(others):
+        unlisted[b, : len(rows)] = torch.tensor(rows, dtype=torch.int64)
+    wanted, unlisted = wanted.to(device), unlisted.to(device)
+    if wanted.shape[1] == 0:
+        wanted = wanted.new_full((len(wanted), 1), -1)
+    of_query = torch.cat([row_of(wanted, of_token), wanted[:, :listed], unlisted], 1)
+    total = names.new_zeros(())
+    scale = names.shape[-1] ** -0.5
+    for part, features, rows_ in (
+        ("encoder", tokens.memory, row_of(wanted, at_positions)),
+        ("decoder", tokens.features, of_query),
+    ):
+        known = rows_ >= 0
+        if known.any():
+            logits = network.alignment[part](features[known]) @ names.to(features.dtype).T
+            total = total + ALIGNMENT_WEIGHT * F.cross_entropy(logits.float() * scale, rows_[known])
+    return total
+
+
+def row_of(wanted: Tensor, assigned: Tensor) -> Tensor:
+    """Rows of the assigned objects: wanted [B, N], assigned [B, Q] (−1: none) → [B, Q], −1 where there is none."""
+    return torch.where(assigned >= 0, gather_rows(wanted, assigned), -1)
+
+
+def proposal_loss(tokens: ImageTokens, targets: Targets, size: int) -> tuple[Tensor, Tensor]:
+    """Token loss on the encoder's positions, several per object; size: the pictures' side in pixels.
+
+    Returns:
+        the object of every position [B, S] or −1, and the loss.
+    """
     shapes = torch.tensor([[-(-size // stride)] * 2 for stride in (8, 16, 32, 64)])
     centres = anchor_boxes(shapes)[:, :2].to(tokens.proposal_boxes.device)
     with torch.no_grad():
@@ -229,4 +294,4 @@ def proposal_loss(tokens: ImageTokens, targets: Targets, size: int) -> Tensor:
         )
         weight = outside_ignored(tokens.proposal_boxes, targets) | (assigned >= 0)
     loss = token_loss(tokens.proposal_boxes, tokens.proposal_objectness, assigned, targets.boxes, weight)
-    return loss / 2  # several positions per object share an object's weight
+    return assigned, loss / 2  # several positions per object share an object's weight

@@ -11,7 +11,7 @@ from visionllm.data.sample import Sample
 from visionllm.data.scenes.appearance import EVALUATION, TRAINING, Appearance
 from visionllm.data.scenes.atlas import GLYPH_SIZE, HELD_OUT_STYLE, GlyphAtlas
 from visionllm.data.scenes.backgrounds import Photo, drawn, photo_crop, photos_of
-from visionllm.data.scenes.compose import Canvas, layout
+from visionllm.data.scenes.compose import COUNT_CHANCE, DENSE_COUNT_CHANCE, Canvas, layout
 from visionllm.data.scenes.shapes import SHAPE_NAMES, shape_picture
 
 SPLITS = ("train", "val", "test", "heldout_style")
@@ -148,7 +148,7 @@ class SceneDataset:
         if not 0 <= index < self.length:
             raise IndexError(f"scene index must be in 0..{self.length - 1}, got {index}")
         composition, looks = self._random(index, 0), self._random(index, 1)
-        places = layout(composition)
+        places = layout(composition, DENSE_COUNT_CHANCE if self.split == "train" else COUNT_CHANCE)
         photo = None
         if self._photos and composition.random() < PHOTO_SHARE:
             photo = self._photos[int(composition.integers(len(self._photos)))]
