@@ -1,7 +1,12 @@
-"""Bipartite matching of predictions to objects (Carion et al., 2005.12872), and the one-to-many choice of proposals."""
+"""Bipartite matching of predictions to objects (Carion et al., 2005.12872), and the proposals of each object.
+
+A cost that is not finite counts as very high. It is no error here: what gave it makes the loss not finite
+too, and that is what the training loop looks at.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -11,6 +16,7 @@ from visionllm.model.boxes import cxcywh_to_xyxy, overlap
 # Deformable DETR's matching costs.
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
 PROPOSALS_PER_OBJECT = 4
+NO_COST = 1e6  # stands for a cost that is not finite
 
 
 def pair_costs(boxes: Tensor, objectness: Tensor, targets: Tensor) -> Tensor:
@@ -37,25 +43,26 @@ def match(cost: Tensor, valid: Tensor) -> Tensor:
 
     Returns:
         int64 [B, Q], the object of every prediction, −1 for none.
-
-    Raises:
-        ValueError: the cost of an existing object is not finite.
     """
     result = torch.full(cost.shape[:2], -1, dtype=torch.int64)
     counts = valid.sum(1).tolist()
     # Objects are padded at the end, so the first `count` columns are the ones that exist.
     for b, (rows, count) in enumerate(zip(cost.detach().float().cpu().numpy(), counts, strict=True)):
         if count:
-            predictions, objects = linear_sum_assignment(rows[:, :count])
+            finite = np.nan_to_num(rows[:, :count], nan=NO_COST, posinf=NO_COST, neginf=NO_COST)
+            predictions, objects = linear_sum_assignment(finite)
             result[b, predictions] = torch.from_numpy(objects)
     return result.to(cost.device)
 
 
-def match_proposals(boxes: Tensor, objectness: Tensor, centres: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """Every object takes its few cheapest positions, those inside it first; a position taken twice keeps the cheaper.
+def match_proposals(
+    boxes: Tensor, objectness: Tensor, centres: Tensor, targets: Tensor, valid: Tensor
+) -> Tensor:
+    """Every object takes its few cheapest positions, inner ones first; one that two take keeps the cheaper.
 
     Args:
-        boxes, objectness: [B, S, 4], [B, S]; centres: [S, 2] of the positions; targets, valid: [B, N, 4], [B, N].
+        boxes, objectness: [B, S, 4], [B, S]; centres: [S, 2] of the positions.
+        targets, valid: [B, N, 4], [B, N].
 
     Returns:
         int64 [B, S], the object of every position, −1 for none.
