@@ -1,6 +1,7 @@
-"""Text to token ids: SentencePiece pieces, then the class tokens <c0> … <c511>; and prompts as padded batches.
+"""Text to token ids: SentencePiece pieces, then the class tokens <c0> … <c511>; prompts as padded batches.
 
-`python -m visionllm.tokenizer --output FILE` trains the SentencePiece model on the instruction corpus and class names.
+`python -m visionllm.tokenizer --output FILE` trains the SentencePiece model on the instruction corpus and the
+class names.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from visionllm.instruction import Instruction
 IMAGE = -2  # stands where an image token goes
 PADDING = -1
 # What stands around every class name, the tuple of a box, and digits: one piece each.
-SYMBOLS = ["\":▁", ",▁\"", "{\"", "\"}", "(c,▁x1,▁y1,▁x2,▁y2)", *"0123456789"]
-MAX_NAME_TOKENS = 32  # longer names are cut for the text encoder; the LLM still reads them whole
+SYMBOLS = ['":▁', ',▁"', '{"', '"}', "(c,▁x1,▁y1,▁x2,▁y2)", *"0123456789"]
+# What the text encoder reads is cut to these many tokens; the LLM still reads all.
+MAX_NAME_TOKENS, MAX_DESCRIPTION_TOKENS = 32, 512
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Prompts:
         class_mask: bool [B, K], True where the prompt lists a class.
         names: int64 [U, N], the batch's distinct names, padded.
         name_row: int64 [B, K], the row of `names` of every listed class (0 where class_mask is False).
-        description: int64 [B, D], the text outside the class set, padded.
+        description: int64 [B, D], the text outside the class set, cut and padded.
     """
 
     ids: Tensor
@@ -59,7 +61,12 @@ class Tokenizer:
 
     def __init__(self, model: bytes) -> None:
         self.model = model
-        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        if not model:
+            raise ValueError("tokenizer: the SentencePiece model is empty")
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer: not a SentencePiece model: {error}") from error
         self.vocab_size = self.processor.vocab_size()
         self.encode = lru_cache(maxsize=65536)(self._encode)
 
@@ -74,14 +81,14 @@ class Tokenizer:
         return tuple(self.processor.encode(text))
 
     def encode_name(self, name: str) -> tuple[int, ...]:
-        """A class name's pieces, as the words have them in running text, where a space stands before each."""
+        """A class name's pieces, those of running text, where a space stands before each word."""
         return self.encode(" " + name)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode([i for i in ids if 0 <= i < self.vocab_size])
 
     def prompts(self, instructions: Sequence[Instruction], num_queries: int) -> Prompts:
-        """Tokenises a batch; `<image>` becomes num_queries places (at the front where an instruction has none).
+        """Tokenises a batch; `<image>` becomes num_queries places (in front where an instruction has none).
 
         Raises:
             ValueError: there is no instruction.
@@ -101,16 +108,18 @@ class Tokenizer:
             has_image = False
             in_class_set = False
             for segment in instruction.segments():
+                index = -1 if segment.index is None else segment.index
+                pieces: tuple[int, ...]
                 if segment.kind == "image":
                     if has_image:
                         continue
-                    pieces, index, has_image = image, -1, True
+                    pieces, has_image = image, True
                 elif segment.kind == "name":
-                    pieces, index, in_class_set = self.encode_name(segment.text), segment.index, True
+                    pieces, in_class_set = self.encode_name(segment.text), True
                 elif segment.kind == "class_token":
-                    pieces, index = (self.vocab_size + segment.index,), segment.index
+                    pieces = (self.vocab_size + index,)
                 else:
-                    pieces, index = self.encode(segment.text), -1
+                    pieces = self.encode(segment.text)
                     # Between names there is only punctuation; the description is what stands around the set.
                     if not in_class_set or len(segment.text) > 4:
                         description.extend(pieces)
@@ -121,7 +130,7 @@ class Tokenizer:
                 row_index[:0] = [-1] * num_queries
             ids.append(row_ids)
             name_index.append(row_index)
-            descriptions.append(description)
+            descriptions.append(description[:MAX_DESCRIPTION_TOKENS])
             name_rows.append([rows.setdefault(name, len(rows)) for name in instruction.classes])
         names = [self.encode_name(name)[:MAX_NAME_TOKENS] for name in rows]
         class_rows = pad(name_rows, PADDING)
@@ -144,7 +153,7 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 def train_sentencepiece(sentences: Sequence[str], vocab_size: int) -> bytes:
-    """Trains byte-pair pieces with byte fallback, so that no text is unknown; the same input gives the same bytes."""
+    """Trains byte-pair pieces with byte fallback: no text is unknown. The same input gives the same bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size, model_type="bpe",
@@ -156,7 +165,7 @@ def train_sentencepiece(sentences: Sequence[str], vocab_size: int) -> bytes:
 
 
 def corpus() -> list[str]:
-    """Sentences to learn pieces from: every training wording, and every class name often, so that names stay short."""
+    """What to learn pieces from: every training wording, and every name often, so that names stay short."""
     from visionllm.data.scenes.backgrounds import COCO_NAMES
     from visionllm.data.scenes.glyphs import class_glyphs
     from visionllm.data.scenes.shapes import SHAPE_NAMES

@@ -96,7 +96,7 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: {name} must be at least {0 if name in MAY_BE_ZERO else 1}, got {value}"
             )
-        elif isinstance(value, tuple) and not set(value) <= set(LORA_TARGETS):
+        elif isinstance(value, tuple) and not all(target in LORA_TARGETS for target in value):
             raise ValueError(f"ModelConfig: {name} must be of {', '.join(LORA_TARGETS)}, got {value!r}")
 
     def to_json(self) -> str:
