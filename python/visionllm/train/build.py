@@ -54,7 +54,9 @@ def model_config(config: TrainConfig) -> ModelConfig:
     for key in config.model:
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
-            raise ConfigError(f"model.{key}: no such key" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise ConfigError(
+                f"model.{key}: no such key" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
     if "image_size" in config.model:
         raise ConfigError("model.image_size: set image_size instead")
     changes = {key: tuple(value) if isinstance(value, list) else value for key, value in config.model.items()}
@@ -73,10 +75,8 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
     """
     if config.init is not None and not resuming:
         network = Network.from_pretrained(config.init)
-        if network.config.image_size != config.image_size:
-            raise ConfigError(
-                f"image_size: {config.init} was trained with {network.config.image_size}, got {config.image_size}"
-            )
+        # Nothing in the network depends on the pictures' side: a run may start from one with smaller pictures.
+        network.config = dataclasses.replace(network.config, image_size=config.image_size)
         if config.model:
             raise ConfigError(f"model.{next(iter(config.model))}: the model comes from init={config.init}")
     else:
@@ -91,7 +91,8 @@ def _new_network(config: TrainConfig, resuming: bool) -> Network:
     if resuming:
         tokenizer = Tokenizer.from_file(Path(config.output) / "tokenizer.model")
         if config.init is not None:  # the checkpoint has the weights, its first folder still has the shapes
-            return Network(Network.from_pretrained(config.init).config, tokenizer)
+            sizes = Network.from_pretrained(config.init).config
+            return Network(dataclasses.replace(sizes, image_size=config.image_size), tokenizer)
         return build_network(model_config(config), tokenizer, config.seed)
     sizes = model_config(config)
     packaged = Path(str(resources.files("visionllm"))) / "weights" / config.preset / "tokenizer.model"
@@ -154,7 +155,9 @@ def training_sources(config: TrainConfig) -> list[Source]:
         if entry.weight > 0:
             sources.append(Source(photos(entry), entry.weight, photo=True, name=Path(entry.annotations).stem))
     if not sources:
-        raise ConfigError("no training data: scenes.weight is 0 and photos has no entry with a positive weight")
+        raise ConfigError(
+            "no training data: scenes.weight is 0 and photos has no entry with a positive weight"
+        )
     return sources
 
 
@@ -162,7 +165,9 @@ def make_validation(config: TrainConfig, processes: Processes) -> Validation | N
     """Fixed pictures and prompts; None when the configuration asks for none."""
     wanted, sets = config.validation, []
     if wanted.scenes > 0:
-        sets.append(ValidationSet("scenes", scenes(config, "val"), wanted.scenes, wanted.names, config.image_size))
+        sets.append(
+            ValidationSet("scenes", scenes(config, "val"), wanted.scenes, wanted.names, config.image_size)
+        )
     if wanted.heldout > 0 and config.scenes.glyphs is not None:
         held_out = scenes(config, "heldout_style")
         sets.append(ValidationSet("heldout", held_out, wanted.heldout, wanted.names, config.image_size))
@@ -170,4 +175,3 @@ def make_validation(config: TrainConfig, processes: Processes) -> Validation | N
         pictures = photos(wanted.photos)
         sets.append(ValidationSet("photos", pictures, wanted.photo_limit, None, config.image_size))
     return Validation(sets, processes, wanted.batch_size, wanted.top) if sets else None
-
