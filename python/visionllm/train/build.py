@@ -75,7 +75,7 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
     """
     if config.init is not None and not resuming:
         network = Network.from_pretrained(config.init)
-        # Nothing in the network depends on the pictures' side: a run may start from one with smaller pictures.
+        # Nothing in the network depends on the pictures' side: a run may start from smaller pictures.
         network.config = dataclasses.replace(network.config, image_size=config.image_size)
         if config.model:
             raise ConfigError(f"model.{next(iter(config.model))}: the model comes from init={config.init}")
