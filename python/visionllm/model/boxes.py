@@ -1,4 +1,4 @@
-"""Box arithmetic on tensors: formats and overlaps. Coordinates are shares of the picture unless said otherwise."""
+"""Box arithmetic on tensors: formats and overlaps. Coordinates are shares of the picture."""
 
 from __future__ import annotations
 

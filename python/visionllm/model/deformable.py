@@ -1,4 +1,4 @@
-"""Deformable DETR's encoder and decoder layers (Zhu et al., 2010.04159), pre-norm, over four flattened scales."""
+"""Deformable DETR's encoder and decoder layers (Zhu et al., 2010.04159), pre-norm, over flattened scales."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from visionllm.ops import ms_deform_attn
 class MSDeformAttention(nn.Module):
     """Projections around the operator: value, sampling offsets, attention weights, output.
 
-    A query's samples lie at its reference: for points [.., 2], offsets are in cells of the sampled scale; for boxes
-    [.., 4], in halves of the box's size over the number of points.
+    A query's samples lie at its reference: for points [.., 2], offsets are in cells of the sampled scale; for
+    boxes [.., 4], in halves of the box's size over the number of points.
     """
 
     def __init__(self, dim: int, heads: int, levels: int, points: int) -> None:
@@ -38,8 +38,18 @@ class MSDeformAttention(nn.Module):
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
 
-    def forward(self, query: Tensor, reference: Tensor, value: Tensor, shapes: Tensor, starts: Tensor) -> Tensor:
-        """query [B, Q, C]; reference [B, Q, 2 or 4] in 0..1; value [B, S, C]; shapes [L, 2]; starts [L] → [B, Q, C]."""
+    def forward(
+        self, query: Tensor, reference: Tensor, value: Tensor, shapes: Tensor, starts: Tensor
+    ) -> Tensor:
+        """One query may sample every scale.
+
+        Args:
+            query: [B, Q, C]; reference: [B, Q, 2 or 4] in 0..1; value: [B, S, C].
+            shapes: int64 [L, 2], heights and widths; starts: int64 [L], first row of every scale.
+
+        Returns:
+            [B, Q, C].
+        """
         b, q, c = query.shape
         value = self.value(value).view(b, -1, self.heads, c // self.heads)
         offsets = self.sampling_offsets(query).float().view(b, q, self.heads, self.levels, self.points, 2)
@@ -77,7 +87,9 @@ class DeformableEncoderLayer(nn.Module):
         self.attention = MSDeformAttention(dim, heads, levels, points)
         self.ffn = FeedForward(dim, ffn_dim)
 
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor, shapes: Tensor, starts: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Tensor, reference: Tensor, shapes: Tensor, starts: Tensor
+    ) -> Tensor:
         normed = self.norm(x)
         return self.ffn(x + self.attention(normed + position, reference, normed, shapes, starts))
 
@@ -97,10 +109,16 @@ class DeformableDecoderLayer(nn.Module):
         self.ffn = FeedForward(dim, ffn_dim)
 
     def forward(
-        self, x: Tensor, position: Tensor, reference: Tensor, memory: Tensor, shapes: Tensor, starts: Tensor,
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        shapes: Tensor,
+        starts: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        """x, position: [B, Q, C]; reference: [B, Q, 4]; memory: [B, S, C]; mask: [Q, Q] or [B, 1, Q, Q], True = may see."""
+        """x, position: [B, Q, C]; reference: [B, Q, 4]; memory: [B, S, C]; mask: [Q, Q], True = may see."""
         b, n, c = x.shape
         normed = self.self_norm(x)
         q, k = self.query_key(normed + position).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)

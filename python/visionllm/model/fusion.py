@@ -1,4 +1,4 @@
-"""Language fusion: x + γ · (softmax(LN(x) W_q Kᵀ / √d) V) W_o, with K and V from the text (VisionLLM, 3.3)."""
+"""Language fusion: x + γ · (softmax(LN(x) W_q Kᵀ / √d) V) W_o, K and V from the text (VisionLLM, 3.3)."""
 
 from __future__ import annotations
 

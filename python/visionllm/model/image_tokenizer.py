@@ -1,8 +1,9 @@
-"""Language-guided image tokenizer: four scales, language fusion, deformable encoder and decoder → M image tokens.
+"""Language-guided image tokenizer: four scales, language fusion, encoder and decoder → M image tokens.
 
-An image token is (e_i, l_i): a feature and the centre of what it stands for (VisionLLM, 3.3). Queries are learned; where
-they look first is chosen from the encoder's output (two-stage, as in Deformable DETR), which learns far faster than
-positions learned with the queries. A box is refined layer by layer beside the centre; its centre is l_i.
+An image token is (e_i, l_i): a feature and the centre of what it stands for (VisionLLM, 3.3). Queries are
+learned; where they look first is chosen from the encoder's output (two-stage, as in Deformable DETR), which
+learns far faster than positions learned with the queries. A box is refined layer by layer beside the centre;
+its centre is l_i.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ class DenoisingQueries:
 
 @dataclass
 class ImageTokens:
-    """What the decoder says, last layer last, of the M queries and then the denoising queries (N = M + denoising).
+    """What the decoder says of the M queries and then the denoising ones (N in all), last layer last.
 
     Attributes:
         features: [B, N, C], e_i.
         boxes: per decoder layer, [B, N, 4] cxcywh in 0..1; the last one's centres are l_i.
         objectness: per decoder layer, [B, N] logits.
-        memory: [B, S, C], the encoder's output; proposal_boxes, proposal_objectness: [B, S, 4], [B, S] of its positions.
+        memory: [B, S, C], the encoder's output.
+        proposal_boxes, proposal_objectness: [B, S, 4], [B, S] of its positions.
     """
 
     features: Tensor
@@ -55,8 +57,10 @@ class BoxHead(nn.Sequential):
 
     def __init__(self, dim: int) -> None:
         super().__init__(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
-        nn.init.zeros_(self[-1].weight)
-        nn.init.zeros_(self[-1].bias)
+        last = self[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
 
 def objectness_head(dim: int) -> nn.Linear:
@@ -101,17 +105,22 @@ class ImageTokenizer(nn.Module):
         std = torch.tensor(PIXEL_STD, device=images.device)
         x = ((images.float() - mean) / std).permute(0, 3, 1, 2)  # channels last in memory, as oneDNN likes it
         c3, c4, c5 = self.backbone(x)
-        return [lateral(c) for lateral, c in zip(self.lateral, (c3, c4, c5))] + [self.coarsest(c5)]
+        scales = [lateral(c) for lateral, c in zip(self.lateral, (c3, c4, c5), strict=True)]
+        return [*scales, self.coarsest(c5)]
+
+    def flatten(self, scales: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The pyramid as one sequence: shapes [L, 2], first positions [L], features with level embedding [B, S, C]."""
+        shapes = torch.tensor([s.shape[-2:] for s in scales], device=scales[0].device)
+        starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+        flat = [s.flatten(2).transpose(1, 2) + self.level[i] for i, s in enumerate(scales)]
+        return shapes, starts, torch.cat(flat, 1)
 
     def forward(
         self, images: Tensor, text: Tensor, text_mask: Tensor, denoising: DenoisingQueries | None = None
     ) -> ImageTokens:
         """images: uint8 [B, H, W, 3]; text: [B, T, C_text]; text_mask: [B, T]."""
-        scales = self.pyramid(images)
-        dim = scales[0].shape[1]
-        shapes = torch.tensor([s.shape[-2:] for s in scales], device=images.device)
-        starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
-        x = torch.cat([s.flatten(2).transpose(1, 2) + self.level[i] for i, s in enumerate(scales)], 1)  # [B, S, C]
+        shapes, starts, x = self.flatten(self.pyramid(images))
+        dim = x.shape[-1]
         x = self.fusion(x, text, text_mask)
 
         anchors = anchor_boxes(shapes)  # [S, 4]
@@ -136,7 +145,7 @@ class ImageTokenizer(nn.Module):
             q = torch.cat([q, self.denoising_query.expand(len(x), extra, -1)], 1)
 
         layer_boxes, layer_objectness = [], []
-        for layer, objectness, box in zip(self.decoder, self.objectness, self.box):
+        for layer, objectness, box in zip(self.decoder, self.objectness, self.box, strict=True):
             position = self.box_position(sine_encoding(boxes, dim).to(q.dtype))
             q = layer(q, position, boxes, memory, shapes, starts, mask)
             features = self.decoder_norm(q)
@@ -144,11 +153,13 @@ class ImageTokenizer(nn.Module):
             layer_boxes.append(refined)
             layer_objectness.append(objectness(features).squeeze(-1).float())
             boxes = refined.detach()
-        return ImageTokens(features, layer_boxes, layer_objectness, memory, proposal_boxes, proposal_objectness)
+        return ImageTokens(
+            features, layer_boxes, layer_objectness, memory, proposal_boxes, proposal_objectness
+        )
 
 
 def anchor_boxes(shapes: Tensor) -> Tensor:
-    """[L, 2] heights and widths → one cxcywh box per position, [S, 4]: cell centres, sides doubling with the scale."""
+    """[L, 2] heights and widths → one cxcywh box per position, [S, 4]: cell centres, sides that double."""
     rows = []
     for level, (height, width) in enumerate(shapes.tolist()):
         y = (torch.arange(height, device=shapes.device) + 0.5) / height

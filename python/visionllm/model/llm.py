@@ -1,7 +1,8 @@
-"""LLaMA-style decoder (RMSNorm, RoPE, SwiGLU, grouped KV; Touvron et al., 2302.13971) with LoRA and parallel groups.
+"""LLaMA-style decoder (RMSNorm, RoPE, SwiGLU, grouped KV; Touvron et al., 2302.13971), LoRA, parallel groups.
 
-A pass takes a causal prefix and, after it, G groups of S slots. Each slot attends to the whole prefix and causally to its
-own group; slot j of every group has position P + j, so that groups are exchangeable and one pass decodes them all.
+A pass takes a causal prefix and, after it, G groups of S slots. Each slot attends to the whole prefix and
+causally to its own group; slot j of every group has position P + j, so that groups are exchangeable and one
+pass decodes them all.
 """
 
 from __future__ import annotations

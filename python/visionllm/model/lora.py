@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Linear):
-    """Linear layer with an adapter of the given rank; B starts at zero, so the adapter starts as the identity.
+    """Linear layer with an adapter of the given rank; B starts at zero, so the adapter adds nothing at first.
 
     Args:
         rank: of the adapter; at least 1.

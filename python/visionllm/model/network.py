@@ -1,4 +1,4 @@
-"""The network, wired: instructions and pictures → image tokens → prefix → slots → logits, and detections from them."""
+"""The network, wired: instructions and pictures → image tokens → prefix → slots → logits → detections."""
 
 from __future__ import annotations
 
@@ -63,11 +63,14 @@ class Network(nn.Module):
         super().__init__()
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                f"Network: the tokenizer has {tokenizer.vocab_size} pieces, config.vocab_size is {config.vocab_size}"
+                f"Network: config.vocab_size must be at least {tokenizer.vocab_size}, the tokenizer's size, "
+                f"got {config.vocab_size}"
             )
         self.config = config
         self.tokenizer = tokenizer
-        self.text_encoder = TextEncoder(config.vocab_size, config.text_dim, config.text_layers, config.text_heads)
+        self.text_encoder = TextEncoder(
+            config.vocab_size, config.text_dim, config.text_layers, config.text_heads
+        )
         self.image_tokenizer = ImageTokenizer(config)
         self.embedding = nn.Embedding(config.vocab_size, config.llm_dim)
         nn.init.normal_(self.embedding.weight, std=0.5)
@@ -76,7 +79,9 @@ class Network(nn.Module):
         self.slot_queries = SlotQueries(config)
         self.slot_head = SlotHead(config)
         # Training only: the encoder's and the decoder's features against the names' text features.
-        self.alignment = nn.ModuleDict({part: nn.Linear(config.dim, config.text_dim) for part in ("encoder", "decoder")})
+        self.alignment = nn.ModuleDict(
+            {part: nn.Linear(config.dim, config.text_dim) for part in ("encoder", "decoder")}
+        )
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +98,9 @@ class Network(nn.Module):
         """Padded token ids of names [U, N] → [U, C]."""
         return mean_pool(self.text_encoder(ids), ids)
 
-    def image_tokens(self, images: Tensor, text: Text, denoising: DenoisingQueries | None = None) -> ImageTokens:
+    def image_tokens(
+        self, images: Tensor, text: Text, denoising: DenoisingQueries | None = None
+    ) -> ImageTokens:
         """images: uint8 [B, S, S, 3]."""
         return self.image_tokenizer(images, text.tokens, text.mask, denoising)
 
@@ -133,7 +140,7 @@ class Network(nn.Module):
         return SlotLogits(classes, self.slot_head.location_logits(states[:, :, 1:])), boxes
 
     def boxes_from_slots(self, locations: Tensor, boxes: Tensor) -> Tensor:
-        """Location logits [B, G, 4, 1025] and groups' boxes [B, G, 4] → corners [B, G, 4] in shares of the picture."""
+        """Location logits [B, G, 4, 1025], boxes [B, G, 4] → corners [B, G, 4] in shares of the picture."""
         return expected_offsets(locations, self.config.coordinate_window) + boxes[..., :2].repeat(1, 1, 2)
 
     @torch.inference_mode()
@@ -148,7 +155,8 @@ class Network(nn.Module):
         size = self.config.image_size
         if images.dtype != torch.uint8 or images.shape[1:] != (size, size, 3):
             raise ValueError(
-                f"Network.detect: images must be uint8 [B, {size}, {size}, 3], got {images.dtype} {list(images.shape)}"
+                f"Network.detect: images must be uint8 [B, {size}, {size}, 3], got {images.dtype} "
+                f"{list(images.shape)}"
             )
         if len(instructions) != len(images):
             raise ValueError(f"Network.detect: {len(images)} images but {len(instructions)} instructions")
@@ -157,8 +165,13 @@ class Network(nn.Module):
         tokens = self.image_tokens(images.to(self.device), text)
         logits, groups = self.decode_slots(prompts, text, tokens)
         corners = self.boxes_from_slots(logits.locations, groups)  # [B, M, 4]
-        corners = torch.cat([torch.minimum(corners[..., :2], corners[..., 2:]),
-                             torch.maximum(corners[..., :2], corners[..., 2:])], -1).clamp(0, 1)
+        corners = torch.cat(
+            [
+                torch.minimum(corners[..., :2], corners[..., 2:]),
+                torch.maximum(corners[..., :2], corners[..., 2:]),
+            ],
+            -1,
+        ).clamp(0, 1)
         bins = logits.locations.argmax(-1) - BINS_PER_UNIT
         a = self.config.objectness_power
         objectness = tokens.objectness[-1].sigmoid()[..., None]  # [B, M, 1]
@@ -184,12 +197,14 @@ class Network(nn.Module):
             if not parameter.requires_grad:
                 continue
             rate = backbone_lr if ".backbone." in name else lr
-            decay = 0.0 if parameter.ndim < 2 or "embedding" in name or "class_tokens" in name else weight_decay
+            decay = (
+                0.0 if parameter.ndim < 2 or "embedding" in name or "class_tokens" in name else weight_decay
+            )
             groups.setdefault((rate, decay), []).append(parameter)
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes config.json, model.safetensors and tokenizer.model; dtype (e.g. bf16) shrinks the weights' file."""
+        """Writes config.json, model.safetensors and tokenizer.model; dtype: of the weights, e.g. bf16."""
         weights.save_network(self, Path(directory), dtype)
 
     @classmethod
@@ -197,7 +212,8 @@ class Network(nn.Module):
         """Reads a folder written by `save_pretrained`.
 
         Raises:
-            FileNotFoundError, ValueError: a file is missing, or names, shapes or types are not this network's.
+            FileNotFoundError: a file is missing.
+            ValueError: a file is broken, or its names, shapes or types are not this network's.
         """
         return weights.load_network(cls, Path(directory)).to(device)
 

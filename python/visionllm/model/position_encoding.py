@@ -13,5 +13,5 @@ def sine_encoding(coordinates: Tensor, dim: int, temperature: float = 10000.0) -
     n = coordinates.shape[-1]
     half = dim // (2 * n)
     exponent = torch.arange(half, device=coordinates.device, dtype=torch.float32) / half
-    angles = coordinates.float()[..., None] * (2 * math.pi) * (temperature ** -exponent) * 20
+    angles = coordinates.float()[..., None] * (2 * math.pi) * (temperature**-exponent) * 20
     return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)

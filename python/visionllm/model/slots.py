@@ -1,7 +1,8 @@
 """Format queries in, answers out: one group of slots per image token, and the head that reads them.
 
-A group is `<cls> <x1> <y1> … <xN> <yN>`. A slot may take only its own rows: `<cls>` one of the prompt's K classes or
-"no object", a coordinate slot one of the 1025 location tokens, so nothing is computed for the rest of a vocabulary.
+A group is `<cls> <x1> <y1> … <xN> <yN>`. A slot may take only its own rows: `<cls>` one of the prompt's K
+classes or "no object", a coordinate slot one of the 1025 location tokens, so nothing is computed for the rest
+of a vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ BINS_PER_UNIT = (LOCATION_BINS - 1) // 2  # a bin is 1/512 of the picture's heig
 
 @dataclass
 class SlotLogits:
-    """classes: [B, G, K + 1], the last one "no object", −inf at classes a prompt does not list; locations: [B, G, 2N, 1025]."""
+    """What the slots' states say.
+
+    Attributes:
+        classes: [B, G, K + 1], the last one "no object"; −inf at classes that a prompt does not list.
+        locations: [B, G, 2N, 1025].
+    """
 
     classes: Tensor
     locations: Tensor
@@ -64,7 +70,8 @@ class SlotHead(nn.Module):
         """What class slots are compared with.
 
         Args:
-            name_states: [B, K, C], the LLM's states at each name; name_features: [B, K, C_text], the text encoder's.
+            name_states: [B, K, C], the LLM's states at each name.
+            name_features: [B, K, C_text], the text encoder's of each name.
             class_tokens: [512, C], embeddings of <c0> … <c511>.
         """
         if self.class_rows == "static":
@@ -74,8 +81,12 @@ class SlotHead(nn.Module):
     def class_logits(self, states: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
         """states [B, G, C] of the <cls> slots, rows [B, K, C], mask bool [B, K] → [B, G, K + 1] in fp32."""
         query = self.class_query(states)
-        logits = (query @ rows.to(query.dtype).transpose(1, 2)).float().masked_fill(~mask[:, None], float("-inf"))
-        return torch.cat([logits, (query @ self.no_object.to(query.dtype)).float()[..., None]], -1) * self.scale
+        logits = (
+            (query @ rows.to(query.dtype).transpose(1, 2)).float().masked_fill(~mask[:, None], float("-inf"))
+        )
+        return (
+            torch.cat([logits, (query @ self.no_object.to(query.dtype)).float()[..., None]], -1) * self.scale
+        )
 
     def location_logits(self, states: Tensor) -> Tensor:
         """[..., C] → [..., 1025] in fp32."""
@@ -90,7 +101,11 @@ def class_token_embedding(dim: int) -> nn.Embedding:
 
 
 def expected_offsets(logits: Tensor, window: int) -> Tensor:
-    """Location logits [..., 1025] → offsets in picture sizes [...]: expectation within ± window bins of the argmax."""
+    """Location logits [..., 1025] → offsets in picture sizes [...]: expectation near the argmax.
+
+    Args:
+        window: how many bins on each side of the argmax count; 0 takes the argmax alone.
+    """
     best = logits.argmax(-1, keepdim=True)
     if window == 0:
         return (best.squeeze(-1) - BINS_PER_UNIT).float() / BINS_PER_UNIT

@@ -1,7 +1,7 @@
 """Bidirectional text encoder (BERT's role): the description as one sequence, every class name as its own.
 
-Names are encoded apart from each other, so that a name's features depend neither on the other names nor on their
-order or number, and a name that several prompts share is encoded once.
+Names are encoded apart from each other, so that a name's features depend neither on the other names nor on
+their order or number, and a name that several prompts share is encoded once.
 """
 
 from __future__ import annotations

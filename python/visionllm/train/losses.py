@@ -1,9 +1,10 @@
 """L = L_tok + L_dec (VisionLLM, App. B).
 
-L_tok, on the image tokenizer, is category-agnostic: focal objectness and L1 on the centre, and beside the paper's terms L1
-and GIoU on the box, on every decoder layer and on the encoder's proposals. L_dec, on the LLM's slots, is cross-entropy of
-the class and the coordinate tokens after bipartite matching. Denoising queries (DINO, 2203.03605) give both parts more to
-learn from: near an object that is listed, its box and class; near one that is not listed, silence.
+L_tok, on the image tokenizer, is category-agnostic: focal objectness and L1 on the centre, and beside the
+paper's terms L1 and GIoU on the box, on every decoder layer and on the encoder's proposals. L_dec, on the
+LLM's slots, is cross-entropy of the class and the coordinate tokens after bipartite matching. Denoising
+queries (DINO, 2203.03605) give both parts more to learn from: near an object that is listed, its box and
+class; near one that is not listed, silence.
 """
 
 from __future__ import annotations
@@ -35,13 +36,19 @@ NO_OBJECT_WEIGHT = 0.2
 LOCATION_SIGMA = 1.5
 # Unmatched image tokens that get a group of slots in training, beside the matched ones: the most object-like.
 SPARE_GROUPS = 20
-# Denoising queries: at most this many per picture, centre moved by up to half of NOISE sizes, side changed by up to NOISE.
+# Denoising queries: at most this many per picture at listed and at unlisted objects; the centre moves by up
+# to half of NOISE sizes, a side changes by up to a share NOISE.
 MAX_DENOISING, MAX_UNLISTED, NOISE = 16, 8, 0.4
 
 
 @dataclass
 class Targets:
-    """Padded objects of a batch: boxes [B, N, 4] cxcywh, labels [B, N], valid [B, N]; ignore [B, I, 4] with its mask."""
+    """Padded objects of a batch.
+
+    Attributes:
+        boxes: [B, N, 4] cxcywh; labels: int64 [B, N]; valid: bool [B, N], where there is an object.
+        ignore: [B, I, 4], areas to ignore; ignore_valid: bool [B, I].
+    """
 
     boxes: Tensor
     labels: Tensor
@@ -58,7 +65,9 @@ class Targets:
         return cls(boxes, labels.to(device), valid, *pad_boxes(batch.ignore, device))
 
 
-def pad_boxes(rows: list[np.ndarray], device: torch.device, limit: int | None = None) -> tuple[Tensor, Tensor]:
+def pad_boxes(
+    rows: list[np.ndarray], device: torch.device, limit: int | None = None
+) -> tuple[Tensor, Tensor]:
     """B arrays [n, 4] → [B, longest, 4] and its mask."""
     rows = [row[:limit] for row in rows]
     boxes = torch.zeros(len(rows), max(map(len, rows)), 4)
@@ -82,7 +91,9 @@ def objectness_loss(logits: Tensor, quality: Tensor, positive: Tensor, weight: T
     return (factor * weight * loss).sum()
 
 
-def token_loss(boxes: Tensor, objectness: Tensor, assigned: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+def token_loss(
+    boxes: Tensor, objectness: Tensor, assigned: Tensor, targets: Tensor, weight: Tensor
+) -> Tensor:
     """Objectness, centre, box and GIoU loss of one set of predictions, summed.
 
     Args:
@@ -121,7 +132,9 @@ def location_loss(logits: Tensor, offsets: Tensor) -> Tensor:
         logits: [n, 4, 1025]; offsets: [n, 4] in bins, −512…512.
     """
     bins = torch.arange(LOCATION_BINS, device=logits.device) - BINS_PER_UNIT
-    wanted = (-((bins - offsets.clamp(-BINS_PER_UNIT, BINS_PER_UNIT)[..., None]) ** 2) / (2 * LOCATION_SIGMA**2)).softmax(-1)
+    wanted = (
+        -((bins - offsets.clamp(-BINS_PER_UNIT, BINS_PER_UNIT)[..., None]) ** 2) / (2 * LOCATION_SIGMA**2)
+    ).softmax(-1)
     return -(wanted * logits.log_softmax(-1)).sum(-1).mean(-1).sum()
 
 
@@ -142,13 +155,17 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
 
     listed = min(targets.boxes.shape[1], MAX_DENOISING)
     unlisted, unlisted_valid = pad_boxes(batch.unlisted, device, MAX_UNLISTED)
-    denoised = torch.cat([targets.boxes[:, :listed], unlisted], 1)  # [B, D, 4], what each denoising query stands at
+    # [B, D, 4], what each denoising query stands at
+    denoised = torch.cat([targets.boxes[:, :listed], unlisted], 1)
     denoised_valid = torch.cat([targets.valid[:, :listed], unlisted_valid], 1)
     extra = denoised.shape[1]
     queries = DenoisingQueries(noised(denoised)) if extra else None
     tokens = network.image_tokens(torch.from_numpy(batch.images).to(device), text, queries)
 
-    losses = dict.fromkeys(("proposals", "tokens", "denoising", "class", "location"), 0.0)
+    losses: dict[str, Tensor] = {
+        name: torch.zeros((), device=device)
+        for name in ("proposals", "tokens", "denoising", "class", "location", "alignment")
+    }
     objects = targets.valid.sum().clamp(min=1)
     with torch.no_grad():
         # Denoising query d stands for object d; those at unlisted objects must say nothing.
@@ -160,11 +177,14 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         with torch.no_grad():
             assigned = match(pair_costs(boxes[:, :m], objectness[:, :m], targets.boxes), targets.valid)
             weight = outside_ignored(boxes[:, :m], targets) | (assigned >= 0)
-        losses["tokens"] += token_loss(boxes[:, :m], objectness[:, :m], assigned, targets.boxes, weight) / objects
+        losses["tokens"] += (
+            token_loss(boxes[:, :m], objectness[:, :m], assigned, targets.boxes, weight) / objects
+        )
     if extra:
         for boxes, objectness in zip(tokens.boxes, tokens.objectness, strict=True):
             losses["denoising"] += (
-                token_loss(boxes[:, m:], objectness[:, m:], denoised_object, denoised, denoised_valid) / objects
+                token_loss(boxes[:, m:], objectness[:, m:], denoised_object, denoised, denoised_valid)
+                / objects
             )
 
     # Slots of the matched image tokens, of the most object-like others, and of the denoising queries.
@@ -189,27 +209,36 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         of_token = torch.full(objectness.shape, -1, device=device).scatter(1, chosen, assigned)
         weight = outside_ignored(boxes, targets) | (of_token >= 0)
     losses["tokens"] += (
-        token_loss(tokens.boxes[-1][:, :m], tokens.objectness[-1][:, :m], of_token, targets.boxes, weight) / objects
+        token_loss(tokens.boxes[-1][:, :m], tokens.objectness[-1][:, :m], of_token, targets.boxes, weight)
+        / objects
     )
 
     with torch.no_grad():
         of_group = torch.cat([assigned, denoised_object], 1)  # [B, count + D]
         positive = of_group >= 0
         no_object = logits.classes.shape[-1] - 1
-        labels = torch.where(positive, gather_rows(targets.labels, of_group), no_object) if listed else (
-            torch.full_like(of_group, no_object)
+        labels = (
+            torch.where(positive, gather_rows(targets.labels, of_group), no_object)
+            if listed
+            else torch.full_like(of_group, no_object)
         )
-        weights = torch.cat([gather_rows(weight, chosen) * NO_OBJECT_WEIGHT, denoised_valid * NO_OBJECT_WEIGHT], 1)
+        weights = torch.cat(
+            [gather_rows(weight, chosen) * NO_OBJECT_WEIGHT, denoised_valid * NO_OBJECT_WEIGHT], 1
+        )
         weights = torch.where(positive, 1.0, weights)
-    per_group = F.cross_entropy(logits.classes.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    per_group = F.cross_entropy(logits.classes.flatten(0, 1), labels.flatten(), reduction="none").view(
+        labels.shape
+    )
     losses["class"] = CLASS_WEIGHT * (per_group * weights).sum() / weights.sum().clamp(min=1e-6)
     if listed:
         offsets = gather_rows(wanted, of_group) - centres[..., :2].repeat(1, 1, 2)
         found = location_loss(logits.locations[positive], (offsets * BINS_PER_UNIT)[positive])
         losses["location"] = LOCATION_WEIGHT * found / positive.sum().clamp(min=1)
 
-    losses["alignment"] = alignment_loss(network, batch, text, tokens, targets, at_positions, of_token, listed)
-    result = {name: torch.as_tensor(value, device=device) for name, value in losses.items()}
+    losses["alignment"] = alignment_loss(
+        network, batch, text, tokens, targets, at_positions, of_token, listed
+    )
+    result = dict(losses)
     result["total"] = torch.stack(list(result.values())).sum()
     with torch.no_grad():
         matched = assigned >= 0
@@ -234,17 +263,19 @@ def alignment_loss(
 ) -> Tensor:
     """Cross-entropy of the encoder's and decoder's features at known objects over all names of the batch.
 
-    It asks for more than the slots do: every object of the batch against every name that any of its prompts lists, those
-    of unlisted objects too. Class slots stayed at chance for 300 steps on 469 classes without it.
+    It asks for more than the slots do: every object of the batch against every name that any of its prompts
+    lists, those of unlisted objects too. Without it, class slots stayed at chance for 300 steps on 469 names.
 
     Args:
-        at_positions: [B, S], of_token: [B, M], the object that a position or an image token stands for, or −1.
+        at_positions, of_token: [B, S], [B, M], the object that a position or image token stands for, or −1.
         listed: how many denoising queries stand at listed objects; those at unlisted ones follow.
     """
     device = network.device
     # The same order as in Prompts.names, which text.distinct follows.
     row = {name: i for i, name in enumerate(dict.fromkeys(n for i in batch.instructions for n in i.classes))}
-    more = [name for name in dict.fromkeys(n for names in batch.unlisted_names for n in names) if name not in row]
+    more = [
+        name for name in dict.fromkeys(n for names in batch.unlisted_names for n in names) if name not in row
+    ]
     names = text.distinct
     if more:
         row.update((name, len(row)) for name in more)
@@ -276,7 +307,7 @@ def alignment_loss(
 
 
 def row_of(wanted: Tensor, assigned: Tensor) -> Tensor:
-    """Rows of the assigned objects: wanted [B, N], assigned [B, Q] (−1: none) → [B, Q], −1 where there is none."""
+    """Rows of the assigned objects: wanted [B, N], assigned [B, Q] (−1: none) → [B, Q], −1 where none is."""
     return torch.where(assigned >= 0, gather_rows(wanted, assigned), -1)
 
 
