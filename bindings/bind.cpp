@@ -17,17 +17,10 @@ std::int64_t item(PyObject* tuple, Py_ssize_t i) {
   return n;
 }
 
-}  // namespace
-
-void throw_if_failed(const Status& status) {
-  if (status.ok()) return;
-  if (status.code() == StatusCode::invalid_argument) throw nb::value_error(status.message().c_str());
-  throw std::runtime_error(status.message());
-}
-
-TensorView view_of(const Array& array, const char* name) {
+template <typename T>
+TensorView view_of_array(const T& array, const char* name) {
   TensorView view;
-  view.data = array.data();
+  view.data = const_cast<void*>(static_cast<const void*>(array.data()));  // the core writes to outputs only
   view.rank = static_cast<int>(array.ndim());
   if (view.rank > kMaxRank) bad(name, "must have at most 8 dimensions, got " + std::to_string(view.rank));
   for (int i = 0; i < view.rank; ++i) {
@@ -56,6 +49,17 @@ TensorView view_of(const Array& array, const char* name) {
   }
   return view;
 }
+
+}  // namespace
+
+void throw_if_failed(const Status& status) {
+  if (status.ok()) return;
+  if (status.code() == StatusCode::invalid_argument) throw nb::value_error(status.message().c_str());
+  throw std::runtime_error(status.message());
+}
+
+TensorView view_of(const Output& array, const char* name) { return view_of_array(array, name); }
+TensorView view_of(const Input& array, const char* name) { return view_of_array(array, name); }
 
 TensorView view_of(const nb::tuple& raw, const char* name) {
   PyObject* const fields = raw.ptr();

@@ -19,13 +19,16 @@ namespace visionllm {
 void bind_isa(nanobind::module_& m);
 void bind_ms_deform_attn(nanobind::module_& m);
 
-using Array = nanobind::ndarray<>;
+using Output = nanobind::ndarray<>;
+using Input = nanobind::ndarray<nanobind::ro>;  // JAX's arrays, and some of NumPy's, are read-only
 
 // ValueError for a bad argument, RuntimeError for what this build or machine cannot do.
 void throw_if_failed(const Status& status);
 
-// Throw ValueError when the type, device or rank is not one that TensorView knows; `name` is the argument's.
-TensorView view_of(const Array& array, const char* name);
+// Throw ValueError when the type, device or rank is not one that TensorView knows; `name` is "operator:
+// argument".
+TensorView view_of(const Output& array, const char* name);
+TensorView view_of(const Input& array, const char* name);
 TensorView view_of(const nanobind::tuple& raw, const char* name);
 
 }  // namespace visionllm

@@ -8,16 +8,16 @@ namespace nb = nanobind;
 namespace visionllm {
 namespace {
 
-// T is Array (DLPack) or nb::tuple (torch's fast path).
-template <typename T>
-void forward(const T& output, const T& value, const T& spatial_shapes, const T& level_start_index,
-             const T& sampling_locations, const T& attention_weights, int threads, std::uintptr_t stream) {
-  const TensorView views[] = {view_of(output, "output"),
-                              view_of(value, "value"),
-                              view_of(spatial_shapes, "spatial_shapes"),
-                              view_of(level_start_index, "level_start_index"),
-                              view_of(sampling_locations, "sampling_locations"),
-                              view_of(attention_weights, "attention_weights")};
+// Out and In are Output and Input (DLPack), or both nb::tuple (torch's fast path).
+template <typename Out, typename In>
+void forward(const Out& output, const In& value, const In& spatial_shapes, const In& level_start_index,
+             const In& sampling_locations, const In& attention_weights, int threads, std::uintptr_t stream) {
+  const TensorView views[] = {view_of(output, "ms_deform_attn: output"),
+                              view_of(value, "ms_deform_attn: value"),
+                              view_of(spatial_shapes, "ms_deform_attn: spatial_shapes"),
+                              view_of(level_start_index, "ms_deform_attn: level_start_index"),
+                              view_of(sampling_locations, "ms_deform_attn: sampling_locations"),
+                              view_of(attention_weights, "ms_deform_attn: attention_weights")};
   const Execution execution{threads, reinterpret_cast<void*>(stream)};
   Status status;
   {
@@ -27,19 +27,20 @@ void forward(const T& output, const T& value, const T& spatial_shapes, const T& 
   throw_if_failed(status);
 }
 
-template <typename T>
-void backward(const T& grad_value, const T& grad_sampling_locations, const T& grad_attention_weights,
-              const T& grad_output, const T& value, const T& spatial_shapes, const T& level_start_index,
-              const T& sampling_locations, const T& attention_weights, int threads, std::uintptr_t stream) {
-  const TensorView views[] = {view_of(grad_value, "grad_value"),
-                              view_of(grad_sampling_locations, "grad_sampling_locations"),
-                              view_of(grad_attention_weights, "grad_attention_weights"),
-                              view_of(grad_output, "grad_output"),
-                              view_of(value, "value"),
-                              view_of(spatial_shapes, "spatial_shapes"),
-                              view_of(level_start_index, "level_start_index"),
-                              view_of(sampling_locations, "sampling_locations"),
-                              view_of(attention_weights, "attention_weights")};
+template <typename Out, typename In>
+void backward(const Out& grad_value, const Out& grad_sampling_locations, const Out& grad_attention_weights,
+              const In& grad_output, const In& value, const In& spatial_shapes, const In& level_start_index,
+              const In& sampling_locations, const In& attention_weights, int threads, std::uintptr_t stream) {
+  const TensorView views[] = {
+      view_of(grad_value, "ms_deform_attn_backward: grad_value"),
+      view_of(grad_sampling_locations, "ms_deform_attn_backward: grad_sampling_locations"),
+      view_of(grad_attention_weights, "ms_deform_attn_backward: grad_attention_weights"),
+      view_of(grad_output, "ms_deform_attn_backward: grad_output"),
+      view_of(value, "ms_deform_attn_backward: value"),
+      view_of(spatial_shapes, "ms_deform_attn_backward: spatial_shapes"),
+      view_of(level_start_index, "ms_deform_attn_backward: level_start_index"),
+      view_of(sampling_locations, "ms_deform_attn_backward: sampling_locations"),
+      view_of(attention_weights, "ms_deform_attn_backward: attention_weights")};
   const Execution execution{threads, reinterpret_cast<void*>(stream)};
   Status status;
   {
@@ -50,13 +51,13 @@ void backward(const T& grad_value, const T& grad_sampling_locations, const T& gr
   throw_if_failed(status);
 }
 
-template <typename T>
+template <typename Out, typename In>
 void bind(nb::module_& m, const char* forward_name, const char* backward_name, const char* doc) {
-  m.def(forward_name, &forward<T>, nb::arg("output").noconvert(), nb::arg("value").noconvert(),
+  m.def(forward_name, &forward<Out, In>, nb::arg("output").noconvert(), nb::arg("value").noconvert(),
         nb::arg("spatial_shapes").noconvert(), nb::arg("level_start_index").noconvert(),
         nb::arg("sampling_locations").noconvert(), nb::arg("attention_weights").noconvert(), nb::kw_only(),
         nb::arg("threads") = 1, nb::arg("stream") = 0, doc);
-  m.def(backward_name, &backward<T>, nb::arg("grad_value").noconvert(),
+  m.def(backward_name, &backward<Out, In>, nb::arg("grad_value").noconvert(),
         nb::arg("grad_sampling_locations").noconvert(), nb::arg("grad_attention_weights").noconvert(),
         nb::arg("grad_output").noconvert(), nb::arg("value").noconvert(),
         nb::arg("spatial_shapes").noconvert(), nb::arg("level_start_index").noconvert(),
@@ -67,10 +68,11 @@ void bind(nb::module_& m, const char* forward_name, const char* backward_name, c
 }  // namespace
 
 void bind_ms_deform_attn(nb::module_& m) {
-  bind<Array>(m, "ms_deform_attn", "ms_deform_attn_backward",
-              "Writes into the given output arrays; every array by DLPack. See visionllm/ms_deform_attn.h.");
-  bind<nb::tuple>(m, "ms_deform_attn_raw", "ms_deform_attn_backward_raw",
-                  "The same for tensors given as (data_ptr, dtype, device, shape, strides).");
+  bind<Output, Input>(
+      m, "ms_deform_attn", "ms_deform_attn_backward",
+      "Writes into the given output arrays; every array by DLPack. See visionllm/ms_deform_attn.h.");
+  bind<nb::tuple, nb::tuple>(m, "ms_deform_attn_raw", "ms_deform_attn_backward_raw",
+                             "The same for tensors given as (data_ptr, dtype, device, shape, strides).");
 }
 
 }  // namespace visionllm

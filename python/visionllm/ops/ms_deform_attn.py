@@ -1,13 +1,15 @@
 """Multi-scale deformable attention as a torch operator (Zhu et al., "Deformable DETR", ICLR 2021, eq. 2).
 
-    output[b, q, h] = sum over levels l and points p of attention[b, q, h, l, p] * bilinear(value_l[b, :, h], location[b, q, h, l, p])
+    output[b, q, h] = sum over levels l and points p of
+                      attention[b, q, h, l, p] * bilinear(value_l[b, :, h], location[b, q, h, l, p])
 
-The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/ms_deform_attn.h``. On the CPU the operator runs
-the compiled kernels; on other devices, and in float64, the PyTorch reference below.
+The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/ms_deform_attn.h``. On the
+CPU the operator runs the compiled kernels; on other devices, and in float64, the PyTorch reference below.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +18,6 @@ from torch import Tensor
 from visionllm.ops import native
 
 __all__ = ["SampleInputs", "ms_deform_attn", "ms_deform_attn_reference", "sample_inputs"]
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def ms_deform_attn(
@@ -33,12 +33,13 @@ def ms_deform_attn(
         value: [B, S, H, D] float32, bfloat16 or float16 (float64 takes the slow reference).
         spatial_shapes: [L, 2] int64, height and width of each level, at least 1.
         level_start_index: [L] int64, the first pixel of each level in S.
-        sampling_locations: [B, Q, H, L, P, 2] as (x, y); 0 and 1 are the image's outer edges. Computed with in float32.
+        sampling_locations: [B, Q, H, L, P, 2] as (x, y); 0 and 1 are the image's outer edges. Best in
+            float32: lower precision is converted, but has lost fractions of a pixel already.
         attention_weights: [B, Q, H, L, P], float32 or of value's type.
 
     Returns:
-        [B, Q, H * D] of value's type. Corners outside the image count as zero; a point a pixel or more outside, or NaN,
-        contributes nothing. Forward and backward are deterministic.
+        [B, Q, H * D] of value's type. Corners outside the image count as zero; a point a pixel or more
+        outside, or NaN, contributes nothing. Forward and backward are deterministic.
 
     Raises:
         ValueError: a shape, type or level does not fit; the message names it.
@@ -55,44 +56,110 @@ def ms_deform_attn_reference(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """The formula in plain PyTorch, in the tensors' own precision, on any device; the arguments are ``ms_deform_attn``'s.
+    """The formula in plain PyTorch, in the tensors' own precision, on any device.
 
-    Every other implementation is held against this one in float64. Gathers corner by corner, so it needs memory
-    for [B, Q, H, L, P, D] values.
+    Every other implementation is held against this one in float64. Gathers corner by corner, so it needs
+    memory for [B, Q, H, L, P, D] values.
     """
     batch, _, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     dtype = torch.promote_types(value.dtype, sampling_locations.dtype)
-    height, width = spatial_shapes.to(value.device).unbind(-1)  # [L]
-    size = torch.stack([width, height], -1)[:, None, :]  # [L, 1, 2] as (x, y)
-    pixel = sampling_locations.to(dtype) * size - 0.5  # [B, Q, H, L, P, 2]
-    valid = ((pixel > -1) & (pixel < size)).all(-1)  # [B, Q, H, L, P]
-    pixel = torch.where(valid[..., None], pixel, torch.zeros_like(pixel))
-    attention = torch.where(
-        valid, attention_weights.to(dtype), torch.zeros((), dtype=dtype, device=value.device)
-    )
-    cell = pixel.detach().floor()
-    fraction = pixel - cell
-    cell = cell.long()
-
     by_head = value.to(dtype).transpose(1, 2).flatten(0, 1)  # [B * H, S, D]
+    attention = attention_weights.to(dtype).flatten(3)  # [B, Q, H, L * P]
     output = value.new_zeros((batch, queries, heads, channels), dtype=dtype)
+    for corner in _corners(spatial_shapes, level_start_index, sampling_locations.to(dtype)):
+        # Selected, not multiplied by zero: NaN in a row or weight that is not named stays there.
+        weight = torch.where(corner.inside, attention * corner.weight_x * corner.weight_y, 0.0)
+        output = output + (weight[..., None] * _gather_rows(by_head, corner)).sum(3)
+    return output.flatten(2).to(value.dtype)
+
+
+@dataclass(frozen=True)
+class _Corner:
+    """One of the four pixels around each point; all tensors [B, Q, H, L * P]."""
+
+    row: Tensor  # row number in S; any row inside where the corner is outside
+    inside: Tensor  # bool
+    weight_x: Tensor  # bilinear weight in x and in y
+    weight_y: Tensor
+    slope_x: Tensor  # derivatives of the two weights by the location
+    slope_y: Tensor
+
+
+def _corners(
+    spatial_shapes: Tensor, level_start_index: Tensor, sampling_locations: Tensor
+) -> Iterator[_Corner]:
+    device = sampling_locations.device
+    height, width = spatial_shapes.to(device).unbind(-1)  # [L]
+    size = torch.stack([width, height], -1)[:, None, :]  # [L, 1, 2] as (x, y)
+    pixel = sampling_locations * size - 0.5  # [B, Q, H, L, P, 2]
+    valid = ((pixel > -1) & (pixel < size)).all(-1)  # [B, Q, H, L, P]
+    pixel = torch.where(valid[..., None], pixel, 0.0)
+    cell = pixel.detach().floor()
+    fraction_x, fraction_y = (pixel - cell).unbind(-1)
     for dy in (0, 1):
         for dx in (0, 1):
-            corner = cell + torch.tensor([dx, dy], device=value.device)
+            corner = cell.long() + torch.tensor([dx, dy], device=device)
             inside = valid & ((corner >= 0) & (corner < size)).all(-1)
-            x, y = (corner.clamp(min=0).minimum(size - 1)).unbind(-1)
-            row = level_start_index.to(value.device)[:, None] + y * width[:, None] + x  # [B, Q, H, L, P]
-            row = row.permute(0, 2, 1, 3, 4).reshape(batch * heads, -1, 1).expand(-1, -1, channels)
-            sampled = by_head.gather(1, row).view(batch, heads, queries, -1, channels).transpose(1, 2)
-            weight_x = fraction[..., 0] if dx else 1 - fraction[..., 0]
-            weight_y = fraction[..., 1] if dy else 1 - fraction[..., 1]
-            weight = (attention * weight_x * weight_y).flatten(3)[..., None]  # [B, Q, H, L * P, 1]
-            inside = inside.flatten(3)[..., None]
-            # Selected, not multiplied by zero: a NaN in a row that the formula does not name stays there.
-            sampled = torch.where(inside, sampled, torch.zeros_like(sampled))
-            output = output + (torch.where(inside, weight, torch.zeros_like(weight)) * sampled).sum(3)
-    return output.flatten(2).to(value.dtype)
+            x, y = corner.clamp(min=0).minimum(size - 1).unbind(-1)
+            row = level_start_index.to(device)[:, None] + y * width[:, None] + x
+            slope_x = (2 * dx - 1) * width[:, None].expand_as(fraction_x)
+            slope_y = (2 * dy - 1) * height[:, None].expand_as(fraction_y)
+            weight_x = fraction_x if dx else 1 - fraction_x
+            weight_y = fraction_y if dy else 1 - fraction_y
+            yield _Corner(*(t.flatten(3) for t in (row, inside, weight_x, weight_y, slope_x, slope_y)))
+
+
+def _rows_by_head(corner: _Corner, channels: int) -> Tensor:
+    """The row numbers as an index of [B * H, S, D]: [B * H, Q * L * P, D]."""
+    batch, queries, heads, samples = corner.row.shape
+    row = corner.row.transpose(1, 2).reshape(batch * heads, queries * samples, 1)
+    return row.expand(-1, -1, channels)
+
+
+def _gather_rows(by_head: Tensor, corner: _Corner) -> Tensor:
+    """Values [B * H, S, D] at the corner, zero where it is outside: [B, Q, H, L * P, D]."""
+    batch, queries, heads, samples = corner.row.shape
+    channels = by_head.shape[-1]
+    rows = by_head.gather(1, _rows_by_head(corner, channels))
+    rows = rows.view(batch, heads, queries, samples, channels).transpose(1, 2)
+    return torch.where(corner.inside[..., None], rows, 0.0)
+
+
+def ms_deform_attn_backward_reference(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, locations and weights in plain PyTorch, in the tensors' own precision."""
+    batch, pixels, heads, channels = value.shape
+    queries = sampling_locations.shape[1]
+    dtype = torch.promote_types(value.dtype, sampling_locations.dtype)
+    grad = grad_output.to(dtype).view(batch, queries, heads, 1, channels)
+    by_head = value.to(dtype).transpose(1, 2).flatten(0, 1)  # [B * H, S, D]
+    attention = attention_weights.to(dtype).flatten(3)  # [B, Q, H, L * P]
+    grad_by_head = torch.zeros_like(by_head)
+    grad_attention = torch.zeros_like(attention)
+    grad_x, grad_y = torch.zeros_like(attention), torch.zeros_like(attention)
+    for corner in _corners(spatial_shapes, level_start_index, sampling_locations.to(dtype)):
+        dot = torch.where(corner.inside, (grad * _gather_rows(by_head, corner)).sum(-1), 0.0)
+        weight = torch.where(corner.inside, attention * corner.weight_x * corner.weight_y, 0.0)
+        grad_attention += corner.weight_x * corner.weight_y * dot
+        grad_x += torch.where(corner.inside, attention * corner.slope_x * corner.weight_y, 0.0) * dot
+        grad_y += torch.where(corner.inside, attention * corner.slope_y * corner.weight_x, 0.0) * dot
+        scattered = torch.where(corner.inside[..., None], weight[..., None] * grad, 0.0)
+        scattered = scattered.transpose(1, 2).reshape(batch * heads, -1 if scattered.numel() else 0, channels)
+        grad_by_head.scatter_add_(1, _rows_by_head(corner, channels), scattered)
+    grad_value = grad_by_head.view(batch, heads, pixels, channels).transpose(1, 2)
+    grad_locations = torch.stack([grad_x, grad_y], -1).view(sampling_locations.shape)
+    return (
+        grad_value.to(value.dtype).contiguous(),
+        grad_locations.to(sampling_locations.dtype),
+        grad_attention.view(attention_weights.shape).to(attention_weights.dtype),
+    )
 
 
 @dataclass(frozen=True)
@@ -130,10 +197,10 @@ def sample_inputs(
     requires_grad: bool = False,
     seed: int = 0,
 ) -> SampleInputs:
-    """Random inputs like a detector's: each query looks around its own place, at most about ``offset`` pixels away.
+    """Random inputs like a detector's: each query looks around its own place, at most ``offset`` pixels away.
 
-    With ``encoder`` the queries are the pixels of all levels in order (``queries`` is ignored), each at its own centre;
-    else they lie anywhere. Some locations fall outside the image in either case.
+    With ``encoder`` the queries are the pixels of all levels in order (``queries`` is ignored), each at its
+    own centre; else they lie anywhere. Some locations fall outside the image in either case.
     """
     random = torch.Generator().manual_seed(seed)
     shapes = torch.tensor(levels, dtype=torch.int64).view(-1, 2)
@@ -164,16 +231,17 @@ def sample_inputs(
     return SampleInputs(value, shapes.to(device), starts.to(device), locations, attention)
 
 
-# ---- registration ----------------------------------------------------------------------------------------------------
+# ---- registration ---------------------------------------------------------------------------------------
 
 _library = torch.library.Library("visionllm", "FRAGMENT")
 _library.define(
-    "ms_deform_attn(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, "
-    "Tensor attention_weights) -> Tensor"
+    "ms_deform_attn(Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
+    "Tensor sampling_locations, Tensor attention_weights) -> Tensor"
 )
 _library.define(
-    "ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
-    "Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)"
+    "ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, "
+    "Tensor level_start_index, Tensor sampling_locations, Tensor attention_weights) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -195,13 +263,13 @@ def _kernel_arguments(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The tensors as the kernels want them: float32 locations, inner dimensions contiguous. Copies only what must be."""
+    """The tensors as the kernels want them; copies only what does not fit already."""
     if attention_weights.dtype not in (torch.float32, value.dtype):
         attention_weights = attention_weights.float()
     return (
         value if value.stride(-1) == 1 else value.contiguous(),
-        spatial_shapes.contiguous(),
-        level_start_index.contiguous(),
+        spatial_shapes.to(torch.int64).contiguous(),
+        level_start_index.to(torch.int64).contiguous(),
         sampling_locations.float().contiguous(),
         attention_weights.contiguous(),
     )
@@ -215,7 +283,7 @@ def _forward_cpu(
     attention_weights: Tensor,
 ) -> Tensor:
     _check_shapes(value, sampling_locations)
-    if value.dtype not in _KERNEL_DTYPES:
+    if value.dtype == torch.float64:
         return _forward_reference(
             value, spatial_shapes, level_start_index, sampling_locations, attention_weights
         )
@@ -236,8 +304,8 @@ def _backward_cpu(
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_shapes(value, sampling_locations)
-    if value.dtype not in _KERNEL_DTYPES:
-        return _backward_reference(
+    if value.dtype == torch.float64:
+        return ms_deform_attn_backward_reference(
             grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights
         )
     arguments = _kernel_arguments(
@@ -266,24 +334,9 @@ def _forward_reference(
     ).contiguous()
 
 
-def _backward_reference(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (value, sampling_locations, attention_weights)]
-        output = ms_deform_attn_reference(leaves[0], spatial_shapes, level_start_index, leaves[1], leaves[2])
-        grads = torch.autograd.grad(output, leaves, grad_output, materialize_grads=True)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
-
-
 for _key, _forward, _backward in (
     ("CPU", _forward_cpu, _backward_cpu),
-    ("CompositeExplicitAutograd", _forward_reference, _backward_reference),
+    ("CompositeExplicitAutograd", _forward_reference, ms_deform_attn_backward_reference),
 ):
     _library.impl("ms_deform_attn", _forward, _key)
     _library.impl("ms_deform_attn_backward", _backward, _key)
@@ -329,3 +382,10 @@ def _autograd_backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(
     "visionllm::ms_deform_attn", _autograd_backward, setup_context=_setup_context, lib=_library
 )
+
+
+def _no_second_derivative(ctx, *grads: Tensor) -> tuple[None, ...]:
+    raise NotImplementedError("ms_deform_attn_backward: second derivatives are not implemented")
+
+
+torch.library.register_autograd("visionllm::ms_deform_attn_backward", _no_second_derivative, lib=_library)

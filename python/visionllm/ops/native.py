@@ -17,15 +17,15 @@ _DEVICE = {"cpu": 0, "cuda": 1}
 
 
 def raw(tensor: Tensor) -> RawTensor:
-    """``(address, dtype, device, shape, strides in elements)`` of a tensor, as the core's ``*_raw`` functions take it.
+    """``(address, dtype, device, shape, strides in elements)``, as the core's ``*_raw`` functions take it.
 
     Raises:
-        TypeError: the core knows no such element type or device.
+        ValueError: the core knows no such element type or device.
     """
     dtype = _DTYPE.get(tensor.dtype)
     device = _DEVICE.get(tensor.device.type)
     if dtype is None or device is None:
-        raise TypeError(
+        raise ValueError(
             "expected float32, bfloat16, float16 or int64 on cpu or cuda, "
             f"got {tensor.dtype} on {tensor.device.type}"
         )
@@ -35,4 +35,8 @@ def raw(tensor: Tensor) -> RawTensor:
 def call(name: str, *tensors: Tensor) -> None:
     """Run the core's operator ``name`` on tensors (outputs first), on as many threads as torch uses."""
     function = getattr(_core, name + "_raw")
-    function(*map(raw, tensors), threads=torch.get_num_threads())
+    try:
+        arguments = [raw(tensor) for tensor in tensors]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    function(*arguments, threads=torch.get_num_threads())

@@ -1,0 +1,54 @@
+"""Comparison of an operator with its float64 reference, and the one table of tolerances.
+
+A result passes where |got - expected| <= relative * |expected| + absolute * max|expected|.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    relative: float
+    absolute: float
+    reason: str
+
+
+TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
+    ("ms_deform_attn", torch.float32): Tolerance(
+        1e-5, 2e-6, "float32 sums of 4 L P products; a location is exact to 1e-5 pixels at width 167"
+    ),
+    ("ms_deform_attn", torch.bfloat16): Tolerance(
+        2**-8, 1e-4, "inputs are exact and sums float32: one rounding of the result, half an ulp of 8 bits"
+    ),
+    ("ms_deform_attn", torch.float16): Tolerance(
+        2**-11, 1e-5, "inputs are exact and sums float32: one rounding of the result, half an ulp of 11 bits"
+    ),
+}
+
+
+def assert_close(name: str, got: Tensor, expected: Tensor, tolerance: Tolerance) -> None:
+    """Raises AssertionError with the worst place, both values there and the error in tolerances."""
+    assert got.shape == expected.shape, f"{name}: shape {list(got.shape)}, expected {list(expected.shape)}"
+    if got.numel() == 0:
+        return
+    got, expected = got.detach().double(), expected.detach().double()
+    finite = expected.isfinite()
+    assert torch.equal(got.isnan(), expected.isnan()), f"{name}: NaN in other places than expected"
+    scale = expected[finite].abs().max() if finite.any() else expected.new_tensor(0.0)
+    error = (got - expected).abs()
+    allowed = tolerance.relative * expected.abs() + tolerance.absolute * scale
+    excess = torch.where(finite, error - allowed, torch.zeros_like(error))
+    if (excess > 0).any():
+        flat = int(excess.argmax())
+        place = [int(i) for i in torch.unravel_index(torch.tensor(flat), got.shape)]
+        raise AssertionError(
+            f"{name}: {int((excess > 0).sum())} of {got.numel()} elements differ; worst at {place}: "
+            f"got {float(got.flatten()[flat]):.9g}, expected {float(expected.flatten()[flat]):.9g}, "
+            f"error {float(error.flatten()[flat]):.3g}, allowed {float(allowed.flatten()[flat]):.3g} "
+            f"({tolerance.reason})"
+        )
