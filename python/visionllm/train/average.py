@@ -1,7 +1,7 @@
 """Exponential moving average of the weights: average <- d * average + (1 - d) * weights.
 
-The decay grows as min(decay, (1 + t) / (10 + t)) over updates t, so that the random initial weights are forgotten
-early in short runs.
+The decay grows as min(decay, (1 + t) / (10 + t)) over updates t, so that the random initial weights are
+forgotten early in short runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network has the averaged weights inside the ``with`` block and its own ones again afterwards."""
+        """The network has the averaged weights inside the ``with`` block and its own again afterwards."""
         own: dict[str, Tensor] = {name: value.data for name, value in self.parameters.items()}
         try:
             for name, value in self.parameters.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from importlib import resources
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from visionllm.model.network import Network, build_network
 from visionllm.tokenizer import Tokenizer
 from visionllm.train.config import ConfigError, PhotosConfig, TrainConfig
 from visionllm.train.distributed import Processes
+from visionllm.train.recognition import recognition_loss
 from visionllm.train.validation import Validation, ValidationSet
 
 
@@ -43,7 +45,11 @@ def network_and_data(
         world_size=processes.size,
         **config.mixture,
     )
-    return network.to(processes.device), batches, make_validation(config, processes)
+    network = network.to(processes.device)
+    if config.objective == "recognition":
+        names = tuple(sorted({name for source in sources for name in all_names(source)}))
+        network.loss = functools.partial(recognition_loss, network, names=names)
+    return network, batches, make_validation(config, processes)
 
 
 def model_config(config: TrainConfig) -> ModelConfig:
@@ -159,6 +165,12 @@ def training_sources(config: TrainConfig) -> list[Source]:
             "no training data: scenes.weight is 0 and photos has no entry with a positive weight"
         )
     return sources
+
+
+def all_names(source: Source) -> tuple[str, ...]:
+    """Every class name of a source."""
+    dataset = source.dataset
+    return dataset.names if isinstance(dataset, SceneDataset) else dataset.vocabulary
 
 
 def make_validation(config: TrainConfig, processes: Processes) -> Validation | None:

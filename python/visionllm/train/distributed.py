@@ -1,10 +1,10 @@
 """Several training processes: joining them, and averaging their gradients in one flat all-reduce.
 
-All gradients live in one flat buffer (each ``parameter.grad`` is a view of it), which is all-reduced once after the
-backward pass, followed by a handful of numbers on which the processes must agree (was a loss non-finite, has a signal
-arrived, how long did the step take). Compared with DistributedDataParallel this needs no hooks and no search for
-unused parameters, and on CPU loses nothing: with one thread per process there is no idle core on which communication
-could overlap with the backward pass.
+All gradients live in one flat buffer (each ``parameter.grad`` is a view of it), which is all-reduced once
+after the backward pass, followed by a handful of numbers on which the processes must agree (was a loss
+non-finite, has a signal arrived, how long did the step take). Compared with DistributedDataParallel this
+needs no hooks and no search for unused parameters, and on CPU loses nothing: with one thread per process
+there is no idle core on which communication could overlap with the backward pass.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def join(device: str = "auto") -> Processes:
 class SharedGradients:
     """The gradients of these parameters in one flat buffer, averaged over all processes by :meth:`reduce`.
 
-    Never set ``parameter.grad`` to None while this object is in use (``zero_grad(set_to_none=True)`` does): call
-    :meth:`zero`. A parameter that took no part in the loss has gradient 0. Running statistics of batch
+    Never set ``parameter.grad`` to None while this object is in use (``zero_grad(set_to_none=True)`` does):
+    call :meth:`zero`. A parameter that took no part in the loss has gradient 0. Running statistics of batch
     normalisation are averaged too, so that all processes hold the same network after every step.
     """
 
@@ -141,7 +141,7 @@ class SharedGradients:
 
     @torch.no_grad()
     def clip(self, limit: float) -> float:
-        """Scale the gradients down to norm ``limit`` where it is above it (0 = never); returns the norm before."""
+        """Scale the gradients down to norm ``limit`` if above it (0 = never); returns the norm before."""
         norm = float(torch.linalg.vector_norm(self.gradients))
         if 0 < limit < norm < float("inf"):
             self.gradients.mul_(limit / norm)

@@ -16,14 +16,6 @@ from types import FrameType
 LAUNCHER_VARIABLE = "VISIONLLM_TRAIN_LAUNCHER"  # process id of the launcher, for its training processes
 INTERRUPTED = 130  # exit code of a run that was interrupted and saved
 
-# glibc's malloc gives blocks above 32 MiB back to the kernel on free and takes them anew, page by page, in the next
-# step. Kept in the heap they are reused; the heap grows to the largest step's size and no further.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
-
 
 def launched() -> bool:
     """Whether this process is one of several started by :func:`launch` or torchrun."""
@@ -31,7 +23,7 @@ def launched() -> bool:
 
 
 def launcher_lost() -> bool:
-    """Whether the launcher that started this process is gone (killed), so that nobody waits for it any more."""
+    """Whether the launcher that started this process is gone (killed): nobody waits for it any more."""
     launcher = os.environ.get(LAUNCHER_VARIABLE)
     return launcher is not None and os.getppid() != int(launcher)
 
@@ -39,12 +31,11 @@ def launcher_lost() -> bool:
 def launch(processes: int, command: Sequence[str]) -> int:
     """Run the command in this many processes and wait; returns the exit code.
 
-    SIGINT and SIGTERM are passed on once (the processes save and end); a second SIGINT kills. When one process fails
-    the others are ended.
+    SIGINT and SIGTERM are passed on once (the processes save and end); a second SIGINT kills. When one
+    process fails the others are ended.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {
-        **ALLOCATOR,
         "OMP_NUM_THREADS": str(max(1, cores // processes)),
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",

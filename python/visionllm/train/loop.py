@@ -1,8 +1,8 @@
 """The training loop: batches in, updated weights, logs and checkpoints out.
 
-One step is a pure function of (weights, optimiser state, seed, step, rank): the batch is ``batches[step]`` and every
-random generator is seeded anew from (seed, step, rank). So a run continued from a checkpoint equals an uninterrupted
-one bit for bit, except when the schedule follows the clock (``max_minutes``).
+One step is a pure function of (weights, optimiser state, seed, step, rank): the batch is ``batches[step]``
+and every random generator is seeded anew from (seed, step, rank). So a run continued from a checkpoint equals
+an uninterrupted one bit for bit, except when the schedule follows the clock (``max_minutes``).
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class TrainingRun:
         batches: ``batches[step]`` is this process's batch of that step.
         config: lengths, rates, intervals.
         processes: this process among its peers.
-        validate: called on every process at the same steps, with the averaged weights in the network; returns the
-            numbers to log.
+        validate: called on every process at the same steps, with the averaged weights in the network;
+            returns the numbers to log.
 
     Files under ``config.output``: ``checkpoints/``, ``train.csv``, ``validation.csv``, ``tensorboard/`` and
     ``model/``, the averaged weights as a pretrained folder, renewed at every validation.
@@ -94,7 +94,7 @@ class TrainingRun:
         self.clock = ActiveClock()
         processes.broadcast(list(network_tensors(network).values()))
         self.average = WeightAverage(network, config.ema_decay) if config.ema_decay > 0 else None
-        # Agreed on at every step: bad loss, stop, checkpoint due, and the seconds since the last time by LAPS.
+        # Agreed on at every step: bad loss, stop, checkpoint due, and the seconds of LAPS.
         self.gradients = SharedGradients(network, processes, numbers=3 + len(LAPS))
         groups = self.network.parameter_groups(config.lr, config.backbone_lr, config.weight_decay)
         self.optimizer = torch.optim.AdamW(
@@ -107,7 +107,7 @@ class TrainingRun:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, in 0..1: of the steps or, in a time-limited run, of the active time."""
+        """Share of the run that is done, 0..1: of the steps or, in a time-limited run, of the active time."""
         if self.config.max_minutes > 0:
             return min(1.0, self.clock.seconds / (60.0 * self.config.max_minutes))
         return min(1.0, self.step / self.config.steps)
@@ -162,7 +162,7 @@ class TrainingRun:
             )
 
     def export(self, folder: str | Path) -> None:
-        """Write the averaged weights (the plain ones without averaging) as a pretrained folder, replacing it."""
+        """Write the averaged weights (without averaging: the plain ones) as a pretrained folder."""
         if not self.processes.first:
             return
         folder = Path(folder)
@@ -180,8 +180,8 @@ class TrainingRun:
     def run(self) -> bool:
         """Train to the end, or until SIGINT or SIGTERM; True when the end was reached.
 
-        Either way a checkpoint is written. Raises NonFiniteError after ``config.bad_steps`` bad steps in a row, without
-        writing one.
+        Either way a checkpoint is written. Raises NonFiniteError after ``config.bad_steps`` bad steps in a
+        row, without writing one.
         """
         first = self.processes.first
         log = RunLog(self.output, self.step, self.config.tensorboard) if first else None
@@ -244,8 +244,10 @@ class TrainingRun:
                 last_checkpoint = time.monotonic()
         return True
 
-    def _one_step(self, stream: Iterator[Any], interval: _Interval, checkpoint_due: bool) -> tuple[bool, bool]:
-        """One step; whether to stop and whether to write a checkpoint after it, agreed on by all processes."""
+    def _one_step(
+        self, stream: Iterator[Any], interval: _Interval, checkpoint_due: bool
+    ) -> tuple[bool, bool]:
+        """One step; whether to stop and whether to write a checkpoint after it, as all processes agreed."""
         config = self.config
         seed_generators(config.seed, self.step, self.processes.rank)
         with interval.part("data"):
@@ -255,8 +257,8 @@ class TrainingRun:
             device = self.processes.device.type
             with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
                 losses = self.network.loss(batch)
-            names, values = list(losses), torch.stack([v.detach().float().reshape(()) for v in losses.values()])
-            numbers = dict(zip(names, values.tolist(), strict=True))
+            values = torch.stack([value.detach().float().reshape(()) for value in losses.values()])
+            numbers = dict(zip(losses, values.tolist(), strict=True))
             good = bool(np.isfinite(numbers["total"]))
         with interval.part("backward"):
             if good:
@@ -298,8 +300,8 @@ class TrainingRun:
             )
             if self.bad_steps >= config.bad_steps:
                 raise NonFiniteError(
-                    f"{self.bad_steps} steps in a row had a loss or gradient that is not finite, the last one step "
-                    f"{self.step}; the last checkpoint in {self.output / 'checkpoints'} is older than that"
+                    f"{self.bad_steps} steps in a row had a loss or gradient that is not finite, up to "
+                    f"step {self.step}; the last checkpoint in {self.output / 'checkpoints'} is older"
                 )
         return stop_share > 0, due_share > 0
 
@@ -414,7 +416,7 @@ class _Steps(torch.utils.data.Sampler[int]):
 
 
 def batch_stream(batches: Batches, start: int, workers: int) -> Iterator[Any]:
-    """``batches[start]``, ``batches[start + 1]``, ... made in this process, or ahead of time in ``workers`` others."""
+    """``batches[start]``, ``batches[start + 1]``, ... made in this process or ahead in ``workers`` others."""
     steps = _Steps(start)
     if workers == 0:
         return (batches[step] for step in steps)
@@ -441,10 +443,12 @@ def seed_generators(seed: int, step: int, rank: int) -> None:
 
 
 def use_autocast(choice: str, device: torch.device) -> bool:
-    """Whether to train in bfloat16 autocast. "auto": on CUDA, and on CPUs that multiply bfloat16 in hardware."""
+    """Whether to train in bfloat16 autocast. "auto": on CUDA and on CPUs that multiply bfloat16."""
     if choice != "auto":
         return choice == "on"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile"))
+    return bool(
+        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile")
+    )

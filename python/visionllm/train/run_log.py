@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 class RunLog:
-    """Appends rows of named numbers to ``<folder>/<name>.csv`` and to TensorBoard events in ``<folder>/tensorboard``.
+    """Appends rows of named numbers to ``<folder>/<name>.csv`` and to TensorBoard events beside them.
 
     The first column is ``step``. Rows beyond ``resume_step`` are dropped when the log is opened, so that a
-    resumed run leaves no doubled rows. A name that is new widens the file. ``tensorboard``: "auto" uses it when it is
-    installed, "on" raises ImportError saying what to install when it is not.
+    resumed run leaves no doubled rows. A name that is new widens the file. ``tensorboard``: "auto" uses it
+    when it is installed, "on" raises ImportError saying what to install when it is not.
     """
 
     def __init__(self, folder: str | Path, resume_step: int = 0, tensorboard: str = "auto") -> None:
@@ -69,14 +69,20 @@ class RunLog:
         rows = self._rows(name)
         self._columns[name] = [key for key in rows[0] if key is not None] if rows else []
         # A row that a crash cut short has no number or no end; it belongs to a step that is done again.
-        kept = [r for r in rows if r["step"].isdigit() and int(r["step"]) <= resume_step and None not in r.values()]
+        kept = [
+            r
+            for r in rows
+            if r["step"].isdigit() and int(r["step"]) <= resume_step and None not in r.values()
+        ]
         if len(kept) != len(rows):
             self._rewrite(name, kept)
 
     def _rewrite(self, name: str, rows: list[dict[str, str]]) -> None:
         temporary = self.folder / f".{name}.csv.{os.getpid()}"
         with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns[name], restval="", extrasaction="ignore", lineterminator="\n")
+            writer = csv.DictWriter(
+                file, self._columns[name], restval="", extrasaction="ignore", lineterminator="\n"
+            )
             writer.writeheader()
             writer.writerows(rows)
         os.replace(temporary, self._file(name))

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def learning_rate_factor(step: int, progress: float, warmup: int, floor: float) -> float:
-    """Share of the base learning rate: linear warm-up over ``warmup`` steps times a cosine over the progress in 0..1.
+    """Share of the base learning rate: linear warm-up over ``warmup`` steps, cosine over the progress 0..1.
 
     The cosine ends at ``floor`` and stays there.
     """
@@ -25,9 +25,9 @@ def learning_rate_factor(step: int, progress: float, warmup: int, floor: float) 
 class ActiveClock:
     """Seconds that a run was really at work: a suspended process must not lose its schedule.
 
-    Each lap counts at most ``cap`` times the median of the recent laps of its kind, so a suspension (SIGSTOP, a
-    sleeping laptop) adds next to nothing. The first ``settle`` laps of a kind count in full. The cap is generous
-    because steps differ: a prompt with 300 names takes several times as long as one with 20.
+    Each lap counts at most ``cap`` times the median of the recent laps of its kind, so a suspension (SIGSTOP,
+    a sleeping laptop) adds next to nothing. The first ``settle`` laps of a kind count in full. The cap is
+    generous because steps differ: a prompt with 300 names takes several times as long as one with 20.
     """
 
     def __init__(self, cap: float = 6.0, settle: int = 5, window: int = 101) -> None:

@@ -88,7 +88,9 @@ class ValidationSet:
             "categories": [{"id": number, "name": entry} for entry, number in self.categories.items()],
         }
 
-    def predictions(self, network: Any, indices: Sequence[int], batch_size: int, top: int) -> list[dict[str, Any]]:
+    def predictions(
+        self, network: Any, indices: Sequence[int], batch_size: int, top: int
+    ) -> list[dict[str, Any]]:
         """COCO results of the network for these pictures."""
         device = next(network.parameters()).device
         results = []
@@ -115,9 +117,11 @@ class ValidationSet:
 
 
 class Validation:
-    """Callable for the training loop: the metrics of several sets, their pictures divided among the processes."""
+    """Callable for the training loop: metrics of several sets, their pictures divided among the processes."""
 
-    def __init__(self, sets: Sequence[ValidationSet], processes: Processes, batch_size: int, top: int) -> None:
+    def __init__(
+        self, sets: Sequence[ValidationSet], processes: Processes, batch_size: int, top: int
+    ) -> None:
         self.sets = list(sets)
         self.processes = processes
         self.batch_size = batch_size
@@ -135,7 +139,7 @@ class Validation:
 
 
 def listed_names(sample: Sample, count: int, rng: np.random.Generator) -> list[str]:
-    """``count`` names in random order: those of the sample's objects first, then absent ones of its vocabulary."""
+    """``count`` names, shuffled: the sample's objects' first, filled up with absent names it knows."""
     present = sorted(set(sample.names))
     absent = sorted(set(sample.vocabulary) - set(present))
     present = [present[i] for i in rng.permutation(len(present))][:count]
