@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> int:
-    from visionllm.doctor import report
-
     argparse.ArgumentParser(
         prog="visionllm doctor", description="Shows versions and what works on this machine."
     ).parse_args(argv)
+    from visionllm.doctor import report
+
     print(report())
     return 0
