@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from visionllm.train.command import parser, settle
 from visionllm.train.config import (
     ConfigError,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-
 from visionllm.train.schedule import ActiveClock, learning_rate_factor
 
 

@@ -1,11 +1,13 @@
 """A small network and batches for tests of the training loop; as a script, a training command for them.
 
-Keys of ``model=`` that it knows: ``delay`` (seconds per batch), ``bad`` (steps with a non-finite loss, on rank
-``bad_rank`` or all), ``fail`` (step at which rank 1 raises).
+Keys of ``model=`` that it knows: ``delay`` (seconds per batch), ``bad`` (steps with a non-finite loss, on
+rank ``bad_rank`` or all), ``fail`` (step at which rank 1 raises), ``signal`` ([step, number], sent to
+itself).
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,7 +16,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
-
 from visionllm.train.command import parser, settle, train
 from visionllm.train.launch import launch, launched
 
@@ -50,7 +51,9 @@ class Network(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "model.safetensors"
+        )
 
 
 class Batches:
@@ -63,6 +66,8 @@ class Batches:
         time.sleep(self.settings.get("delay", 0.0))
         if self.rank == 1 and step == self.settings.get("fail", -1):
             raise RuntimeError("a batch that cannot be made")
+        if step == self.settings.get("signal", [-1])[0]:
+            os.kill(os.getpid(), self.settings["signal"][1])
         random = np.random.default_rng((self.seed, step, self.rank))
         batch = {
             "images": random.random((4, 3, 16, 16), np.float32),
@@ -82,14 +87,14 @@ def build(config, processes, resuming):
     )
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """The command line of ``visionllm train`` with the stand-ins."""
-    arguments = parser().parse_intermixed_args()
+    arguments = parser().parse_intermixed_args(argv)
     config, checkpoint = settle(arguments)
     if config.processes > 0 and not launched() and arguments.export is None:
-        return launch(config.processes, [sys.executable, __file__, *sys.argv[1:]])
+        return launch(config.processes, [sys.executable, __file__, *argv])
     return train(config, checkpoint, build, arguments.export)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -75,12 +75,12 @@ def launch(processes: int, command: Sequence[str]) -> int:
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> int:
     while True:
-        codes = [child.poll() for child in children]
-        failed = [code for code in codes if code not in (None, 0, INTERRUPTED)]
+        codes = [code for child in children if (code := child.poll()) is not None]
+        failed = [code for code in codes if code not in (0, INTERRUPTED)]
         if failed:
             _end(children)
             return failed[0] if failed[0] > 0 else 128 - failed[0]
-        if None not in codes:
+        if len(codes) == len(children):
             return max(codes)
         time.sleep(0.2)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ class TrainingRun:
         self.average = WeightAverage(network, config.ema_decay) if config.ema_decay > 0 else None
         # Agreed on at every step: bad loss, stop, checkpoint due, and the seconds of LAPS.
         self.gradients = SharedGradients(network, processes, numbers=3 + len(LAPS))
-        groups = self.network.parameter_groups(config.lr, config.backbone_lr, config.weight_decay)
+        groups = cast(Any, network).parameter_groups(config.lr, config.backbone_lr, config.weight_decay)
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True
         )
