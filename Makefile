@@ -10,12 +10,12 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find cpp bindings python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 CPP_SOURCES := $(shell find cpp bindings tests -name '*.h' -o -name '*.cpp')
 PYTHON_SOURCES := python tests bench
-INSTRUCTION ?= Find the objects of the class set {'dog': <c0>, 'cat': <c1>, 'car': <c2>, 'person': <c3>} in <image>.
+INSTRUCTION ?= The image is: <image>. Detect every object of {"cat": <c0>, "cup": <c1>, "person": <c2>, "sheep": <c3>, "bear": <c4>, "fire": <c5>, "headphones": <c6>, "croissant": <c7>, "cupcake": <c8>, "wine glass": <c9>}, with offsets within the range 512.
 
 .PHONY: demo test lint format bench core clean
 
 demo: $(VENV)/.installed
-	$(BIN)/visionllm predict examples/ --instruction "$(INSTRUCTION)" --output demo/
+	$(BIN)/visionllm predict examples/ --instruction '$(INSTRUCTION)' --output demo/
 	@echo "Annotated pictures are in $(CURDIR)/demo"
 
 test: $(VENV)/.installed-test
