@@ -88,10 +88,10 @@ class Tokenizer:
         return self.processor.decode([i for i in ids if 0 <= i < self.vocab_size])
 
     def prompts(self, instructions: Sequence[Instruction], num_queries: int) -> Prompts:
-        """Tokenises a batch; `<image>` becomes num_queries places (in front where an instruction has none).
+        """Tokenises a batch; `<image>`, which every instruction has once, becomes num_queries places.
 
         Raises:
-            ValueError: there is no instruction.
+            ValueError: there is no instruction, or a text that is not one.
         """
         if not instructions:
             raise ValueError("tokenizer: expected at least one instruction")
@@ -105,15 +105,12 @@ class Tokenizer:
             row_ids: list[int] = []
             row_index: list[int] = []
             description: list[int] = []
-            has_image = False
             in_class_set = False
             for segment in instruction.segments():
                 index = -1 if segment.index is None else segment.index
                 pieces: tuple[int, ...]
                 if segment.kind == "image":
-                    if has_image:
-                        continue
-                    pieces, has_image = image, True
+                    pieces = image
                 elif segment.kind == "name":
                     pieces, in_class_set = self.encode_name(segment.text), True
                 elif segment.kind == "class_token":
@@ -125,9 +122,6 @@ class Tokenizer:
                         description.extend(pieces)
                 row_ids.extend(pieces)
                 row_index.extend([index] * len(pieces))
-            if not has_image:
-                row_ids[:0] = image
-                row_index[:0] = [-1] * num_queries
             ids.append(row_ids)
             name_index.append(row_index)
             descriptions.append(description[:MAX_DESCRIPTION_TOKENS])
