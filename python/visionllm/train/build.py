@@ -7,6 +7,7 @@ import difflib
 import functools
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def network_and_data(
     network = network.to(processes.device)
     if config.objective == "recognition":
         names = tuple(sorted({name for source in sources for name in all_names(source)}))
-        network.loss = functools.partial(recognition_loss, network, names=names)
+        network.loss = functools.partial(recognition_loss, network, names=names)  # type: ignore[method-assign]
     return network, batches, make_validation(config, processes)
 
 
@@ -65,7 +66,9 @@ def model_config(config: TrainConfig) -> ModelConfig:
             )
     if "image_size" in config.model:
         raise ConfigError("model.image_size: set image_size instead")
-    changes = {key: tuple(value) if isinstance(value, list) else value for key, value in config.model.items()}
+    changes: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config.model.items()
+    }
     try:
         return dataclasses.replace(PRESETS[config.preset], **changes, image_size=config.image_size)
     except ValueError as error:
@@ -73,11 +76,11 @@ def model_config(config: TrainConfig) -> ModelConfig:
 
 
 def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
-    """The network with its initial weights; the tokenizer is kept in the run's folder for resuming.
+    """The network with its initial weights; tokenizer and sizes are kept in the run's folder for resuming.
 
     Args:
         resuming: the weights will come from a checkpoint.
-        write: whether to keep the tokenizer (one process does).
+        write: whether to keep them (one process does).
     """
     if config.init is not None and not resuming:
         network = Network.from_pretrained(config.init)
@@ -90,12 +93,17 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
     if write and not resuming:
         with replacing(Path(config.output) / "tokenizer.model") as part:
             part.write_bytes(network.tokenizer.model)
+        with replacing(Path(config.output) / "network.json") as part:
+            part.write_text(network.config.to_json())
     return network
 
 
 def _new_network(config: TrainConfig, resuming: bool) -> Network:
     if resuming:
         tokenizer = Tokenizer.from_file(Path(config.output) / "tokenizer.model")
+        sizes_file = Path(config.output) / "network.json"
+        if sizes_file.is_file():  # neither a changed preset nor a lost first folder breaks a run
+            return Network(ModelConfig.from_json(sizes_file.read_text(), str(sizes_file)), tokenizer)
         if config.init is not None:  # the checkpoint has the weights, its first folder still has the shapes
             sizes = Network.from_pretrained(config.init).config
             return Network(dataclasses.replace(sizes, image_size=config.image_size), tokenizer)
@@ -170,7 +178,10 @@ def training_sources(config: TrainConfig) -> list[Source]:
 def all_names(source: Source) -> tuple[str, ...]:
     """Every class name of a source."""
     dataset = source.dataset
-    return dataset.names if isinstance(dataset, SceneDataset) else dataset.vocabulary
+    if isinstance(dataset, SceneDataset):
+        return dataset.names
+    assert isinstance(dataset, CocoDataset)
+    return dataset.vocabulary
 
 
 def make_validation(config: TrainConfig, processes: Processes) -> Validation | None:

