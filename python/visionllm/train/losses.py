@@ -35,10 +35,10 @@ NO_OBJECT_WEIGHT = 0.2
 # Standard deviation, in bins, of the smoothed coordinate targets.
 LOCATION_SIGMA = 1.5
 # Unmatched image tokens that get a group of slots in training, beside the matched ones: the most object-like.
-SPARE_GROUPS = 20
+SPARE_GROUPS = 12
 # Denoising queries: at most this many per picture at listed and at unlisted objects; the centre moves by up
 # to half of NOISE sizes, a side changes by up to a share NOISE.
-MAX_DENOISING, MAX_UNLISTED, NOISE = 16, 8, 0.4
+MAX_DENOISING, MAX_UNLISTED, NOISE = 12, 6, 0.4
 
 
 @dataclass
