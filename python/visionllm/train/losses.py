@@ -32,6 +32,8 @@ OBJECTNESS_WEIGHT, CENTRE_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 1.0, 2.5, 2.5, 2.0
 CLASS_WEIGHT, LOCATION_WEIGHT, ALIGNMENT_WEIGHT = 2.0, 1.0, 1.0
 # An unmatched group's weight in the class loss.
 NO_OBJECT_WEIGHT = 0.2
+# The same where an object stands whose class is not listed: that it must not be named is the harder thing to learn.
+UNLISTED_WEIGHT = 0.5
 # Standard deviation, in bins, of the smoothed coordinate targets.
 LOCATION_SIGMA = 1.5
 # Unmatched image tokens that get a group of slots in training, beside the matched ones: the most object-like.
@@ -123,6 +125,14 @@ def outside_ignored(boxes: Tensor, targets: Targets) -> Tensor:
     distance = (boxes[:, :, None, :2] - targets.ignore[:, None, :, :2]).abs()
     inside = (distance < targets.ignore[:, None, :, 2:] / 2).all(-1) & targets.ignore_valid[:, None]
     return ~inside.any(-1)
+
+
+def on_unlisted(corners: Tensor, unlisted: Tensor, valid: Tensor) -> Tensor:
+    """bool [B, Q]: the box [B, Q, 4] (corners) lies on an unlisted object [B, U, 4] (cxcywh)."""
+    if unlisted.shape[1] == 0:
+        return torch.zeros(corners.shape[:2], dtype=torch.bool, device=corners.device)
+    iou, _ = overlap(corners[:, :, None], cxcywh_to_xyxy(unlisted)[:, None])
+    return ((iou > 0.5) & valid[:, None]).any(-1)
 
 
 def location_loss(logits: Tensor, offsets: Tensor) -> Tensor:
@@ -222,9 +232,9 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
             if listed
             else torch.full_like(of_group, no_object)
         )
-        weights = torch.cat(
-            [gather_rows(weight, chosen) * NO_OBJECT_WEIGHT, denoised_valid * NO_OBJECT_WEIGHT], 1
-        )
+        silent = torch.full_like(logits.classes[:, :count, 0], NO_OBJECT_WEIGHT)
+        silent[on_unlisted(corners, unlisted, unlisted_valid)] = UNLISTED_WEIGHT
+        weights = torch.cat([gather_rows(weight, chosen) * silent, denoised_valid * UNLISTED_WEIGHT], 1)
         weights = torch.where(positive, 1.0, weights)
     per_group = F.cross_entropy(logits.classes.flatten(0, 1), labels.flatten(), reduction="none").view(
         labels.shape
