@@ -32,7 +32,7 @@ OBJECTNESS_WEIGHT, CENTRE_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 1.0, 2.5, 2.5, 2.0
 CLASS_WEIGHT, LOCATION_WEIGHT, ALIGNMENT_WEIGHT = 2.0, 1.0, 1.0
 # An unmatched group's weight in the class loss.
 NO_OBJECT_WEIGHT = 0.2
-# The same where an object stands whose class is not listed: that it must not be named is the harder thing to learn.
+# The same where an object stands whose class is not listed: to be silent there is harder to learn.
 UNLISTED_WEIGHT = 0.5
 # Standard deviation, in bins, of the smoothed coordinate targets.
 LOCATION_SIGMA = 1.5
