@@ -1,4 +1,4 @@
-"""The build: the installed C++ library in another project, the extension's links, the forced instruction set."""
+"""The build: the installed C++ library in another project, the extension's links, forced instruction sets."""
 
 from __future__ import annotations
 
