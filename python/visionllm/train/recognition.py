@@ -1,14 +1,15 @@
-"""Recognition pretraining: the pyramid's features at every known object against the text features of all names.
+"""Recognition: the pyramid's features at every known object against the text features of all names.
 
-Detection learns boxes long before it learns what things are called, and pays for encoder, decoder and LLM at every picture.
-This objective runs the backbone, its lateral projections and the text encoder alone, several times more pictures a second, and
-asks for more at each: every object, listed or not, against every name that training knows.
+Detection learns boxes long before it learns what things are called, and pays for encoder, decoder and LLM at
+every picture. This objective runs the backbone, its lateral projections and the text encoder alone, at six times
+the pictures a second, and asks for more at each: every object, listed or not, against every name of the data.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,8 +45,8 @@ def recognition_loss(network: Network, batch: TrainBatch, names: tuple[str, ...]
         found = [instruction.classes[label] for label in batch.labels[b]] + batch.unlisted_names[b]
         missing = sorted(set(found) - row.keys())
         if missing:
-            raise ValueError(f"recognition: expected the batch's names among the {len(names)} given, got {missing[0]!r}")
-        boxes.append(torch.cat([torch.from_numpy(batch.boxes[b]), torch.from_numpy(batch.unlisted[b])]).numpy())
+            raise ValueError(f"recognition: expected a name among the {len(names)} given, got {missing[0]!r}")
+        boxes.append(np.concatenate([batch.boxes[b], batch.unlisted[b]]))
         wanted.append([row[name] for name in found])
     objects, valid = pad_boxes(boxes, device)  # [B, N, 4], [B, N]
 
@@ -66,7 +67,7 @@ def recognition_loss(network: Network, batch: TrainBatch, names: tuple[str, ...]
     logits = (features @ text.to(features.dtype).T).float() * text.shape[-1] ** -0.5
     rows = torch.tensor([i for rows in wanted for i in rows], device=device)
     if len(rows) == 0:
-        loss = logits.sum() * 0.0  # a batch without objects still has to take part in the exchange of gradients
+        loss = logits.sum() * 0.0  # without objects it still takes part in the exchange of gradients
     else:
         loss = F.cross_entropy(logits, rows, label_smoothing=0.05)
     hits = (logits.detach().argmax(-1) == rows).float()
