@@ -1,8 +1,8 @@
 """Recognition: the pyramid's features at every known object against the text features of all names.
 
 Detection learns boxes long before it learns what things are called, and pays for encoder, decoder and LLM at
-every picture. This objective runs the backbone, its lateral projections and the text encoder alone, at six times
-the pictures a second, and asks for more at each: every object, listed or not, against every name of the data.
+every picture. This objective runs the backbone, its lateral projections and the text encoder alone, at six
+times the pictures a second, and asks for more at each: every object, listed or not, against every name.
 """
 
 from __future__ import annotations
