@@ -70,12 +70,18 @@ def hugging_face_form() -> Callable[..., Tensor]:
 
 
 def work(inputs: SampleInputs, backward: bool) -> Work:
-    """Forward: 4 products and sums per sampled channel. Backward: twice as many, for the rows and the weights."""
+    """Forward: 4 products and sums per sampled channel. Backward: twice as many, for rows and weights."""
     value, _, _, locations, weights = inputs.args()
-    output = locations.shape[0] * locations.shape[1] * value.shape[2] * value.shape[3]
-    elements = value.numel() + locations.numel() + weights.numel() + output
-    products = weights.numel() * value.shape[3] * 4 * 2
-    return Work(elements * 4 * (3 if backward else 1), products * (3 if backward else 1))
+    channels = value.shape[3]
+    output = locations.shape[0] * locations.shape[1] * value.shape[2] * channels
+    gathered = weights.numel() * 4 * channels
+    read_values = min(value.numel(), gathered)  # few queries cannot touch all pixels
+    points = locations.numel() + weights.numel()
+    elements = read_values + points + output
+    if backward:
+        elements += read_values + points + output  # read again
+        elements += value.numel() + points  # the gradients
+    return Work(elements * 4, gathered * 2 * (3 if backward else 1))
 
 
 def run_case(name: str, case: Case, forms: dict[str, Callable], limits: Limits, repeats: int) -> list[Row]:

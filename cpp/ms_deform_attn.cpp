@@ -339,13 +339,13 @@ Status ms_deform_attn_backward(const TensorView& grad_value, const TensorView& g
   params.grad_value = grad_value.data;
   params.grad_locations = static_cast<float*>(grad_sampling_locations.data);
   params.grad_attention = grad_attention_weights.data;
-  const bool copying = copying_pays(n);
-  const bool in_place = !copying && value.dtype == DType::float32;
+  // Low precision sums in float32, so it needs rows of its own in any case.
+  const bool copying = copying_pays(n) || value.dtype != DType::float32;
   const int threads = static_cast<int>(std::min<std::int64_t>(useful_threads(n, execution), n.B * n.H));
   const Scratch workspace(cpu::ms_deform_attn_workspace_bytes(params), threads);
   const Scratch value_rows(copying ? (n.S + 1) * n.D * 4 : 0, threads);
-  const Scratch grad_rows(in_place ? 0 : (n.S + 1) * n.D * 4, threads);
-  if (in_place) fill_zero(grad_value);  // all of it at once: four times as fast as head by head
+  const Scratch grad_rows(copying ? (n.S + 1) * n.D * 4 : 0, threads);
+  if (!copying) fill_zero(grad_value);  // all of it at once: four times as fast as head by head
   parallel_for(n.B * n.H, threads, [&](std::int64_t begin, std::int64_t end, int worker) {
     kernels.backward(params, begin, end, workspace.part<void>(worker), value_rows.part<float>(worker),
                      grad_rows.part<float>(worker));

@@ -287,6 +287,29 @@ VISIONLLM_INLINE void prefetch(const MsDeformAttnParams& params, const Place& pl
 
 constexpr int64_t kPrefetchQueries = 4;
 
+template <typename T>
+VISIONLLM_INLINE const T* value_of(const MsDeformAttnParams& params, int64_t b, int64_t h) {
+  return static_cast<const T*>(params.value) + b * params.value_stride_b + h * params.value_stride_h;
+}
+
+template <typename T>
+VISIONLLM_INLINE T* output_of(const MsDeformAttnParams& params, int64_t b, int64_t q, int64_t h) {
+  return static_cast<T*>(params.output) + b * params.output_stride_b + q * params.output_stride_q +
+         h * params.channels;
+}
+
+template <typename T>
+VISIONLLM_INLINE const T* grad_output_of(const MsDeformAttnParams& params, int64_t b, int64_t q, int64_t h) {
+  return static_cast<const T*>(params.grad_output) + b * params.grad_output_stride_b +
+         q * params.grad_output_stride_q + h * params.channels;
+}
+
+// Where one head begins in the contiguous grad_value [B, S, H, D].
+template <typename T>
+VISIONLLM_INLINE T* grad_value_of(const MsDeformAttnParams& params, int64_t b, int64_t h) {
+  return static_cast<T*>(params.grad_value) + (b * params.pixels * params.heads + h) * params.channels;
+}
+
 // Copies one head's rows and puts the row of zeros behind them.
 template <typename T>
 void copy_head(const MsDeformAttnParams& params, const T* value, float* rows) {
@@ -294,9 +317,10 @@ void copy_head(const MsDeformAttnParams& params, const T* value, float* rows) {
   memset(rows + params.pixels * params.channels, 0, static_cast<size_t>(params.channels) * sizeof(float));
 }
 
+// Items (b * H + h) * Q + q: a head's rows are copied once.
 template <typename T>
-void forward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
-             float* value_rows) {
+void forward_copied(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
+                    float* value_rows) {
   const Points points(workspace, params.padded_points);
   int64_t copied_head = -1;
   for (int64_t item = begin; item < end; ++item) {
@@ -304,23 +328,60 @@ void forward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void*
     const int64_t head = item / params.queries;  // of B * H
     const int64_t h = head % params.heads;
     const int64_t b = head / params.heads;
-    const Place place(params, b, q, h);
-    const T* value =
-        static_cast<const T*>(params.value) + b * params.value_stride_b + h * params.value_stride_h;
-    T* output = static_cast<T*>(params.output) + b * params.output_stride_b + q * params.output_stride_q +
-                h * params.channels;
-    if (value_rows == nullptr) {
-      locate<false, false>(params, place.locations, place.attention, points);
-      gather_channels<false>(points, value, params.value_stride_s, output, params.channels);
-      continue;
-    }
+    if (q + kPrefetchQueries < params.queries) prefetch(params, Place(params, b, q + kPrefetchQueries, h));
     if (head != copied_head) {
-      copy_head(params, value, value_rows);
+      copy_head(params, value_of<T>(params, b, h), value_rows);
       copied_head = head;
     }
+    const Place place(params, b, q, h);
     locate<false, true>(params, place.locations, place.attention, points);
-    gather_channels<true>(points, static_cast<const float*>(value_rows), params.channels, output,
-                          params.channels);
+    gather_channels<true>(points, static_cast<const float*>(value_rows), params.channels,
+                          output_of<T>(params, b, q, h), params.channels);
+  }
+}
+
+// Asks for the rows of the located points.
+template <typename T>
+VISIONLLM_INLINE void prefetch_rows(const Points& points, const T* value, int64_t stride, int64_t channels) {
+  for (int64_t i = 0; i < kCorners * points.padded; ++i) {
+    const char* row = reinterpret_cast<const char*>(value + points.row[i] * stride);
+    const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
+// Two workspaces: while one item is computed, the rows of the next are on their way. That is for values that
+// come from memory rather than from a cache.
+struct PointsTwice {
+  Points parity[2];
+
+  PointsTwice(const MsDeformAttnParams& params, void* workspace)
+      : parity{Points(workspace, params.padded_points),
+               Points(static_cast<char*>(workspace) + ms_deform_attn_workspace_bytes(params) / 2,
+                      params.padded_points)} {}
+  const Points& operator[](int64_t item) const { return parity[item % 2]; }
+};
+
+// Items (b * Q + q) * H + h: a query's heads look at the same pixels, which lie side by side.
+template <typename T>
+void forward_in_place(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace) {
+  const PointsTwice points(params, workspace);
+  const auto start = [&](int64_t item) {
+    const int64_t h = item % params.heads;
+    const int64_t q = item / params.heads % params.queries;
+    const int64_t b = item / params.heads / params.queries;
+    const Place place(params, b, q, h);
+    locate<false, false>(params, place.locations, place.attention, points[item]);
+    prefetch_rows(points[item], value_of<T>(params, b, h), params.value_stride_s, params.channels);
+  };
+  if (begin < end) start(begin);
+  for (int64_t item = begin; item < end; ++item) {
+    if (item + 1 < end) start(item + 1);
+    const int64_t h = item % params.heads;
+    const int64_t q = item / params.heads % params.queries;
+    const int64_t b = item / params.heads / params.queries;
+    gather_channels<false>(points[item], value_of<T>(params, b, h), params.value_stride_s,
+                           output_of<T>(params, b, q, h), params.channels);
   }
 }
 
@@ -440,47 +501,68 @@ VISIONLLM_INLINE void scatter_channels(const Points& points, const V* value, int
   }
 }
 
+// One head after the other, in copies.
 template <typename T>
-void backward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
-              float* value_rows, float* grad_rows) {
+void backward_copied(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
+                     float* value_rows, float* grad_rows) {
   const Points points(workspace, params.padded_points);
   const int64_t pixels = params.pixels, channels = params.channels;
-  const int64_t value_row = params.heads * channels;  // of the contiguous grad_value
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / params.heads, h = item % params.heads;
-    const T* value =
-        static_cast<const T*>(params.value) + b * params.value_stride_b + h * params.value_stride_h;
-    T* grad_value_out = static_cast<T*>(params.grad_value) + b * pixels * value_row + h * channels;
-    if (value_rows != nullptr) copy_head(params, value, value_rows);
-    float* grad_value = grad_rows;
-    int64_t grad_stride = channels;
-    if (grad_rows != nullptr) {
-      memset(grad_rows, 0, static_cast<size_t>((pixels + 1) * channels) * sizeof(float));
-    } else {
-      grad_value = reinterpret_cast<float*>(grad_value_out);  // float32, and the caller has cleared it
-      grad_stride = value_row;
-    }
+    copy_head(params, value_of<T>(params, b, h), value_rows);
+    memset(grad_rows, 0, static_cast<size_t>((pixels + 1) * channels) * sizeof(float));
     for (int64_t q = 0; q < params.queries; ++q) {
-      const Place place(params, b, q, h);
-      const T* grad_output = static_cast<const T*>(params.grad_output) + b * params.grad_output_stride_b +
-                             q * params.grad_output_stride_q + h * channels;
       if (q + kPrefetchQueries < params.queries) {
         prefetch(params, Place(params, b, q + kPrefetchQueries, h));
-        prefetch(grad_output + kPrefetchQueries * params.grad_output_stride_q,
+        prefetch(grad_output_of<T>(params, b, q + kPrefetchQueries, h),
                  channels * static_cast<int64_t>(sizeof(T)));
       }
-      if (value_rows != nullptr) {
-        locate<true, true>(params, place.locations, place.attention, points);
-        scatter_channels<true>(points, static_cast<const float*>(value_rows), channels, grad_output,
-                               grad_value, grad_stride, channels);
-      } else {
-        locate<true, false>(params, place.locations, place.attention, points);
-        scatter_channels<false>(points, value, params.value_stride_s, grad_output, grad_value, grad_stride,
-                                channels);
-      }
+      const Place place(params, b, q, h);
+      locate<true, true>(params, place.locations, place.attention, points);
+      scatter_channels<true>(points, static_cast<const float*>(value_rows), channels,
+                             grad_output_of<T>(params, b, q, h), grad_rows, channels, channels);
       finish_points(params, points, (b * params.queries + q) * params.heads + h);
     }
-    if (grad_rows != nullptr) copy_rows(grad_rows, channels, grad_value_out, value_row, pixels, channels);
+    copy_rows(grad_rows, channels, grad_value_of<T>(params, b, h), params.heads * channels, pixels, channels);
+  }
+}
+
+// All heads of [begin, end) that a picture has, query by query: they look at the same pixels, which lie side
+// by side. Each head still sums in the order of the queries, so that the result does not depend on who does
+// which heads.
+void backward_in_place(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace) {
+  const PointsTwice points(params, workspace);
+  const int64_t grad_stride = params.heads * params.channels;
+  for (int64_t b = begin / params.heads; b * params.heads < end; ++b) {
+    const int64_t first = begin > b * params.heads ? begin - b * params.heads : 0;
+    const int64_t last = end < (b + 1) * params.heads ? end - b * params.heads : params.heads;
+    const int64_t heads = last - first, items = heads * params.queries;
+    const auto start = [&](int64_t item) {
+      const int64_t q = item / heads, h = first + item % heads;
+      const Place place(params, b, q, h);
+      locate<true, false>(params, place.locations, place.attention, points[item]);
+      prefetch_rows(points[item], value_of<float>(params, b, h), params.value_stride_s, params.channels);
+      prefetch_rows(points[item], grad_value_of<float>(params, b, h), grad_stride, params.channels);
+    };
+    start(0);
+    for (int64_t item = 0; item < items; ++item) {
+      if (item + 1 < items) start(item + 1);
+      const int64_t q = item / heads, h = first + item % heads;
+      scatter_channels<false>(points[item], value_of<float>(params, b, h), params.value_stride_s,
+                              grad_output_of<float>(params, b, q, h), grad_value_of<float>(params, b, h),
+                              grad_stride, params.channels);
+      finish_points(params, points[item], (b * params.queries + q) * params.heads + h);
+    }
+  }
+}
+
+template <typename T>
+void forward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
+             float* value_rows) {
+  if (value_rows != nullptr) {
+    forward_copied<T>(params, begin, end, workspace, value_rows);
+  } else {
+    forward_in_place<T>(params, begin, end, workspace);
   }
 }
 
@@ -497,10 +579,14 @@ void ms_deform_attn_kernel(const MsDeformAttnParams& params, int64_t begin, int6
 
 void ms_deform_attn_backward_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end,
                                     void* workspace, float* value_rows, float* grad_rows) {
+  if (value_rows == nullptr) return backward_in_place(params, begin, end, workspace);
   switch (params.element) {
-    case Element::float32: return backward<float>(params, begin, end, workspace, value_rows, grad_rows);
-    case Element::bfloat16: return backward<bfloat16>(params, begin, end, workspace, value_rows, grad_rows);
-    case Element::float16: return backward<float16>(params, begin, end, workspace, value_rows, grad_rows);
+    case Element::float32:
+      return backward_copied<float>(params, begin, end, workspace, value_rows, grad_rows);
+    case Element::bfloat16:
+      return backward_copied<bfloat16>(params, begin, end, workspace, value_rows, grad_rows);
+    case Element::float16:
+      return backward_copied<float16>(params, begin, end, workspace, value_rows, grad_rows);
   }
 }
 

@@ -46,25 +46,25 @@ struct MsDeformAttnParams {
 
 // Both run the items [begin, end) on the calling thread. Memory that one call alone uses:
 //   workspace   workspace_bytes(params), aligned to 64
-//   value_rows  [S, D] floats, or null. One head's rows lie H * D elements apart in value and so share few
-//   sets of the
-//               caches; with many queries it pays to copy them together first.
-//   grad_rows   [S, D] floats for one head's part of grad_value; null, with grad_value of float32 and cleared
-//   by the
-//               caller, to sum in place.
+//   value_rows  [S + 1, D] floats, or null. One head's rows lie H * D elements apart in value and so share
+//   few
+//               sets of the caches; with many queries it pays to copy them together first.
+//   grad_rows   [S + 1, D] floats, or null as value_rows is. With null, grad_value is float32, has been
+//   cleared
+//               by the caller, and is added to in place.
 // Items:
-//   forward   item = (b * H + h) * Q + q
-//   backward  item = b * H + h; all of one item's gradients are written by its call, so none needs an atomic
+//   forward   B * H * Q, one query of one head each
+//   backward  b * H + h; all of one item's gradients are written by its call, so none needs an atomic
 using MsDeformAttnForward = void (*)(const MsDeformAttnParams& params, int64_t begin, int64_t end,
                                      void* workspace, float* value_rows);
 using MsDeformAttnBackward = void (*)(const MsDeformAttnParams& params, int64_t begin, int64_t end,
                                       void* workspace, float* value_rows, float* grad_rows);
 
-// Per point: four row numbers and weights, four dot products, seven factors of the backward pass; a validity
-// word per chunk.
+// Twice: per point four row numbers and weights, four dot products, seven factors of the backward pass; per
+// chunk a validity word.
 inline int64_t ms_deform_attn_workspace_bytes(const MsDeformAttnParams& params) {
-  return static_cast<int64_t>(params.padded_points) * 4 * (4 + 4 + 4 + 7) +
-         (params.padded_points / kPointChunk + 15) / 16 * 64;
+  const int64_t chunks = params.padded_points / kPointChunk;
+  return 2 * (params.padded_points * static_cast<int64_t>(4 * (4 + 4 + 4 + 7)) + (chunks + 15) / 16 * 64);
 }
 
 #define VISIONLLM_DECLARE_MS_DEFORM_ATTN(isa)                                                               \
