@@ -1,18 +1,18 @@
 // Multi-scale deformable attention (Zhu et al., "Deformable DETR", ICLR 2021, eq. 2):
 //
-//   output[b, q, h, :] = sum over l, p of attention_weights[b, q, h, l, p] * bilinear(value_l[b, :, h, :],
-//   location[b, q, h, l, p])
+//   output[b, q, h, :] = sum over l, p of
+//       attention_weights[b, q, h, l, p] * bilinear(value_l[b, :, h, :], location[b, q, h, l, p])
 //
 // Shape letters, used everywhere in this project:
-//   B batch, S pixels of all levels together, H heads, D channels of a head, Q queries, L levels, P points
-//   per level
+//   B batch, S pixels of all levels together, H heads, D channels of a head, Q queries, L levels,
+//   P points per level
 //
-//   value               [B, S, H, D]        float32, bfloat16 or float16; D contiguous, other strides free (0
-//   too) spatial_shapes      [L, 2]              int64 (height, width), each >= 1; contiguous
+//   value               [B, S, H, D]        float32, bfloat16 or float16; D contiguous, other strides free (0 too)
+//   spatial_shapes      [L, 2]              int64 (height, width), each >= 1; contiguous
 //   level_start_index   [L]                 int64, first pixel of each level in S; contiguous
-//   sampling_locations  [B, Q, H, L, P, 2]  float32 (x, y); 0 and 1 are the outer edges of the image; [L, P,
-//   2] contiguous attention_weights   [B, Q, H, L, P]     float32 or value's type; [L, P] contiguous output
-//   [B, Q, H * D]       value's type; H * D contiguous
+//   sampling_locations  [B, Q, H, L, P, 2]  float32 (x, y); 0 and 1 are the outer edges; [L, P, 2] contiguous
+//   attention_weights   [B, Q, H, L, P]     float32 or value's type; [L, P] contiguous
+//   output              [B, Q, H * D]       value's type; H * D contiguous
 //
 // A pixel centre is at (i + 0.5) / size. Corners outside the image count as zero. A point that is a pixel or
 // more outside, infinite or NaN contributes nothing and receives no gradient, whatever its attention weight.
