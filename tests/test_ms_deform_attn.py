@@ -173,7 +173,7 @@ def test_same_bits_on_any_number_of_threads(queries: int, dtype: torch.dtype) ->
     try:
         torch.set_num_threads(1)
         expected = gradients(ms_deform_attn, inputs, grad_output)
-        for threads in (1, 2, 3, 64):
+        for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             for a, b in zip(gradients(ms_deform_attn, inputs, grad_output), expected, strict=True):
                 assert torch.equal(a, b), f"{threads} threads give other bits than one"
