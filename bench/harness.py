@@ -119,6 +119,12 @@ def print_rows(rows: list[Row]) -> None:
 
 def write_results(name: str, rows: list[Row], limits: Mapping[int, Limits]) -> Path:
     """Writes ``bench/results/<name>.json`` with the machine, the versions and the commit."""
+    rates = {f"{threads} threads": asdict(limit) for threads, limit in limits.items()}
+    return write_report(name, {"limits": rates, "rows": [asdict(row) for row in rows]})
+
+
+def write_report(name: str, content: Mapping[str, object]) -> Path:
+    """Writes the content to ``bench/results/<name>.json``, after what it was measured on."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     report = {
@@ -126,7 +132,6 @@ def write_results(name: str, rows: list[Row], limits: Mapping[int, Limits]) -> P
             "cpu": _cpu_name(),
             "cores": torch.multiprocessing.cpu_count(),
             "instruction_set": _core.active_isa(),
-            "limits": {f"{threads} threads": asdict(limit) for threads, limit in limits.items()},
         },
         "versions": {
             "python": platform.python_version(),
@@ -136,7 +141,7 @@ def write_results(name: str, rows: list[Row], limits: Mapping[int, Limits]) -> P
         },
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "rows": [asdict(row) for row in rows],
+        **content,
     }
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path

@@ -1,0 +1,133 @@
+"""The accuracy table of a model: scenes never trained on, a glyph style never trained on, real photos.
+
+    python bench/accuracy.py --glyphs glyphs [--photos DIR] [--model DIR] [--work DIR]
+
+--photos is a folder with train/, val/ and annotations/instances_{train,val}.json in COCO format: the training
+photos stand behind some of the scenes, the validation photos are measured. Every line is one
+`visionllm evaluate` command, which stands beside its numbers in ``bench/results/accuracy.json`` (PHOTOS and WORK
+for the two folders).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from harness import write_report
+
+NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def visionllm(*arguments: str) -> str:
+    """Runs a command of the package in one thread; returns what a user would type."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "visionllm", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"visionllm {shlex.join(arguments)}\n{done.stderr}")
+    return f"visionllm {shlex.join(arguments)}"
+
+
+def write_scenes(options: argparse.Namespace, work: Path) -> None:
+    behind = []
+    if options.photos:
+        annotations = options.photos / "annotations" / "instances_train.json"
+        behind = [
+            "--backgrounds",
+            str(options.photos / "train"),
+            "--background-annotations",
+            str(annotations),
+        ]
+    for split in ("val", "heldout_style"):
+        visionllm(
+            *("scenes", "--glyphs", str(options.glyphs), "--split", split, "--count", str(options.count)),
+            *(*behind, "--output", str(work / split)),
+        )
+
+
+def evaluations(options: argparse.Namespace, work: Path) -> dict[str, list[str]]:
+    """Arguments of `visionllm evaluate` by the line of the table."""
+
+    def scenes(split: str, *more: str) -> list[str]:
+        return [
+            "--annotations",
+            str(work / split / "annotations.json"),
+            "--images",
+            str(work / split / "images"),
+            *more,
+        ]
+
+    fewer = ["--limit", str(max(1, options.count // 2))]
+    table = {
+        "scenes, 20 names listed": scenes("val", "--list-classes", "20"),
+        "scenes, all names listed": scenes("val", *fewer),
+        "unseen glyph style, 20 names listed": scenes("heldout_style", "--list-classes", "20"),
+        "8 descriptions, 2 class orders": scenes("val", "--list-classes", "20", *fewer, "--robustness"),
+    }
+    if options.photos:
+        annotations = options.photos / "annotations" / "instances_val.json"
+        table["photos, all names listed"] = [
+            *("--annotations", str(annotations), "--images", str(options.photos / "val"))
+        ]
+    return table
+
+
+def measure(name: str, arguments: list[str], options: argparse.Namespace, work: Path) -> dict[str, object]:
+    output = work / "".join(letter if letter.isalnum() else "-" for letter in name)
+    command = visionllm("evaluate", *arguments, "--model", str(options.model), "--output", str(output))
+    for folder, placeholder in ((options.photos, "PHOTOS"), (work, "WORK")):
+        command = command.replace(str(folder), placeholder)
+    row: dict[str, object] = {"name": name, "command": command}
+    if "--robustness" in arguments:
+        found = json.loads((output / "robustness.json").read_text())
+        row["AP_spread"] = found["AP_spread"]
+        row["runs"] = [{key: run[key] for key in ("name", *NUMBERS)} for run in found["runs"]]
+        print(f"{name:<38} spread of AP {found['AP_spread']:.2f}", flush=True)
+        return row
+    metrics = json.loads((output / "metrics.json").read_text())
+    row |= {number: metrics[number] for number in NUMBERS} | {"rejection": metrics["rejection"]}
+    print(
+        f"{name:<38} " + "  ".join(f"{number} {100 * metrics[number]:.1f}" for number in NUMBERS[:3]),
+        flush=True,
+    )
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--glyphs", type=Path, required=True, help="glyph atlas (visionllm glyphs)")
+    parser.add_argument("--photos", type=Path, help="folder of COCO-format photos, see above")
+    parser.add_argument("--model", default="tiny", help="model folder (default: the packaged tiny)")
+    parser.add_argument("--count", type=int, default=500, help="scenes of each split")
+    parser.add_argument("--jobs", type=int, default=2, help="evaluations at once")
+    parser.add_argument(
+        "--work", type=Path, help="folder for scenes and predictions (default: a temporary one)"
+    )
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        write_scenes(options, work)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            running = [
+                pool.submit(measure, *line, options, work) for line in evaluations(options, work).items()
+            ]
+            rows = [future.result() for future in running]
+    print(f"written to {write_report('accuracy', {'scenes': options.count, 'rows': rows})}")
+
+
+if __name__ == "__main__":
+    main()

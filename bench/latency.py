@@ -1,0 +1,70 @@
+"""The packaged model on one CPU core: loading, and one picture from array to result at the default size.
+
+    python bench/latency.py [--model DIR] [--classes 10 80] [--repeats 20]
+
+Loading is timed in a new process, after `import visionllm` and torch. Writes ``bench/results/latency.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import visionllm
+from harness import write_report
+
+LOAD = (
+    "import sys, time, torch, visionllm; visionllm.load; t = time.perf_counter(); visionllm.load(sys.argv[1]); \
+print(time.perf_counter() - t)"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument(
+        "--classes", type=int, nargs="*", default=[10, 80, 320], help="names listed in a prompt"
+    )
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    loads = [
+        float(
+            subprocess.run(
+                [sys.executable, "-c", LOAD, options.model], capture_output=True, check=True
+            ).stdout
+        )
+        for _ in range(3)
+    ]
+    model = visionllm.load(options.model)
+    size = model.network.config.image_size
+    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    content: dict[str, object] = {"threads": 1, "image_size": size, "load_seconds": statistics.median(loads)}
+    print(f"loading {1e3 * statistics.median(loads):.0f} ms")
+    for count in options.classes:
+        names = [f"thing {k}" for k in range(count)]
+        model.detect(picture, names)
+        times = []
+        for _ in range(options.repeats):
+            start = time.perf_counter()
+            model.detect(picture, names)
+            times.append(time.perf_counter() - start)
+        content[f"predict_seconds_{count}_classes"] = {
+            "median": statistics.median(times),
+            "fastest": min(times),
+        }
+        print(
+            f"one picture, {count} classes: {1e3 * statistics.median(times):.0f} ms (fastest {1e3 * min(times):.0f})"
+        )
+    print(f"written to {write_report('latency', content)}")
+
+
+if __name__ == "__main__":
+    main()
