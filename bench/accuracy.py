@@ -4,8 +4,8 @@
 
 --photos is a folder with train/, val/ and annotations/instances_{train,val}.json in COCO format: the training
 photos stand behind some of the scenes, the validation photos are measured. Every line is one
-`visionllm evaluate` command, which stands beside its numbers in ``bench/results/accuracy.json`` (PHOTOS and WORK
-for the two folders).
+`visionllm evaluate` command, which stands beside its numbers in ``bench/results/accuracy.json`` (PHOTOS and
+WORK for the two folders).
 """
 
 from __future__ import annotations
