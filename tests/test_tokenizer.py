@@ -21,7 +21,9 @@ from visionllm.tokenizer import (
 )
 
 M = 5  # image tokens
-TEXT = 'Find {"dog": <c0>, "red car": <c1>} in <image>. Use (c, x1, y1, x2, y2) within the range 512, offsets.'
+TEXT = (
+    'Find {"dog": <c0>, "red car": <c1>} in <image>. Use (c, x1, y1, x2, y2) within the range 512, offsets.'
+)
 
 
 def with_text(classes: tuple[str, ...], template=None) -> Instruction:
@@ -69,7 +71,9 @@ def test_every_name_and_its_class_token_is_marked(tokenizer, template):
 
 def test_distinct_names_are_rows(tokenizer):
     prompts = tokenizer.prompts([with_text(("dog", "cat")), with_text(("teddy bear", "dog"))], M)
-    rows = [[tuple(i for i in prompts.names[r].tolist() if i != PADDING) for r in row] for row in prompts.name_row]
+    rows = [
+        [tuple(i for i in prompts.names[r].tolist() if i != PADDING) for r in row] for row in prompts.name_row
+    ]
     expected = [["dog", "cat"], ["teddy bear", "dog"]]
     assert rows == [[tokenizer.encode_name(name) for name in row] for row in expected]
     assert len(prompts.names) == 3
@@ -117,7 +121,18 @@ def test_the_text_encoder_reads_a_bounded_part(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "cat", " cat", "  two  spaces ", "Ærøskøbing", "猫と犬", "🦖 \U0010ffff", "tab\tand\nnewline", "…−×"]
+    "text",
+    [
+        "",
+        "cat",
+        " cat",
+        "  two  spaces ",
+        "Ærøskøbing",
+        "猫と犬",
+        "🦖 \U0010ffff",
+        "tab\tand\nnewline",
+        "…−×",
+    ],
 )
 def test_any_text_comes_back_from_its_ids(tokenizer, text):
     ids = tokenizer.encode(text)
