@@ -16,9 +16,9 @@ from small_network import NAMES, SMALL, pictures, small_network, two_pictures
 from visionllm.instruction import Instruction
 from visionllm.model.network import Network
 
-# Another CPU sums in another order. With weights off by a millionth, and with AVX-512, AVX2 and neither, logits
-# came out within 1e-5 and losses within 2e-5 of these. Small plain steps keep it so: with AdamW or larger steps
-# the choice of proposals, which is a matter of rank, turns such differences into several per cent.
+# Another CPU sums in another order. With weights off by a millionth, and with AVX-512, AVX2 and neither,
+# logits came out within 1e-5 and losses within 2e-5 of these. Small plain steps keep it so: with AdamW or
+# larger steps the choice of proposals, a matter of rank, turns such differences into several per cent.
 LOGIT_TOLERANCE, LOSS_TOLERANCE = 1e-4, 5e-4
 LOGITS = {
     "text": [0.1817, 0.90664, -1.35137, -0.13089],
