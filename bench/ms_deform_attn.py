@@ -3,7 +3,7 @@
     python bench/ms_deform_attn.py [--cases encoder decoder] [--threads 1 2] [--repeats 5]
 
 Peers: the module of Hugging Face's Deformable DETR, and our own grid_sample form, which adds up level by
-level and so needs less memory. Writes ``bench/results/ms_deform_attn.json``.
+level and so needs less memory. Writes ``bench/results/ms_deform_attn_<n>_threads.json``.
 """
 
 from __future__ import annotations
@@ -119,22 +119,23 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=9, help="calls of the fast ones (default %(default)s)")
-    parser.add_argument("--name", default="ms_deform_attn", help="of the file in bench/results")
+    parser.add_argument("--name", default="ms_deform_attn", help="how the files in bench/results begin")
     options = parser.parse_args()
     forms = {
         "visionllm": ms_deform_attn,
         "hugging_face": hugging_face_form(),
         "grid_sample": grid_sample_form,
     }
-    rows, limits = [], {}
     for threads in options.threads:
         torch.set_num_threads(threads)
-        limits[threads] = measure_limits()
+        limits = measure_limits()
+        rows = []
         for name in options.cases:
-            new = run_case(name, CASES[name], forms, limits[threads], options.repeats)
+            new = run_case(name, CASES[name], forms, limits, options.repeats)
             print_rows(new)
             rows += new
-    print(f"written to {write_results(options.name, rows, limits)}")
+        path = write_results(f"{options.name}_{threads}_threads", rows, {threads: limits})
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":
