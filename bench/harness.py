@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
 from visionllm import _core
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,8 +15,9 @@ import time
 
 import numpy as np
 import torch
-import visionllm
 from harness import write_report
+
+import visionllm
 
 LOAD = (
     "import sys, time, torch, visionllm; visionllm.load; t = time.perf_counter(); "

@@ -16,6 +16,7 @@ import torch
 from harness import Limits, Row, Work, compare, measure_limits, print_rows, write_results
 from torch import Tensor
 from torch.nn import functional
+
 from visionllm.ops import ms_deform_attn
 from visionllm.ops.ms_deform_attn import SampleInputs, sample_inputs
 

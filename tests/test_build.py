@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from visionllm import _core, doctor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +47,20 @@ def build_consumer(folder: Path, *options: str) -> Path:
 def test_installed_library_in_another_project(tmp_path: Path) -> None:
     output = run(build_consumer(tmp_path))
     assert output.splitlines() == [f"{isa}: ok" for isa in _core.available_isas()]
+    _assert_kernels_share_no_code(tmp_path / "library")
+
+
+def _assert_kernels_share_no_code(build: Path) -> None:
+    """An inline function compiled for AVX-512 that others may be linked to would crash older machines."""
+    nm = shutil.which("nm")
+    assert nm, "binutils is not installed, though a compiler is"
+    for isa in _core.built_isas():
+        objects = list((build / "CMakeFiles" / f"visionllm_{isa}.dir").rglob("*.o"))
+        assert objects, f"no kernels of {isa} in {build}"
+        for line in run(nm, "--demangle", "--defined-only", "--extern-only", *objects).splitlines():
+            symbol = line.split(maxsplit=2)
+            if len(symbol) == 3:
+                assert symbol[2].startswith(f"visionllm::cpu::{isa}::"), f"{isa} kernels define {symbol[2]}"
 
 
 def test_neon_cross_compiled(tmp_path: Path) -> None:

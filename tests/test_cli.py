@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import visionllm.pipeline
 from colour_network import ColourNetwork, picture
 from PIL import Image
+
+import visionllm.pipeline
 from visionllm.cli import COMMANDS, main
 from visionllm.cli.predict import find_pictures, output_names
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import visionllm.pipeline
 from colour_network import COLOURS, ColourNetwork, picture
 from PIL import Image
+
+import visionllm.pipeline
 from visionllm.cli import main
 from visionllm.evaluate.confusion import confusion_matrix, confusion_pairs
 from visionllm.evaluate.dataset import EvaluationSet

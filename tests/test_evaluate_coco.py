@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from visionllm.evaluate.coco import METRIC_NAMES, coco_metrics, evaluate_boxes
 
 SHARED_DATA = Path(

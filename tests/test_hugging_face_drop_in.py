@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+
 from visionllm.ops import MultiScaleDeformableAttention, accelerate_hugging_face
 
 transformers = pytest.importorskip("transformers")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from visionllm.image import ImageError, open_image, resize_square
 
 RED, WHITE = [255, 0, 0], [255, 255, 255]

@@ -8,6 +8,7 @@ import pickle
 import time
 
 import pytest
+
 from visionllm.instruction import Instruction, InstructionError, Template, parse
 
 FIGURE_2A = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from visionllm.instruction import (
     EVAL_TEMPLATES,
     TRAIN_TEMPLATES,

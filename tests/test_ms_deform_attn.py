@@ -8,6 +8,7 @@ import pytest
 import torch
 from comparison import TOLERANCES, assert_close
 from torch import Tensor
+
 from visionllm import _core
 from visionllm.ops import ms_deform_attn, ms_deform_attn_reference
 from visionllm.ops.ms_deform_attn import SampleInputs, sample_inputs

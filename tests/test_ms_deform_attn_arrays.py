@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from visionllm import _core, arrays
 from visionllm.ops import ms_deform_attn
 from visionllm.ops.ms_deform_attn import sample_inputs

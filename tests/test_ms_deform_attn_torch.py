@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from visionllm.ops import ms_deform_attn, ms_deform_attn_reference
 from visionllm.ops.ms_deform_attn import (
     SampleInputs,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from colour_network import ColourNetwork, picture
 from PIL import Image
+
 from visionllm.image import ImageError
 from visionllm.instruction import Instruction, InstructionError
 from visionllm.pipeline import VisionLLM, class_request, load

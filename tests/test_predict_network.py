@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import visionllm
 from PIL import Image
+
+import visionllm
 from visionllm.instruction import Instruction, MalformedAnswer, parse_answer
 from visionllm.model.config import PRESETS
 from visionllm.model.network import build_network

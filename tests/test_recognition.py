@@ -15,11 +15,19 @@ def test_it_trains_the_backbone_the_pyramid_and_the_text_encoder_alone():
     network = small_network()
     losses = recognition_loss(network, two_pictures(), ALL_NAMES)
     losses["total"].backward()
-    reached = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    reached = {
+        name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
     for part in ("image_tokenizer.lateral", "image_tokenizer.coarsest", "text_encoder", "alignment.encoder"):
         assert any(name.startswith(part) for name in reached), part
     assert any(".backbone." in name for name in reached)
-    for part in ("llm.", "slot_head.", "image_tokenizer.decoder.", "image_tokenizer.encoder.", "alignment.decoder"):
+    for part in (
+        "llm.",
+        "slot_head.",
+        "image_tokenizer.decoder.",
+        "image_tokenizer.encoder.",
+        "alignment.decoder",
+    ):
         assert not any(name.startswith(part) for name in reached), part
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from colour_network import ColourNetwork, picture
 from PIL import Image
+
 from visionllm.drawing import class_colour, draw_boxes, overlap, place_label
 from visionllm.pipeline import VisionLLM
 from visionllm.result import Boxes, Result

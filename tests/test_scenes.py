@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from visionllm.data.scenes import SPLITS, SceneDataset
 from visionllm.data.scenes.appearance import PLAIN, TRAINING, restyle
 from visionllm.data.scenes.atlas import HELD_OUT_STYLE, GlyphAtlas

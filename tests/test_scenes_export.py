@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from visionllm.data.scenes import SceneDataset
 from visionllm.data.scenes.cutouts import LARGEST_SIDE, load_cutouts
 from visionllm.data.scenes.export import contact_sheet, main, write_coco

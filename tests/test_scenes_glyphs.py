@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from visionllm.data.scenes import SceneDataset
 from visionllm.data.scenes.atlas import HELD_OUT_STYLE, GlyphAtlas
 from visionllm.data.scenes.backgrounds import COCO_NAMES, PHOTO_THINGS

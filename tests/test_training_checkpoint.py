@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from visionllm.train import checkpoint as module
 from visionllm.train.checkpoint import (
     CheckpointError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from visionllm.train.command import parser, settle
 from visionllm.train.config import (
     ConfigError,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_standin import main
+
 from visionllm.train.checkpoint import checkpoints, read_checkpoint
 
 STANDIN = Path(__file__).parent / "training_standin.py"

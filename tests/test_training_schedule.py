@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from visionllm.train.schedule import ActiveClock, learning_rate_factor
 
 

@@ -6,6 +6,7 @@ import csv
 
 import pytest
 import torch
+
 from visionllm.data.scenes import SceneDataset
 from visionllm.model.network import Network
 from visionllm.train import main

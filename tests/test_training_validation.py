@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
 from visionllm.data.sample import Sample
 from visionllm.train.distributed import Processes
 from visionllm.train.validation import Validation, ValidationSet, listed_names

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
 from visionllm.train.command import parser, settle, train
 from visionllm.train.launch import launch, launched
 

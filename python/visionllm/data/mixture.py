@@ -217,7 +217,9 @@ class TrainingBatches:
         classes = draw_class_set(
             present, unclear, sample.vocabulary, source.absent_names, count, rng, self.prompts
         )
-        boxes, labels, ignore, unlisted, unlisted_names = targets_of(sample, classes, self.prompts.max_objects)
+        boxes, labels, ignore, unlisted, unlisted_names = targets_of(
+            sample, classes, self.prompts.max_objects
+        )
         batch.boxes.append(boxes)
         batch.labels.append(labels)
         batch.ignore.append(ignore)

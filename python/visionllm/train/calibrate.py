@@ -104,8 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         photos = CocoDataset(arguments.annotations, arguments.images)
         sets.append(ValidationSet("photos", photos, arguments.count, None, size))
     power, threshold = calibrate(network, sets)
-    chosen = {"objectness_power": power, "score_threshold": round(threshold, 3)}
-    network.config = dataclasses.replace(network.config, **chosen)
+    network.config = dataclasses.replace(
+        network.config, objectness_power=power, score_threshold=round(threshold, 3)
+    )
     network.save_pretrained(arguments.output, torch.bfloat16)
     print(f"objectness_power {power}, score_threshold {threshold:.3f}")
     return 0
