@@ -48,7 +48,7 @@ def test_nothing_to_choose_from(truth):
 
 
 class Weighing:
-    """Stands for a network whose right boxes have high objectness and whose wrong ones have high class scores."""
+    """Stands for a network whose right boxes have high objectness and wrong ones high class scores."""
 
     def __init__(self) -> None:
         self.config = small_network().config

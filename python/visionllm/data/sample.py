@@ -20,8 +20,8 @@ class Sample:
         iscrowd: bool ``[n]``; crowds are never training targets and are ignored by the metrics.
         masks: None, or n entries: COCO RLE dicts or polygons, as the source has them.
         image_id: the source's own identifier.
-        vocabulary: every name that this source annotates exhaustively. A name outside it may be in the picture
-            without a box, so it must never be listed as an absent class.
+        vocabulary: every name that this source annotates exhaustively. A name outside it may be in the
+            picture without a box, so it must never be listed as an absent class.
     """
 
     image: np.ndarray

@@ -109,7 +109,7 @@ class ImageTokenizer(nn.Module):
         return [*scales, self.coarsest(c5)]
 
     def flatten(self, scales: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The pyramid as one sequence: shapes [L, 2], first positions [L], features with level embedding [B, S, C]."""
+        """The pyramid as one sequence: shapes [L, 2], first positions [L], features and level [B, S, C]."""
         shapes = torch.tensor([s.shape[-2:] for s in scales], device=scales[0].device)
         starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
         flat = [s.flatten(2).transpose(1, 2) + self.level[i] for i, s in enumerate(scales)]
