@@ -191,7 +191,7 @@ class Network(nn.Module):
         return detection_loss(self, batch)
 
     def parameter_groups(self, lr: float, backbone_lr: float, weight_decay: float) -> list[dict]:
-        """AdamW groups: the backbone at its own rate; norms, biases, gates and embeddings without decay."""
+        """AdamW groups: the backbone at its own rate; vectors and the embeddings of text without decay."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
