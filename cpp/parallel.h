@@ -1,7 +1,6 @@
-// Splits [0, count) in contiguous parts and runs body(begin, end, worker) on each, on at most `threads` threads.
-//
-// Which part does what depends on `count` and `threads` alone. With threads == 1 the caller's thread does it all and nothing
-// is started.
+// Splits [0, count) in contiguous parts and runs body(begin, end, worker) on each, on at most `threads`
+// threads. Which part does what depends on `count` and `threads` alone. With threads == 1 the caller's thread
+// does it all and nothing is started.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +8,7 @@
 
 namespace visionllm {
 
-// Runs function(context, part) for each part in [0, parts), on up to `parts` threads, and returns when all are done.
+// Runs function(context, part) for each part in [0, parts), on up to `parts` threads; returns when all are done.
 void run_parts(int parts, void (*function)(const void* context, int part), const void* context);
 
 template <typename Body>

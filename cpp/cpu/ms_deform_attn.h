@@ -47,11 +47,9 @@ struct MsDeformAttnParams {
 // Both run the items [begin, end) on the calling thread. Memory that one call alone uses:
 //   workspace   workspace_bytes(params), aligned to 64
 //   value_rows  [S + 1, D] floats, or null. One head's rows lie H * D elements apart in value and so share
-//   few
-//               sets of the caches; with many queries it pays to copy them together first.
+//               few sets of the caches; with many queries it pays to copy them together first.
 //   grad_rows   [S + 1, D] floats, or null as value_rows is. With null, grad_value is float32, has been
-//   cleared
-//               by the caller, and is added to in place.
+//               cleared by the caller, and is added to in place.
 // Items:
 //   forward   B * H * Q, one query of one head each
 //   backward  b * H + h; all of one item's gradients are written by its call, so none needs an atomic
@@ -61,8 +59,8 @@ using MsDeformAttnBackward = void (*)(const MsDeformAttnParams& params, int64_t 
                                       void* workspace, float* value_rows, float* grad_rows);
 
 // Twice: per point four row numbers and weights, four dot products, seven factors of the backward pass; per
-// chunk a validity word.
-inline int64_t ms_deform_attn_workspace_bytes(const MsDeformAttnParams& params) {
+// chunk a validity word. Static, for this header reaches sources compiled for one instruction set: see simd.h.
+static inline int64_t ms_deform_attn_workspace_bytes(const MsDeformAttnParams& params) {
   const int64_t chunks = params.padded_points / kPointChunk;
   return 2 * (params.padded_points * static_cast<int64_t>(4 * (4 + 4 + 4 + 7)) + (chunks + 15) / 16 * 64);
 }
