@@ -1,3 +1,5 @@
+"""``python -m visionllm.train``: what ``visionllm train`` and torchrun start as training processes."""
+
 import sys
 
 from visionllm.train import main
