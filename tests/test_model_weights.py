@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,31 @@ def test_sixteen_bits_round_once(network, saved, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor.bfloat16().float()), name
     loaded.save_pretrained(tmp_path / "b", torch.bfloat16)
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+
+
+IMPORTS = """
+import sys, torch
+before = set(sys.modules)
+import numpy, visionllm
+model = visionllm.load(sys.argv[1])
+model.detect(numpy.zeros((20, 30, 3), numpy.uint8), ["dog", "cup"])
+heavy = ("sympy", "torch._dynamo", "torch._inductor", "scipy", "matplotlib")
+print([name for name in heavy if name in sys.modules and name not in before])
+"""
+
+
+def test_loading_and_detecting_import_no_compiler(saved):
+    """Importing torch's compiler and sympy takes longer than everything else that loading does."""
+    command = [sys.executable, "-c", IMPORTS, str(saved)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_loading_fills_nothing_at_random(saved):
+    state = torch.get_rng_state()
+    Network.from_pretrained(saved)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.nn.Linear(2, 2)
+    assert not torch.equal(torch.get_rng_state(), state), "afterwards modules are filled again"
 
 
 def test_saving_twice_gives_the_same_bytes(network, saved, tmp_path):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from visionllm.model.config import ModelConfig
 from visionllm.tokenizer import Tokenizer
@@ -18,6 +20,15 @@ if TYPE_CHECKING:
     from visionllm.model.network import Network
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
+# torch.nn.init's functions, where they dispatch themselves, take their tensor by name.
+RANDOM_FILLS = {
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+    init.normal_,
+    init.uniform_,
+    init.kaiming_normal_,
+    init.kaiming_uniform_,
+}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,6 +58,19 @@ def save_network(network: Network, directory: Path, dtype: torch.dtype | None) -
     write_atomically(directory / CONFIG, network.config.to_json().encode())
 
 
+class _NoRandomNumbers(TorchFunctionMode):
+    """Leaves tensors as they are where they would be filled at random: loading overwrites them.
+
+    Building on the device "meta" would do the same, but torch imports its compiler and sympy for it: 1 s.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in RANDOM_FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def load_network(network_class: type[Network], directory: Path) -> Network:
     """Builds the network that config.json describes and fills it; every weight becomes fp32."""
     for name in (CONFIG, WEIGHTS, TOKENIZER):
@@ -58,7 +82,7 @@ def load_network(network_class: type[Network], directory: Path) -> Network:
         state = load_file(directory / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{directory / WEIGHTS}: not a safetensors file: {error}") from error
-    with torch.device("meta"):
+    with _NoRandomNumbers():
         network = network_class(config, tokenizer)
     check(network.state_dict(), state, str(directory / WEIGHTS))
     check_finite(state, str(directory / WEIGHTS))
