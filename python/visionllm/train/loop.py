@@ -38,6 +38,7 @@ from visionllm.train.checkpoint import (
 from visionllm.train.config import TrainConfig, config_to_dict
 from visionllm.train.distributed import Processes, SharedGradients
 from visionllm.train.launch import launcher_lost
+from visionllm.train.precision import use_autocast
 from visionllm.train.run_log import RunLog
 from visionllm.train.schedule import ActiveClock, learning_rate_factor
 
@@ -440,15 +441,3 @@ def seed_generators(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
     np.random.seed(words[2])
     random.seed(int(words[3]))
-
-
-def use_autocast(choice: str, device: torch.device) -> bool:
-    """Whether to train in bfloat16 autocast. "auto": on CUDA and on CPUs that multiply bfloat16."""
-    if choice != "auto":
-        return choice == "on"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return bool(
-        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile")
-    )
