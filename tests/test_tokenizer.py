@@ -111,6 +111,37 @@ def test_the_description_is_the_text_around_the_class_set(tokenizer):
     assert "dog" not in described and "car" not in described
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        '"dog": <c0>, "red car": <c1>',
+        '"dog"   :   <c0>   ,   "red car"   :   <c1>',
+        '"dog": <c0>,\n        "red car":\n        <c1>',
+        '"red car": <c1>; "dog": <c0>',
+    ],
+)
+def test_how_a_class_set_is_typed_does_not_change_the_description(tokenizer, typed):
+    text = TEXT.replace('"dog": <c0>, "red car": <c1>', typed)
+    found, expected = (tokenizer.prompts([parse(one)], M).description for one in (text, TEXT))
+    assert torch.equal(found, expected)
+
+
+def test_short_text_around_the_class_set_belongs_to_the_description(tokenizer):
+    prompts = tokenizer.prompts([parse('Box {"dog": <c0>} <image> now')], M)
+    assert tokenizer.decode(prompts.description[0].tolist()) == 'Box {"}  now'
+
+
+def test_names_are_read_without_their_escapes(tokenizer):
+    names = ('3" (wide) {"pipe', "like <c3>", "back\\slash")
+    instruction = with_text(names)
+    assert "\\<c3>" in instruction.text
+    prompts = tokenizer.prompts([instruction, parse(instruction.text)], M)
+    for row in (0, 1):
+        for k, name in enumerate(names):
+            marked = prompts.ids[row][prompts.name_index[row] == k].tolist()
+            assert marked == [*tokenizer.encode_name(name), tokenizer.vocab_size + k]
+
+
 def test_the_text_encoder_reads_a_bounded_part(tokenizer):
     long = "very " * 80 + "long name"
     text = TEXT.replace("Find", "Please " * 800 + "find").replace("red car", long)

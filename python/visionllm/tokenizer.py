@@ -38,7 +38,7 @@ class Prompts:
         class_mask: bool [B, K], True where the prompt lists a class.
         names: int64 [U, N], the batch's distinct names, padded.
         name_row: int64 [B, K], the row of `names` of every listed class (0 where class_mask is False).
-        description: int64 [B, D], the text outside the class set, cut and padded.
+        description: int64 [B, D], the text before the first name and after the last <ck>, cut and padded.
     """
 
     ids: Tensor
@@ -105,20 +105,22 @@ class Tokenizer:
             row_ids: list[int] = []
             row_index: list[int] = []
             description: list[int] = []
-            in_class_set = False
-            for segment in instruction.segments():
+            segments = instruction.segments()
+            # Quotes, colons and commas between the names say nothing, however they are typed.
+            named = [place for place, segment in enumerate(segments) if segment.index is not None]
+            class_set = range(named[0], named[-1]) if named else range(0)
+            for place, segment in enumerate(segments):
                 index = -1 if segment.index is None else segment.index
                 pieces: tuple[int, ...]
                 if segment.kind == "image":
                     pieces = image
                 elif segment.kind == "name":
-                    pieces, in_class_set = self.encode_name(segment.text), True
+                    pieces = self.encode_name(instruction.classes[index])  # without the text's escapes
                 elif segment.kind == "class_token":
                     pieces = (self.vocab_size + index,)
                 else:
                     pieces = self.encode(segment.text)
-                    # Between names there is only punctuation; the description is what stands around the set.
-                    if not in_class_set or len(segment.text) > 4:
+                    if place not in class_set:
                         description.extend(pieces)
                 row_ids.extend(pieces)
                 row_index.extend([index] * len(pieces))
