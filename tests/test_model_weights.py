@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from small_network import NAMES, SMALL, pictures, small_network
 
 from visionllm.instruction import Instruction
-from visionllm.model import weights
 from visionllm.model.config import PRESETS, ModelConfig
 from visionllm.model.network import Network, build_network
 
@@ -255,7 +254,7 @@ def test_when_writing_fails_nothing_changes(network, tmp_path, monkeypatch, fail
     def full(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights.os, fails, full)
+    monkeypatch.setattr(os, fails, full)
     with pytest.raises(OSError, match="No space left"):
         network.save_pretrained(tmp_path)
     monkeypatch.undo()

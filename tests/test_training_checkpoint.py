@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from visionllm.train import checkpoint as module
 from visionllm.train.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -67,10 +69,41 @@ def test_a_failure_while_writing_leaves_the_old_ones(tmp_path, monkeypatch):
 def test_data_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     calls = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(module.os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
-    monkeypatch.setattr(module.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     write_checkpoint(tmp_path, 2, {"a": torch.zeros(3)}, {}, keep=1)
     assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_a_process_killed_while_writing_leaves_what_the_next_write_removes(tmp_path):
+    """The kill comes while tensors are being written: the program writes again and again."""
+    program = (
+        "import sys, torch\nfrom visionllm.train.checkpoint import write_checkpoint\n"
+        "tensors = {'a': torch.zeros(4_000_000)}\nfor step in range(1, 100_000):\n"
+        "    write_checkpoint(sys.argv[1], step, tensors, {'step': step}, keep=2)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 120
+        while not (checkpoints(tmp_path) and any(name.startswith(".") for name in names(tmp_path))):
+            assert process.poll() is None and time.monotonic() < deadline
+    finally:
+        process.kill()
+        process.wait()
+    step = read_checkpoint(checkpoints(tmp_path)[-1])[1]["step"]
+    final = write_checkpoint(tmp_path, step + 1, {"a": torch.zeros(3)}, {}, keep=1)
+    assert names(tmp_path) == [final.name]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    write_checkpoint(tmp_path, 1, {"a": torch.zeros(3)}, {}, keep=2)
+    (tmp_path / ".checkpoint-00000002-5e1f").mkdir()
+    (tmp_path / ".checkpoint-00000002-5e1f" / ".tmp").write_bytes(b"half")
+    (tmp_path / ".checkpoint-00000002.safetensors.4711").write_bytes(b"half")
+    (tmp_path / ".notes").touch()
+    write_checkpoint(tmp_path, 3, {"a": torch.zeros(3)}, {}, keep=2)
+    kept = [".notes", "checkpoint-00000001.safetensors", "checkpoint-00000003.safetensors"]
+    assert names(tmp_path) == kept
 
 
 def test_other_files_are_refused(tmp_path):

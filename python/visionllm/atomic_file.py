@@ -1,10 +1,11 @@
-"""Files that are either whole or not there: written beside their place and moved into it."""
+"""Files and folders that are either whole or not there: written beside their place and moved into it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,24 +14,89 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to, in the folder and with the suffix of ``path``, whose place it takes at the end.
+    """A path to write to, with the name of ``path``, whose place it takes at the end.
 
-    On an exception it is removed and ``path`` stays as it was. Folders are made as needed.
+    Its content is on the disk before it is moved. On an exception it is removed and ``path`` stays as it was;
+    a process that is killed leaves it: see :func:`remove_leftovers`. Folders are made as needed; access
+    rights are those of any new file (the umask).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    # A folder of its own: libraries write files beside the one they are asked for, and may be killed too.
+    private = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
+    part = private / path.name
     try:
+        part.touch()
+        rights = part.stat().st_mode
         yield part
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)  # mkstemp's files are private
+        with open(part, "r+b") as file:
+            os.fsync(file.fileno())
+        part.chmod(rights)  # those of a file that a library has put in its place can be others
         os.replace(part, path)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left of ``path`` and of files whose name goes on with a hyphen.
+
+    Nobody may be writing them.
+    """
+    path = Path(path)
+    for leftover in path.parent.glob(f".{path.stem}-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Like :func:`replacing`, for a folder: a path to make one at.
+
+    Folders cannot be exchanged in one step: a process that is killed between the two leaves no ``path``, and
+    :func:`recover_folder` puts it back. Only one process may write to ``path``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
+    fresh, old = _beside(path)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        yield fresh
     except BaseException:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
         raise
+    if path.exists():
+        path.rename(old)
+    fresh.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(path: str | os.PathLike[str]) -> None:
+    """Put ``path`` in place if a process was killed while :func:`replacing_folder` exchanged it."""
+    path = Path(path)
+    fresh, old = _beside(path)
+    if not path.exists() and old.is_dir():
+        # The old folder moves away only when the new one is whole.
+        (fresh if fresh.is_dir() else old).rename(path)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder written to the disk, where the system can do that."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 1) -> None:

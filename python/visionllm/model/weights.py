@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
+from visionllm.atomic_file import replacing
 from visionllm.model.config import ModelConfig
 from visionllm.tokenizer import Tokenizer
 
@@ -32,30 +31,18 @@ RANDOM_FILLS = {
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file appears whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def save_network(network: Network, directory: Path, dtype: torch.dtype | None) -> None:
     """Writes the three files; floating-point weights in the given type."""
     state = network.state_dict()
     tensors = {name: t.detach().cpu().to(dtype or t.dtype).contiguous() for name, t in state.items()}
     check_finite(tensors, "save_pretrained")  # after the cast: fp16 turns what it cannot hold into infinity
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_atomically(directory / TOKENIZER, network.tokenizer.model)
-    write_atomically(directory / CONFIG, network.config.to_json().encode())
+    for name, data in (
+        (WEIGHTS, save(tensors, metadata={"format": "pt"})),
+        (TOKENIZER, network.tokenizer.model),
+        (CONFIG, network.config.to_json().encode()),
+    ):
+        with replacing(directory / name) as part:
+            part.write_bytes(data)
 
 
 class _NoRandomNumbers(TorchFunctionMode):

@@ -8,7 +8,6 @@ either: they are seeded anew from (seed, step, rank) at every step.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from visionllm.atomic_file import remove_leftovers, replacing
 
 FORMAT = "visionllm training checkpoint 1"
 _NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
@@ -38,7 +39,8 @@ def write_checkpoint(
 ) -> Path:
     """Write ``checkpoint-<step>.safetensors`` and delete all but the newest ``keep`` ones.
 
-    A crash at any moment leaves the older checkpoints whole and never a broken one under a checkpoint's name.
+    A crash at any moment leaves the older checkpoints whole and never a broken one under a checkpoint's name;
+    what it leaves of a new one is removed here. One process at a time may write to a folder.
     Raises CheckpointError naming the first tensor with a value that is not finite.
     """
     folder = Path(folder)
@@ -47,16 +49,10 @@ def write_checkpoint(
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"not written: {name} has values that are not finite")
     final = folder / f"checkpoint-{step:08d}.safetensors"
-    temporary = folder / f".{final.name}.{os.getpid()}"
     metadata = {"format": FORMAT, "state": json.dumps(dict(state))}
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(folder)
+    remove_leftovers(folder / "checkpoint")
+    with replacing(final) as part:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata)
     for old in checkpoints(folder)[:-keep]:
         if old != final:
             old.unlink()
@@ -130,12 +126,3 @@ def load_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what
         raise CheckpointError(f"the {what} in the checkpoint does not fit: " + "; ".join(problems[:20]))
     for name, value in into.items():
         value.copy_(tensors[name])
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

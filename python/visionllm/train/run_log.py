@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from visionllm.atomic_file import remove_leftovers, replacing
 
 
 class RunLog:
@@ -66,6 +67,7 @@ class RunLog:
             return list(csv.DictReader(file))
 
     def _reopen(self, name: str, resume_step: int) -> None:
+        remove_leftovers(self._file(name))
         rows = self._rows(name)
         self._columns[name] = [key for key in rows[0] if key is not None] if rows else []
         # A row that a crash cut short has no number or no end; it belongs to a step that is done again.
@@ -78,14 +80,12 @@ class RunLog:
             self._rewrite(name, kept)
 
     def _rewrite(self, name: str, rows: list[dict[str, str]]) -> None:
-        temporary = self.folder / f".{name}.csv.{os.getpid()}"
-        with open(temporary, "w", newline="") as file:
+        with replacing(self._file(name)) as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(
                 file, self._columns[name], restval="", extrasaction="ignore", lineterminator="\n"
             )
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self._file(name))
 
 
 def _text(value: float) -> str:
