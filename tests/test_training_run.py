@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,6 +229,18 @@ def test_export_writes_the_averaged_weights(whole, tmp_path):
     assert run("--resume", whole, "--export", tmp_path / "weights") == 0
     exported = load_file(tmp_path / "weights" / "model.safetensors")
     assert torch.equal(exported["head.weight"], last(whole)[0]["average.head.weight"])
+
+
+def test_an_export_that_was_killed_half_way_is_recovered(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "model").rename(
+        folder / ".model.old"
+    )  # the old one was moved away, the new one not yet put there
+    (folder / ".train-0123.csv").write_text("step,to")
+    assert run("--resume", folder) == 0
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert sorted(entry.name for entry in folder.iterdir() if entry.name.startswith(".")) == []
 
 
 def test_tensorboard_gets_the_rows(tmp_path):

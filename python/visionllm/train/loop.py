@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import random
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from visionllm.atomic_file import recover_folder, replacing_folder
 from visionllm.train.average import WeightAverage
 from visionllm.train.checkpoint import (
     CheckpointError,
@@ -166,17 +166,8 @@ class TrainingRun:
         """Write the averaged weights (without averaging: the plain ones) as a pretrained folder."""
         if not self.processes.first:
             return
-        folder = Path(folder)
-        fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with self._averaged():
+        with replacing_folder(folder) as fresh, self._averaged():
             self.network.save_pretrained(fresh)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
 
     def run(self) -> bool:
         """Train to the end, or until SIGINT or SIGTERM; True when the end was reached.
@@ -185,6 +176,8 @@ class TrainingRun:
         row, without writing one.
         """
         first = self.processes.first
+        if first:
+            recover_folder(self.output / "model")
         log = RunLog(self.output, self.step, self.config.tensorboard) if first else None
         bar = tqdm(
             total=self.config.steps or None,
