@@ -188,9 +188,11 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
     arguments = ["evaluate", "--annotations", str(tmp_path / "no.json"), "--images", str(tmp_path)]
     arguments += ["--output", str(tmp_path / "out")]
     assert main(arguments) == 1
-    assert capsys.readouterr().err == f"visionllm evaluate: {tmp_path / 'no.json'}: no such annotation file\n"
+    assert capsys.readouterr().err == (
+        f"visionllm evaluate: {tmp_path / 'no.json'}: expected an annotation file, found nothing there\n"
+    )
     monkeypatch.setenv("VISIONLLM_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="no such annotation file"):
+    with pytest.raises(ValueError, match="expected an annotation file"):
         main(arguments)
 
 

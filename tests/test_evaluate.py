@@ -88,6 +88,13 @@ def test_a_network_that_is_right_scores_one(annotations, tmp_path, monkeypatch, 
     assert {row["name"]: row["objects"] for row in classes} == {n: 2 if n == "red" else 1 for n in NAMES}
     pairs = json.loads((output / "confusion.json").read_text())["pairs"]
     assert all(pair["true"] == pair["said"] for pair in pairs) and sum(pair["count"] for pair in pairs) == 6
+    drawn = json.loads((output / "precision_recall.json").read_text())
+    assert drawn["classes"] == 5 and drawn["recall"] == [k / 100 for k in range(101)]
+    assert [curve["iou"] for curve in drawn["curves"]] == ["0.50", "0.75", "0.90", "0.50:0.95"]
+    assert [curve["AP"] for curve in drawn["curves"]] == pytest.approx(
+        [metrics["AP50"], metrics["AP75"], 1, metrics["AP"]]
+    )
+    assert all(curve["precision"] == pytest.approx([1.0] * 101) for curve in drawn["curves"])
     for name in ("precision_recall.png", "confusion.png"):
         with Image.open(output / name) as drawn:
             assert min(drawn.size) > 200 and len(set(drawn.convert("L").tobytes())) > 20
@@ -183,6 +190,21 @@ def test_listing_command_prints_the_rates(annotations, tmp_path, monkeypatch, ca
     assert "absent classes only that show a box: 100.0 % of 3" in capsys.readouterr().out
 
 
+def test_what_is_not_listed_is_in_no_count(annotations, tmp_path, monkeypatch):
+    """The network marks listed objects rightly and is silent on the others: nothing is missed."""
+    output = tmp_path / "out"
+    options = ("--list-classes", "2", "--seed", "1")
+    assert run_command(annotations, output, monkeypatch, ColourNetwork(), *options) == 0
+    metrics, classes, confusion = (
+        json.loads((output / f"{name}.json").read_text()) for name in ("metrics", "classes", "confusion")
+    )
+    listed = metrics["rejection"]["listed_objects"]
+    assert 0 < listed < 6
+    assert metrics["objects"] == sum(row["objects"] for row in classes) == listed
+    assert all(pair["true"] == pair["said"] for pair in confusion["pairs"])
+    assert sum(pair["count"] for pair in confusion["pairs"]) == listed
+
+
 def test_robustness_command(annotations, tmp_path, monkeypatch, capsys):
     network = ColourNetwork()
     output = tmp_path / "out"
@@ -269,22 +291,44 @@ def test_confusion_counts(dataset):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("images"), r"set\.json: expected a list 'images' of COCO's format"),
+        (lambda c: c.pop("images"), r"set\.json: images: missing"),
         (lambda c: c["images"][1].pop("file_name"), r"images\[1\]\.file_name: missing"),
-        (lambda c: c["images"][1].update(id=100), r"images\[1\]\.id: duplicate 100"),
+        (lambda c: c["images"][1].update(id=100), r"images\[1\]\.id: duplicate id 100"),
+        (
+            lambda c: c["images"][1].update(file_name=3),
+            r"images\[1\]\.file_name: expected a file name",
+        ),
+        (lambda c: c["images"][1].update(not_exhaustive=3), r"images\[1\]\.not_exhaustive: expected a list"),
+        (lambda c: c["images"].clear(), "images: expected at least one, got none"),
+        (lambda c: c["categories"][2].update(name=7), r"categories\[2\]\.name: expected a name, got int 7"),
+        (lambda c: c["categories"][2].update(name="red"), r"categories\[2\]\.name: duplicate name 'red'"),
         (lambda c: c["categories"].clear(), "categories: expected at least one, got none"),
         (
             lambda c: c["annotations"][2].update(image_id=5),
-            r"annotations\[2\]\.image_id: expected an id of images",
+            r"annotations\[2\]\.image_id: expected the id of an image, got int 5",
         ),
         (
             lambda c: c["annotations"][2].update(category_id=5),
-            r"annotations\[2\]\.category_id: expected an id",
+            r"annotations\[2\]\.category_id: unknown category int 5",
         ),
         (
             lambda c: c["annotations"][0].update(bbox=[1, 2]),
             r"annotations\[0\]\.bbox: expected \[x, y, width",
         ),
+        (
+            lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 3]),
+            r"annotations\[0\]\.bbox: expected finite numbers",
+        ),
+        (
+            lambda c: c["annotations"][0].update(bbox=[1, 2, 3, -1]),
+            r"annotations\[0\]\.bbox: expected no negative width",
+        ),
+        (
+            lambda c: c["annotations"][1].update(iscrowd=None),
+            r"annotations\[1\]\.iscrowd: expected 0 or 1, got NoneType",
+        ),
+        (lambda c: c["annotations"][1].update(area="4"), r"annotations\[1\]\.area: expected a non-negative"),
+        (lambda c: c["annotations"].append(3), r"annotations\[6\]: expected an object, got int 3"),
     ],
 )
 def test_wrong_annotation_files_are_named(annotations, change, message):
@@ -295,9 +339,36 @@ def test_wrong_annotation_files_are_named(annotations, change, message):
         EvaluationSet(annotations, annotations.parent / "images")
 
 
+def test_what_training_refuses_may_be_in_the_set(annotations):
+    """Boxes outside their picture and empty ones; no sizes, no ids of annotations, masks of any kind."""
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["bbox"] = [-20, -8, 400, 300]
+    content["annotations"][1]["bbox"] = [5, 5, 0, 3]
+    content["annotations"][2]["segmentation"] = "none"
+    for annotation in content["annotations"]:
+        del annotation["id"]
+    for image in content["images"]:
+        del image["width"], image["height"]
+    annotations.write_text(json.dumps(content))
+    dataset = EvaluationSet(annotations, annotations.parent / "images")
+    found = evaluate(VisionLLM(ColourNetwork()), dataset)
+    assert len(found.predictions) == 4 and 0 < found.coco.metrics["AP"] < 1
+
+
+def test_all_that_is_wrong_is_listed(annotations):
+    content = json.loads(annotations.read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = None
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(ValueError) as error:
+        EvaluationSet(annotations, annotations.parent / "images")
+    lines = str(error.value).splitlines()
+    assert lines[0] == "6 problems in the data set:" and len(lines) == 7
+
+
 def test_no_json(annotations):
     annotations.write_text("{")
-    with pytest.raises(ValueError, match="expected a COCO annotation file in JSON"):
+    with pytest.raises(ValueError, match=r"set\.json: expected JSON"):
         EvaluationSet(annotations, annotations.parent / "images")
 
 

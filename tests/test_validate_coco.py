@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from visionllm.data.coco import CocoDataset, decode_mask
-from visionllm.data.validate import DatasetError, validate_coco
+from visionllm.data.coco import CocoDataset
+from visionllm.data.validate import DatasetError, validate_coco, validate_content
+from visionllm.image import ImageError
 
 GOOD = {
     "images": [
@@ -147,7 +148,7 @@ def test_wrong_size_and_broken_pictures(folder):
     report = validate_coco(path, folder)
     assert (report.problems[0].section, report.problems[0].index) == ("images", 0)
     assert "a.jpg" in report.problems[0].message
-    with pytest.raises(DatasetError, match=r"a\.jpg.*broken"):
+    with pytest.raises(ImageError, match=r"a\.jpg.*broken"):
         CocoDataset(path, folder, check_images="header")[0]
 
     (folder / "a.jpg").write_text("no picture")
@@ -211,14 +212,11 @@ def test_samples(folder):
     assert first.names == ["cat", "red car"]
     assert first.iscrowd.tolist() == [False, True]
     np.testing.assert_allclose(first.area, [90.5, 600])
-    assert decode_mask(first.masks[0], 30, 40).sum() == 120
-    assert decode_mask(first.masks[1], 30, 40).sum() == 600
+    assert first.masks == [entry["segmentation"] for entry in GOOD["annotations"][:2]]
     assert (second.image == 9).all()
     assert second.masks is None
     assert second.image_id == 8
     assert second.iscrowd.tolist() == [False]
-    with pytest.raises(ValueError, match="segmentation"):
-        decode_mask([], 3, 3)
 
 
 @pytest.mark.parametrize(("width", "height", "top_left"), [(40, 30, 200), (30, 40, 0)])
@@ -270,3 +268,5 @@ def test_arguments(folder):
         CocoDataset(path, folder, on_error="ignore")
     with pytest.raises(ValueError, match="check_images: expected one of"):
         CocoDataset(path, folder, check_images="all")
+    with pytest.raises(ValueError, match="purpose: expected one of training, evaluation, got 'fun'"):
+        validate_content(GOOD, path, folder, purpose="fun")

@@ -77,6 +77,33 @@ def open_image(source: ImageSource, max_pixels: int | None = MAX_PIXELS, upright
     )
 
 
+def open_annotated(path: str | os.PathLike[str], size: tuple[int, int] | None) -> np.ndarray:
+    """A data set's picture as its annotations see it.
+
+    COCO's boxes are in stored pixels and ignore the EXIF orientation, other tools write them in upright ones.
+    The recorded size tells which: the stored one first, the upright one where only that fits.
+
+    Args:
+        path: the picture's file.
+        size: width and height as annotated; None where they are not: then the picture is turned upright.
+
+    Returns:
+        uint8 ``[H, W, 3]``.
+
+    Raises:
+        ImageError: the file is missing, broken or of another size.
+    """
+    image = open_image(path, upright=size is None)
+    if size is not None and image.shape[1::-1] != size:
+        image = open_image(path)
+        if image.shape[1::-1] != size:
+            raise ImageError(
+                f"{os.fspath(path)}: expected {size[0]}x{size[1]} pixels as annotated, "
+                f"got {image.shape[1]}x{image.shape[0]}"
+            )
+    return image
+
+
 def source_name(source: Any) -> str:
     """What to call a picture in messages and results: its path, or the kind of object that it is."""
     if isinstance(source, (str, os.PathLike)):

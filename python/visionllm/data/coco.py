@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from visionllm.data.sample import Sample
-from visionllm.data.validate import Report, read_coco_json, read_picture, validate_content
+from visionllm.data.validate import Report, read_coco_json, validate_content
+from visionllm.image import open_annotated
 
 
 class CocoDataset:
@@ -79,14 +81,12 @@ class CocoDataset:
 
         Raises:
             IndexError: no such picture.
-            DatasetError: the picture's file broke since the data set was opened, or was not checked.
+            ImageError: the picture's file broke since the data set was opened, or was not checked.
         """
         image, objects = self.images[index], self.objects[index]
         width, height = int(image["width"]), int(image["height"])
-        pixels = read_picture(self.image_path(index), (width, height))
-        boxes = np.array([entry["bbox"] for entry in objects], np.float64).reshape(-1, 4)  # [n, 4] x, y, w, h
-        boxes[:, 2:] += boxes[:, :2]
-        boxes = np.clip(boxes, 0, np.array([width, height, width, height]))
+        pixels = open_annotated(self.image_path(index), (width, height))
+        boxes = np.clip(box_corners(objects), 0, np.array([width, height, width, height]))
         has_masks = any(entry.get("segmentation") for entry in objects)
         return Sample(
             image=pixels,
@@ -114,20 +114,8 @@ class CocoDataset:
             self._vocabularies[index] = tuple(name for name in self.vocabulary if name not in names)
 
 
-def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """One object's mask, bool ``[height, width]``, from COCO polygons or RLE (compressed or not).
-
-    Raises:
-        ValueError: there is no mask.
-    """
-    from pycocotools import mask as coco_mask
-
-    if not segmentation:
-        raise ValueError("segmentation: expected polygons or RLE, got none")
-    if isinstance(segmentation, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        rle = coco_mask.frPyObjects(segmentation, height, width)
-    else:
-        rle = segmentation
-    return coco_mask.decode(rle).astype(bool)
+def box_corners(entries: Sequence[dict[str, Any]]) -> np.ndarray:
+    """The boxes of annotations or results, x, y, width, height, as corners: float64 xyxy ``[n, 4]``."""
+    boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes

@@ -9,6 +9,9 @@ A COCO annotation file is one JSON object with three lists::
 
 Every entry is checked once (linear time), and an entry that refers to a wrong one is wrong too. A box may
 leave its picture by ``BORDER_TOLERANCE`` pixels.
+
+That is what training needs, where a wrong box does harm. Evaluation takes a set as it is: boxes may leave
+their picture or be empty; sizes, areas and the ids of annotations may be missing; no mask is looked at.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from visionllm.image import MAX_PIXELS, ImageError, open_image
+from visionllm.image import MAX_PIXELS
 
 BORDER_TOLERANCE = 1.0  # pixels; what rounding, or counting pixels from 1, makes of a box at the border
+PURPOSES = ("training", "evaluation")
 IMAGE_CHECKS = ("decode", "header", "none")
 EXIF_ORIENTATION = 0x0112
 
@@ -55,11 +58,10 @@ class DatasetError(ValueError):
 
     def __init__(self, problems: list[Problem], shown: int = 20) -> None:
         self.problems = problems
-        lines = [f"{len(problems)} problem{'s' if len(problems) != 1 else ''} in the data set:"]
-        lines += [f"  {problem}" for problem in problems[:shown]]
+        lines = [f"{len(problems)} problems in the data set:", *(f"  {one}" for one in problems[:shown])]
         if len(problems) > shown:
             lines.append(f"  ... and {len(problems) - shown} more")
-        super().__init__("\n".join(lines))
+        super().__init__(str(problems[0]) if len(problems) == 1 else "\n".join(lines))
 
 
 @dataclass
@@ -145,16 +147,23 @@ def read_coco_json(annotations: str | Path) -> dict[str, Any]:
 
 
 def validate_content(
-    content: dict[str, Any], annotations: str | Path, images: str | Path | None, check_images: str = "decode"
+    content: dict[str, Any],
+    annotations: str | Path,
+    images: str | Path | None,
+    check_images: str = "decode",
+    purpose: str = "training",
 ) -> Report:
-    """`validate_coco` on what `read_coco_json` returned."""
+    """`validate_coco` on what `read_coco_json` returned, for one of PURPOSES."""
+    if purpose not in PURPOSES:
+        raise ValueError(f"purpose: expected one of {', '.join(PURPOSES)}, got {purpose!r}")
+    training = purpose == "training"
     if check_images not in IMAGE_CHECKS:
         raise ValueError(f"check_images: expected one of {', '.join(IMAGE_CHECKS)}, got {check_images!r}")
     report = Report(totals={s: len(content[s]) for s in ("images", "categories", "annotations")})
     folder = None if images is None else Path(images)
 
     seen_ids: set[Any] = set()
-    sizes: dict[Any, tuple[int, int]] = {}  # usable images: id -> (width, height)
+    sizes: dict[Any, tuple[int, int] | None] = {}  # usable images: id -> (width, height) where it is known
     image_ids: set[Any] = set()  # every image id in the file, usable or not
 
     def image_problems(entry: dict) -> Iterator[tuple[str | None, str]]:
@@ -162,9 +171,12 @@ def validate_content(
         shape_is_right = True
         for key in ("width", "height"):
             message = _number_problem(entry, key, positive=True, integer=True)
-            if message:
-                shape_is_right = False
+            shape_is_right = shape_is_right and not message
+            if message and (training or key in entry):
                 yield key, message
+        unsure = entry.get("not_exhaustive", [])
+        if not isinstance(unsure, list) or not all(_is_id(value, (int,)) for value in unsure):
+            yield "not_exhaustive", f"expected a list of category ids, got {_described(unsure)}"
         path_message = _file_name_problem(entry)
         if path_message:
             yield "file_name", path_message
@@ -180,7 +192,8 @@ def validate_content(
             image_ids.add(entry["id"])
     for index in report.images:
         entry = content["images"][index]
-        sizes[entry["id"]] = (entry["width"], entry["height"])
+        has_size = training or ("width" in entry and "height" in entry)
+        sizes[entry["id"]] = (entry["width"], entry["height"]) if has_size else None
 
     seen_category_ids: set[Any] = set()
     seen_names: set[str] = set()
@@ -203,7 +216,8 @@ def validate_content(
     seen_annotation_ids: set[Any] = set()
 
     def annotation_problems(entry: dict) -> Iterator[tuple[str | None, str]]:
-        yield from _id_problem(entry, seen_annotation_ids, (int, str))
+        if training or "id" in entry:
+            yield from _id_problem(entry, seen_annotation_ids, (int, str))
         size = None
         image_id = entry.get("image_id")
         if "image_id" not in entry:
@@ -219,16 +233,16 @@ def validate_content(
             yield "category_id", "missing"
         elif not _is_id(category_id, (int,)) or category_id not in category_ids:
             yield "category_id", f"unknown category {_described(category_id)}"
-        message = _box_problem(entry, size)
+        message = _box_problem(entry, size, training)
         if message:
             yield "bbox", message
         message = _number_problem(entry, "area", positive=False, integer=False)
-        if message:
+        if message and (training or "area" in entry):
             yield "area", message
         if entry.get("iscrowd", 0) not in (0, 1):
             yield "iscrowd", f"expected 0 or 1, got {_described(entry['iscrowd'])}"
         message = _segmentation_problem(entry.get("segmentation"), size)
-        if message:
+        if message and training:
             yield "segmentation", message
 
     report.annotations = _check_section(
@@ -294,7 +308,7 @@ def _number_problem(entry: dict, key: str, positive: bool, integer: bool) -> str
     return None
 
 
-def _box_problem(entry: dict, size: tuple[int, int] | None) -> str | None:
+def _box_problem(entry: dict, size: tuple[int, int] | None, training: bool) -> str | None:
     if "bbox" not in entry:
         return "missing"
     box = entry["bbox"]
@@ -303,9 +317,11 @@ def _box_problem(entry: dict, size: tuple[int, int] | None) -> str | None:
     if not all(math.isfinite(value) for value in box):
         return f"expected finite numbers, got {box}"
     x, y, width, height = box
-    if width <= 0 or height <= 0:
+    if training and (width <= 0 or height <= 0):
         return f"expected positive width and height, got {box}"
-    if size is not None:
+    if width < 0 or height < 0:
+        return f"expected no negative width or height, got {box}"
+    if training and size is not None:
         slack = BORDER_TOLERANCE
         inside = (
             x >= -slack and y >= -slack and x + width <= size[0] + slack and y + height <= size[1] + slack
@@ -374,24 +390,3 @@ def _picture_problem(path: Path, size: tuple[int, int] | None, check: str) -> st
     if size is not None and size not in (stored, turned):
         return f"{path} is {stored[0]} x {stored[1]} pixels, the annotation file says {size[0]} x {size[1]}"
     return None
-
-
-def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
-    """The picture, uint8 RGB ``[H, W, 3]``, as the annotations see it: ``size`` is their (width, height).
-
-    COCO's boxes are in stored pixels and ignore the EXIF rotation; other tools write them in displayed
-    pixels. The recorded size tells which: the stored one first, the rotated one where only that fits.
-
-    Raises:
-        DatasetError: the file is missing, broken, or of another size.
-    """
-    try:
-        image = open_image(path, upright=False)
-        if (image.shape[1], image.shape[0]) != size:
-            image = open_image(path)
-    except ImageError as error:
-        raise DatasetError([Problem(str(path), None, None, None, f"broken image: {error}")]) from error
-    if (image.shape[1], image.shape[0]) != size:
-        message = f"expected {size[0]} x {size[1]} pixels, got {image.shape[1]} x {image.shape[0]}"
-        raise DatasetError([Problem(str(path), None, None, None, message)])
-    return image

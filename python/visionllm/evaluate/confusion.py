@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from visionllm.data.coco import box_corners
 from visionllm.evaluate.matching import box_iou, match_greedily
 from visionllm.evaluate.prediction import PicturePrediction
 
@@ -21,7 +22,7 @@ def confusion_matrix(
 
     Args:
         predictions: of every picture.
-        objects: each picture's COCO annotations, by image id. Crowds are left out.
+        objects: COCO annotations of what each picture's prompt lists, by image id. Crowds are left out.
         category_ids: the K categories' ids in the order that predictions count them.
         threshold: lowest score that counts.
 
@@ -34,8 +35,7 @@ def confusion_matrix(
     matrix = np.zeros((count + 1, count + 1), np.int64)
     for prediction in predictions:
         entries = [entry for entry in objects[prediction.image_id] if not entry["iscrowd"]]
-        boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
+        boxes = box_corners(entries)
         truth = np.array([position[entry["category_id"]] for entry in entries], np.int64)
         shown = prediction.scores >= threshold
         iou = box_iou(prediction.xyxy[shown].astype(np.float64), boxes)

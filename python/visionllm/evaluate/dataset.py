@@ -1,23 +1,15 @@
-"""A COCO-format data set as evaluation needs it: any boxes, as long as entries refer to each other rightly.
-
-Training is stricter (`visionllm.data.validate`): there a wrong box does harm, here it is part of the set.
-"""
+"""A COCO-format data set as evaluation needs it, checked by the rules of `visionllm.data.validate` for it."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from visionllm.image import ImageError, open_image
-
-REQUIRED_FIELDS = {
-    "images": ("id", "file_name"),
-    "categories": ("id", "name"),
-    "annotations": ("image_id", "category_id", "bbox"),
-}
+from visionllm.data.validate import DatasetError, Problem, read_coco_json, validate_content
+from visionllm.image import ImageError, open_annotated
 
 
 class EvaluationSet:
@@ -35,11 +27,16 @@ class EvaluationSet:
         """Reads and checks the file and that all the pictures are there.
 
         Raises:
-            ValueError: names the file, list, index and field of what is wrong.
+            DatasetError: names the file, list, index and field of what is wrong.
             ImageError: pictures are missing; names the first ones.
         """
         self.folder = Path(images)
-        content = read_annotations(Path(annotations))
+        content = read_coco_json(annotations)
+        for section in ("images", "categories"):
+            if not content[section]:
+                message = "expected at least one, got none"
+                raise DatasetError([Problem(str(annotations), section, None, None, message)])
+        validate_content(content, annotations, None, purpose="evaluation").raise_if_any()
         self.images: list[dict[str, Any]] = content["images"][:limit]
         self.names = [category["name"] for category in content["categories"]]
         self.category_ids = [category["id"] for category in content["categories"]]
@@ -68,70 +65,22 @@ class EvaluationSet:
     def read(self, image: dict[str, Any]) -> np.ndarray:
         """The picture as the annotations see it, uint8 RGB ``[H, W, 3]``.
 
-        COCO's boxes count stored pixels and ignore the EXIF orientation, other tools' boxes count upright
-        ones: the annotated size tells which.
-
         Raises:
-            ImageError: the file is broken or of another size.
+            ImageError: the file is broken or of another size; see `open_annotated`.
         """
-        path = self.path(image)
-        expected = (image.get("height"), image.get("width"))
-        pixels = open_image(path, upright=None in expected)
-        if None not in expected and pixels.shape[:2] != expected:
-            pixels = open_image(path)
-            if pixels.shape[:2] != expected:
-                raise ImageError(
-                    f"{path}: expected {expected[1]}x{expected[0]} pixels as annotated, "
-                    f"got {pixels.shape[1]}x{pixels.shape[0]}"
-                )
-        return pixels
+        size = (image["width"], image["height"]) if "width" in image and "height" in image else None
+        return open_annotated(self.path(image), size)
 
     def objects(self) -> dict[Any, list[dict[str, Any]]]:
         """The annotations of each picture, by image id; every picture has a list."""
-        grouped: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in self.images}
-        for annotation in self.content["annotations"]:
-            grouped[annotation["image_id"]].append(annotation)
-        return grouped
+        return by_image(self.images, self.content["annotations"])
 
 
-def read_annotations(path: Path) -> dict[str, Any]:
-    """The parsed file, its references checked.
-
-    Raises:
-        ValueError: names the file, list, index and field of the first thing wrong.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such annotation file") from error
-    except ValueError as error:  # JSON or UTF-8
-        raise ValueError(f"{path}: expected a COCO annotation file in JSON: {error}") from error
-    for section, fields in REQUIRED_FIELDS.items():
-        entries = content.get(section) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise ValueError(f"{path}: expected a list {section!r} of COCO's format, found none")
-        for index, entry in enumerate(entries):
-            for field in fields:
-                if not isinstance(entry, dict) or field not in entry:
-                    raise ValueError(f"{path}: {section}[{index}].{field}: missing")
-    for section in ("images", "categories"):
-        seen: set[Any] = set()
-        for index, entry in enumerate(content[section]):
-            if entry["id"] in seen:
-                raise ValueError(f"{path}: {section}[{index}].id: duplicate {entry['id']!r}")
-            seen.add(entry["id"])
-    if not content["categories"]:
-        raise ValueError(f"{path}: categories: expected at least one, got none")
-    known = {section: {entry["id"] for entry in content[section]} for section in ("images", "categories")}
-    for index, entry in enumerate(content["annotations"]):
-        for field, section in (("image_id", "images"), ("category_id", "categories")):
-            if entry[field] not in known[section]:
-                raise ValueError(
-                    f"{path}: annotations[{index}].{field}: expected an id of {section}, got {entry[field]!r}"
-                )
-        box = entry["bbox"]
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
-            raise ValueError(
-                f"{path}: annotations[{index}].bbox: expected [x, y, width, height], got {box!r}"
-            )
-    return content
+def by_image(
+    images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]]
+) -> dict[Any, list[dict[str, Any]]]:
+    """The annotations of each of the pictures, by image id; every picture has a list."""
+    grouped: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    for annotation in annotations:
+        grouped[annotation["image_id"]].append(annotation)
+    return grouped

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from visionllm.data.coco import box_corners
 from visionllm.evaluate.matching import IOU_FOUND, box_iou, match_greedily
 from visionllm.evaluate.prediction import PicturePrediction
 
@@ -74,8 +75,7 @@ def measure_rejection(
     position = {category_id: index for index, category_id in enumerate(category_ids)}
     for prediction in predictions:
         entries = [entry for entry in objects[prediction.image_id] if not entry["iscrowd"]]
-        boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
+        boxes = box_corners(entries)
         categories = np.array([position[entry["category_id"]] for entry in entries], np.int64)
         is_listed = np.isin(categories, prediction.listing.indices)
         iou = box_iou(prediction.xyxy.astype(np.float64), boxes)  # [n, m]

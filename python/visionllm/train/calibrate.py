@@ -18,18 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from visionllm.data.coco import box_corners
 from visionllm.evaluate.coco import coco_metrics
 from visionllm.evaluate.matching import box_iou, match_greedily
 from visionllm.model.network import Network
 from visionllm.train.validation import ValidationSet
 
 POWERS = (0.0, 0.15, 0.25, 0.35, 0.45, 0.55, 0.7)
-
-
-def corners(entries: Sequence[dict[str, Any]]) -> np.ndarray:
-    """COCO entries' boxes as xyxy [n, 4]."""
-    boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
 
 
 def best_threshold(
@@ -48,7 +43,7 @@ def best_threshold(
         found = sorted(found, key=lambda entry: -entry["score"])
         there = objects.get(image, [])
         same = np.array([[a["category_id"] == b["category_id"] for b in there] for a in found], bool)
-        iou = box_iou(corners(found), corners(there))
+        iou = box_iou(box_corners(found), box_corners(there))
         matched = match_greedily(iou, same.reshape(iou.shape))
         scores += [entry["score"] for entry in found]
         hits += (matched >= 0).tolist()
