@@ -44,6 +44,25 @@ class CocoEvaluation:
             )
         return table
 
+    def curves(self) -> dict[str, Any]:
+        """Mean precision of the classes with ground truth at each recall, at some IoUs and on average.
+
+        Returns:
+            ``recall``: 0:0.01:1; ``classes``: how many; ``curves``: ``iou`` ("0.50", ..., "0.50:0.95" for the
+            mean), ``AP`` and ``precision``, one number for each recall; none without ground truth.
+        """
+        valid = self.precision[:, :, (self.precision > -1).all(axis=(0, 1))]  # [10, 101, classes]
+        rows = {"0.50": slice(0, 1), "0.75": slice(5, 6), "0.90": slice(8, 9), "0.50:0.95": slice(None)}
+        means = {iou: valid[chosen].mean(axis=(0, 2)) for iou, chosen in rows.items() if valid.shape[2]}
+        return {
+            "recall": (np.arange(101) / 100).tolist(),
+            "classes": valid.shape[2],
+            "curves": [
+                {"iou": iou, "AP": float(mean.mean()), "precision": mean.tolist()}
+                for iou, mean in means.items()
+            ],
+        }
+
 
 def coco_metrics(ground_truth: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The twelve COCO numbers of boxes.

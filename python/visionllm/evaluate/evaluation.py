@@ -12,7 +12,7 @@ import numpy as np
 from visionllm.atomic_file import write_json
 from visionllm.evaluate.coco import CocoEvaluation, evaluate_boxes
 from visionllm.evaluate.confusion import confusion_matrix, confusion_pairs
-from visionllm.evaluate.dataset import EvaluationSet
+from visionllm.evaluate.dataset import EvaluationSet, by_image
 from visionllm.evaluate.prediction import PicturePrediction, coco_results, predict_set
 from visionllm.evaluate.prompts import ClassListing, list_absent, list_all, list_some
 from visionllm.evaluate.rejection import Rejection, measure_rejection
@@ -37,12 +37,14 @@ class Evaluation:
     """What came out.
 
     Attributes:
-        coco: the twelve numbers and the curves, over the listed classes of each picture.
+        ground_truth: the data set's content with the objects whose class their picture's prompt lists.
+        coco: the twelve numbers and the curves, over the ground truth.
         results: COCO results.
         predictions: the same by picture.
         rejection: None where all the classes were listed.
     """
 
+    ground_truth: dict[str, Any]
     coco: CocoEvaluation
     results: list[dict[str, Any]]
     predictions: list[PicturePrediction]
@@ -88,7 +90,7 @@ def evaluate(
             done,
         )
         rejection = measure_rejection(predictions, absent, dataset.objects(), dataset.category_ids)
-    return Evaluation(coco, results, predictions, rejection)
+    return Evaluation(truth, coco, results, predictions, rejection)
 
 
 def passes(dataset: EvaluationSet, options: PromptOptions) -> int:
@@ -152,9 +154,8 @@ def listed_ground_truth(dataset: EvaluationSet, listings: Sequence[ClassListing]
 
 def class_table(dataset: EvaluationSet, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Name, category id, number of objects, AP and AP50 of every class, best first, empty ones last."""
-    listed = listed_ground_truth(dataset, [p.listing for p in evaluation.predictions])
     objects: dict[Any, int] = {}
-    for entry in listed["annotations"]:
+    for entry in evaluation.ground_truth["annotations"]:
         if not entry["iscrowd"]:
             objects[entry["category_id"]] = objects.get(entry["category_id"], 0) + 1
     scores = evaluation.coco.class_average_precision()
@@ -181,7 +182,7 @@ def write_evaluation(
     """Writes all files into a folder and returns what metrics.json says.
 
     metrics.json: the twelve COCO numbers, counts, how it was asked, rejection. predictions.json: COCO
-    results. classes.json: the per-class table. precision_recall.png, confusion.png and confusion.json.
+    results. classes.json: the per-class table. precision_recall and confusion, each as .json and .png.
 
     Args:
         evaluation: what `evaluate` returned.
@@ -192,11 +193,13 @@ def write_evaluation(
     """
     from visionllm.evaluate.plots import plot_confusion, plot_precision_recall
 
-    matrix = confusion_matrix(evaluation.predictions, dataset.objects(), dataset.category_ids, threshold)
+    objects = by_image(dataset.images, evaluation.ground_truth["annotations"])
+    matrix = confusion_matrix(evaluation.predictions, objects, dataset.category_ids, threshold)
+    table = class_table(dataset, evaluation)
     metrics = {
         **evaluation.coco.metrics,
         "images": len(dataset.images),
-        "objects": len(dataset.content["annotations"]),
+        "objects": sum(row["objects"] for row in table),  # as the per-class table: listed, no crowds
         "categories": len(dataset.names),
         "boxes_per_image_over_threshold": float(
             np.mean([(p.scores >= threshold).sum() for p in evaluation.predictions] or [0])
@@ -207,11 +210,13 @@ def write_evaluation(
     }
     write_json(output / "metrics.json", metrics)
     write_json(output / "predictions.json", evaluation.results, indent=None)
-    write_json(output / "classes.json", class_table(dataset, evaluation))
+    write_json(output / "classes.json", table)
     write_json(
         output / "confusion.json",
         {"threshold": threshold, "iou": 0.5, "pairs": confusion_pairs(matrix, dataset.names)},
     )
-    plot_precision_recall(evaluation.coco.precision, output / "precision_recall.png")
+    curves = evaluation.coco.curves()
+    write_json(output / "precision_recall.json", curves)
+    plot_precision_recall(curves, output / "precision_recall.png")
     plot_confusion(matrix, dataset.names, output / "confusion.png")
     return metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,30 +16,21 @@ if TYPE_CHECKING:
 SHOWN_CLASSES = 40  # rows of a confusion matrix that can still be read
 
 
-def plot_precision_recall(precision: np.ndarray, path: Path) -> None:
-    """Mean precision over the classes against recall, at IoU 0.50, 0.75, 0.90 and on average.
+def plot_precision_recall(drawn: dict[str, Any], path: Path) -> None:
+    """Mean precision over the classes against recall.
 
     Args:
-        precision: ``[10, 101, K]`` of `CocoEvaluation`; -1 for classes without ground truth.
+        drawn: of `CocoEvaluation.curves`.
         path: the PNG to write.
     """
     figure = _figure(6.0, 4.5)
     axes = figure.add_subplot()
-    recall = np.linspace(0, 1, precision.shape[1])
-    valid = precision[:, :, (precision > -1).all(axis=(0, 1))]  # [10, 101, classes with ground truth]
-    for label, rows in (
-        ("IoU 0.50", [0]),
-        ("IoU 0.75", [5]),
-        ("IoU 0.90", [8]),
-        ("mean, 0.50 to 0.95", list(range(10))),
-    ):
-        if valid.shape[2]:
-            curve = valid[rows].mean(axis=(0, 2))
-            axes.plot(recall, curve, label=f"{label}: AP {curve.mean():.3f}")
+    for curve in drawn["curves"]:
+        axes.plot(drawn["recall"], curve["precision"], label=f"IoU {curve['iou']}: AP {curve['AP']:.3f}")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
-    axes.set_title(f"Precision and recall, mean of {valid.shape[2]} classes")
-    if valid.shape[2]:
+    axes.set_title(f"Precision and recall, mean of {drawn['classes']} classes")
+    if drawn["curves"]:
         axes.legend(loc="lower left")
     _write(figure, path)
 
