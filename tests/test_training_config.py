@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from visionllm.model.config import PRESETS
 from visionllm.train.command import parser, settle
 from visionllm.train.config import (
+    LEAST,
     ConfigError,
     TrainConfig,
     config_to_dict,
@@ -26,9 +28,30 @@ def test_later_layers_win(tmp_path):
     assert config.backbone_lr == load_config("tiny").backbone_lr
 
 
+def test_the_least_values_are_accepted():
+    keys = ("scenes.weight", "checkpoint.minutes", "checkpoint.steps", "validation.every", "lr")
+    overrides = [f"{key}=0" for key in keys]
+    config = load_config(overrides=[*overrides, "betas=[0,0]", "lr_floor=1", "validation.top=1"])
+    assert (config.betas, config.lr_floor, config.validation.top) == ((0.0, 0.0), 1.0, 1)
+
+
+def test_every_limit_is_of_a_key():
+    config = load_config(
+        overrides=[
+            "photos=[{annotations: a, images: b}]",
+            "scenes.cutouts={annotations: a, images: b}",
+        ]
+    )
+    for key in LEAST:
+        value = config
+        for part in key.split("."):
+            value = getattr(value[0] if isinstance(value, list) else value, part)
+        assert isinstance(value, (int, float)), key
+
+
 @pytest.mark.parametrize("preset", preset_names())
 def test_presets_are_valid(preset):
-    assert load_config(preset).preset == preset
+    assert load_config(preset).preset in PRESETS
 
 
 def test_photos_are_typed():
@@ -52,6 +75,28 @@ def test_photos_are_typed():
         ("lr", ["key=value", "'lr'"]),
         ("max_minutes=0", ["steps", "max_minutes"]),
         ("photos=[{annotations: x}]", ["images"]),
+        ("seed=-1", ["seed", "got -1"]),
+        ("betas=[0.9,1]", ["betas[1]", "[0, 1)", "got 1"]),
+        ("betas=[-0.1,0.9]", ["betas[0]", "got -0.1"]),
+        ("lr_floor=1.5", ["lr_floor", "[0, 1]", "got 1.5"]),
+        ("scenes.weight=-1", ["scenes.weight", "finite number >= 0", "got -1"]),
+        ("scenes.weight=inf", ["scenes.weight", "finite number >= 0", "got inf"]),
+        ("scenes.cutouts={annotations: a, images: b, per_class: 0}", ["scenes.cutouts.per_class", "got 0"]),
+        (
+            "photos=[{annotations: a, images: b},{annotations: a, images: b, weight: nan}]",
+            ["photos[1].weight", "got nan"],
+        ),
+        ("validation.every=-1", ["validation.every", "got -1"]),
+        ("validation.scenes=-1", ["validation.scenes", "got -1"]),
+        ("validation.heldout=-1", ["validation.heldout", "got -1"]),
+        ("validation.names=0", ["validation.names", "at least 1", "got 0"]),
+        ("validation.photo_limit=-1", ["validation.photo_limit", "got -1"]),
+        ("validation.top=0", ["validation.top", "at least 1", "got 0"]),
+        ("validation.batch_size=0", ["validation.batch_size", "at least 1", "got 0"]),
+        ("checkpoint.minutes=-1", ["checkpoint.minutes", "got -1"]),
+        ("checkpoint.minutes=nan", ["checkpoint.minutes", "got nan"]),
+        ("checkpoint.steps=-1", ["checkpoint.steps", "got -1"]),
+        ("checkpoint.keep=0", ["checkpoint.keep", "at least 1", "got 0"]),
     ],
 )
 def test_errors_name_the_key(override, words):

@@ -6,8 +6,9 @@ Every key is typed; an unknown one is an error that names it and the closest kno
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,19 @@ class TrainConfig:
     tensorboard: str = "auto"  # auto (when installed) | on | off
 
 
+# The least that a number may be; those that may be 0 must be finite too.
+LEAST: dict[str, int] = {
+    **dict.fromkeys(("batch_size", "image_size", "log_every", "bad_steps"), 1),
+    **dict.fromkeys(("seed", "lr", "backbone_lr", "weight_decay", "clip_norm", "warmup", "workers"), 0),
+    **dict.fromkeys(("processes", "steps", "max_minutes", "scenes.weight", "photos.weight"), 0),
+    "scenes.cutouts.per_class": 1,
+    **dict.fromkeys((f"validation.{key}" for key in ("every", "scenes", "heldout", "photo_limit")), 0),
+    **dict.fromkeys((f"validation.{key}" for key in ("names", "batch_size", "top")), 1),
+    **dict.fromkeys(("checkpoint.minutes", "checkpoint.steps"), 0),
+    "checkpoint.keep": 1,
+}
+
+
 def preset_names() -> list[str]:
     """Names of the presets in the package."""
     folder = resources.files("visionllm.train") / "presets"
@@ -208,17 +222,26 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, key)
         if value not in allowed:
             raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
-    for key in ("batch_size", "image_size", "log_every", "bad_steps"):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"{key} must be at least 1, got {getattr(config, key)}")
-    for key in ("lr", "backbone_lr", "weight_decay", "clip_norm", "warmup", "workers", "processes", "steps"):
-        value = getattr(config, key)
-        if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{key} must be a finite number >= 0, got {value}")
-    if not (math.isfinite(config.max_minutes) and config.max_minutes >= 0):
-        raise ConfigError(f"max_minutes must be a finite number >= 0, got {config.max_minutes}")
-    for key, value in (("ema_decay", config.ema_decay), ("lr_floor", config.lr_floor)):
-        if not 0 <= value <= 1 or (key == "ema_decay" and value == 1):
-            raise ConfigError(f"{key} must be in [0, 1), got {value}")
-    if config.checkpoint.keep < 1:
-        raise ConfigError(f"checkpoint.keep must be at least 1, got {config.checkpoint.keep}")
+    checked = dict(_numbers(config))
+    for key, least in LEAST.items():
+        for place in [place for place in checked if re.sub(r"\[\d+\]", "", place) == key]:
+            if not (math.isfinite(checked[place]) and checked[place] >= least):
+                kind = f"at least {least}" if least else "a finite number >= 0"
+                raise ConfigError(f"{place} must be {kind}, got {checked[place]}")
+    for key in ("ema_decay", "betas[0]", "betas[1]"):
+        if not 0 <= checked[key] < 1:
+            raise ConfigError(f"{key} must be in [0, 1), got {checked[key]}")
+    if not 0 <= config.lr_floor <= 1:
+        raise ConfigError(f"lr_floor must be in [0, 1], got {config.lr_floor}")
+
+
+def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a configuration with its key, as in ``photos[0].weight``."""
+    if is_dataclass(value):
+        for entry in fields(value):
+            yield from _numbers(getattr(value, entry.name), f"{place}.{entry.name}" if place else entry.name)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{place}[{index}]")
+    elif isinstance(value, (int, float)):
+        yield place, value
