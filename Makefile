@@ -35,15 +35,19 @@ format: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/ms_deform_attn.py
 
-core:
-	cmake --preset in-place
-	cmake --build --preset in-place
+core: $(BIN)/cmake
+	$(BIN)/cmake --preset in-place -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build --preset in-place
 
 clean:
 	rm -rf build demo $(VENV)/.installed $(VENV)/.installed-test
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+# cmake, ninja and nanobind come with the first installation; after it `make core` compiles and installs nothing.
+$(BIN)/cmake:
+	$(MAKE) $(VENV)/.installed-test
 
 # The stamps make a second call quick: pip runs again only when a source has changed.
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
