@@ -4,7 +4,8 @@
                       attention[b, q, h, l, p] * bilinear(value_l[b, :, h], location[b, q, h, l, p])
 
 The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/ms_deform_attn.h``. On the
-CPU the operator runs the compiled kernels; on other devices, and in float64, the PyTorch reference below.
+CPU the operator runs the compiled kernels; on other devices (with a warning), and in float64, the PyTorch
+reference below.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visionllm.ops import native
+from visionllm.ops import fallback, native
 
 __all__ = ["SampleInputs", "ms_deform_attn", "ms_deform_attn_reference", "sample_inputs"]
 
@@ -31,18 +32,24 @@ def ms_deform_attn(
 
     Args:
         value: [B, S, H, D] float32, bfloat16 or float16 (float64 takes the slow reference).
-        spatial_shapes: [L, 2] int64, height and width of each level, at least 1.
-        level_start_index: [L] int64, the first pixel of each level in S.
+        spatial_shapes: [L, 2] int64 (other integers are converted), height and width of each level, at
+            least 1.
+        level_start_index: [L] int64 (other integers are converted), the first pixel of each level in S.
         sampling_locations: [B, Q, H, L, P, 2] as (x, y); 0 and 1 are the image's outer edges. Best in
             float32: lower precision is converted, but has lost fractions of a pixel already.
-        attention_weights: [B, Q, H, L, P], float32 or of value's type.
+        attention_weights: [B, Q, H, L, P], best in float32 or value's type: others are converted.
 
     Returns:
         [B, Q, H * D] of value's type. Corners outside the image count as zero; a point a pixel or more
-        outside, or NaN, contributes nothing. Forward and backward are deterministic.
+        outside, or NaN, contributes nothing. On the CPU, forward and backward are deterministic.
+
+    Devices other than the CPU have no kernels in this build: there the PyTorch reference computes the result,
+    many times slower, and the first call warns of it.
 
     Raises:
         ValueError: a shape, type or level does not fit; the message names it.
+        RuntimeError: the backward on another device than the CPU, while torch is asked for deterministic
+            algorithms.
     """
     return torch.ops.visionllm.ms_deform_attn(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights
@@ -60,7 +67,13 @@ def ms_deform_attn_reference(
 
     Every other implementation is held against this one in float64. Gathers corner by corner, so it needs
     memory for [B, Q, H, L, P, D] values.
+
+    Raises:
+        ValueError: a shape, type or level does not fit, with the compiled operator's message.
     """
+    _check_reference_arguments(
+        "ms_deform_attn", value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+    )
     batch, _, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     dtype = torch.promote_types(value.dtype, sampling_locations.dtype)
@@ -71,7 +84,40 @@ def ms_deform_attn_reference(
         # Selected, not multiplied by zero: NaN in a row or weight that is not named stays there.
         weight = torch.where(corner.inside, attention * corner.weight_x * corner.weight_y, 0.0)
         output = output + (weight[..., None] * _gather_rows(by_head, corner)).sum(3)
-    return output.flatten(2).to(value.dtype)
+    return output.flatten(2).to(value.dtype).contiguous()
+
+
+def _check_reference_arguments(
+    operator: str,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> None:
+    """What ``cpp/ms_deform_attn.cpp`` checks for the kernels."""
+    fallback.check_rank(operator, "value", value, "[B, S, H, D]")
+    fallback.check_rank(operator, "sampling_locations", sampling_locations, "[B, Q, H, L, P, 2]")
+    batch, pixels, heads, _ = value.shape
+    _, queries, _, levels, points, _ = sampling_locations.shape
+    for name, tensor, letters, shape in (
+        (
+            "sampling_locations",
+            sampling_locations,
+            "[B, Q, H, L, P, 2]",
+            (batch, queries, heads, levels, points, 2),
+        ),
+        ("attention_weights", attention_weights, "[B, Q, H, L, P]", (batch, queries, heads, levels, points)),
+        ("spatial_shapes", spatial_shapes, "[L, 2]", (levels, 2)),
+        ("level_start_index", level_start_index, "[L]", (levels,)),
+    ):
+        fallback.check_shape(operator, name, tensor, letters, shape)
+    fallback.check_real(operator, "value", value, value.device)
+    fallback.check_real(operator, "sampling_locations", sampling_locations, value.device)
+    fallback.check_real(operator, "attention_weights", attention_weights, value.device)
+    fallback.check_integer(operator, "spatial_shapes", spatial_shapes, value.device)
+    fallback.check_integer(operator, "level_start_index", level_start_index, value.device)
+    fallback.check_levels(operator, spatial_shapes, level_start_index, pixels)
 
 
 @dataclass(frozen=True)
@@ -134,11 +180,26 @@ def ms_deform_attn_backward_reference(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights in plain PyTorch, in the tensors' own precision."""
+    """Gradients of value, locations and weights in plain PyTorch, in the tensors' own precision.
+
+    Raises:
+        ValueError: as ``ms_deform_attn_reference``.
+        RuntimeError: torch is asked for deterministic algorithms, and the tensors are not on the CPU, where
+            pixels that several points share are added up in no fixed order.
+    """
+    operator = "ms_deform_attn_backward"
+    fallback.alert_not_deterministic(operator, value.device)
+    _check_reference_arguments(
+        operator, value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+    )
     batch, pixels, heads, channels = value.shape
     queries = sampling_locations.shape[1]
+    fallback.check_shape(
+        operator, "grad_output", grad_output, "[B, Q, H * D]", (batch, queries, heads * channels)
+    )
+    fallback.check_real(operator, "grad_output", grad_output, value.device)
     dtype = torch.promote_types(value.dtype, sampling_locations.dtype)
-    grad = grad_output.to(dtype).view(batch, queries, heads, 1, channels)
+    grad = grad_output.to(dtype).reshape(batch, queries, heads, 1, channels)
     by_head = value.to(dtype).transpose(1, 2).flatten(0, 1)  # [B * H, S, D]
     attention = attention_weights.to(dtype).flatten(3)  # [B, Q, H, L * P]
     grad_by_head = torch.zeros_like(by_head)
@@ -245,25 +306,25 @@ _library.define(
 )
 
 
-def _check_shapes(value: Tensor, sampling_locations: Tensor) -> None:
-    """What must hold before shapes can be taken apart; the core checks everything else."""
-    if value.dim() != 4:
-        raise ValueError(f"ms_deform_attn: value must have shape [B, S, H, D], got {list(value.shape)}")
-    if sampling_locations.dim() != 6:
-        raise ValueError(
-            "ms_deform_attn: sampling_locations must have shape [B, Q, H, L, P, 2], "
-            f"got {list(sampling_locations.shape)}"
-        )
-
-
 def _kernel_arguments(
+    operator: str,
     value: Tensor,
     spatial_shapes: Tensor,
     level_start_index: Tensor,
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The tensors as the kernels want them; copies only what does not fit already."""
+    """The tensors as the kernels want them; copies only what does not fit already.
+
+    Checked here is what must hold before shapes can be taken apart, and the types of what is converted: the
+    core checks everything else.
+    """
+    fallback.check_rank(operator, "value", value, "[B, S, H, D]")
+    fallback.check_rank(operator, "sampling_locations", sampling_locations, "[B, Q, H, L, P, 2]")
+    fallback.check_real(operator, "sampling_locations", sampling_locations, value.device)
+    fallback.check_real(operator, "attention_weights", attention_weights, value.device)
+    fallback.check_integer(operator, "spatial_shapes", spatial_shapes, value.device)
+    fallback.check_integer(operator, "level_start_index", level_start_index, value.device)
     if attention_weights.dtype not in (torch.float32, value.dtype):
         attention_weights = attention_weights.float()
     return (
@@ -282,15 +343,14 @@ def _forward_cpu(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    _check_shapes(value, sampling_locations)
     if value.dtype == torch.float64:
-        return _forward_reference(
+        return ms_deform_attn_reference(
             value, spatial_shapes, level_start_index, sampling_locations, attention_weights
         )
-    output = value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
     arguments = _kernel_arguments(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+        "ms_deform_attn", value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     )
+    output = value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
     native.call("ms_deform_attn", output, *arguments)
     return output
 
@@ -303,13 +363,17 @@ def _backward_cpu(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_shapes(value, sampling_locations)
     if value.dtype == torch.float64:
         return ms_deform_attn_backward_reference(
             grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights
         )
     arguments = _kernel_arguments(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+        "ms_deform_attn_backward",
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
     )
     contiguous = torch.contiguous_format
     grads = (
@@ -321,22 +385,24 @@ def _backward_cpu(
     return grads[0], grads[1].to(sampling_locations.dtype), grads[2].to(attention_weights.dtype)
 
 
-def _forward_reference(
+def _forward_elsewhere(
     value: Tensor,
     spatial_shapes: Tensor,
     level_start_index: Tensor,
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    _check_shapes(value, sampling_locations)
-    return ms_deform_attn_reference(
+    """Devices that this build has no kernels for."""
+    output = ms_deform_attn_reference(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-    ).contiguous()
+    )
+    fallback.warn_of_reference("ms_deform_attn", value.device.type)
+    return output
 
 
 for _key, _forward, _backward in (
     ("CPU", _forward_cpu, _backward_cpu),
-    ("CompositeExplicitAutograd", _forward_reference, ms_deform_attn_backward_reference),
+    ("CompositeExplicitAutograd", _forward_elsewhere, ms_deform_attn_backward_reference),
 ):
     _library.impl("ms_deform_attn", _forward, _key)
     _library.impl("ms_deform_attn_backward", _backward, _key)
@@ -350,7 +416,8 @@ def _forward_fake(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    _check_shapes(value, sampling_locations)
+    fallback.check_rank("ms_deform_attn", "value", value, "[B, S, H, D]")
+    fallback.check_rank("ms_deform_attn", "sampling_locations", sampling_locations, "[B, Q, H, L, P, 2]")
     return value.new_empty(value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
 
 

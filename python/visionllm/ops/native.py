@@ -13,7 +13,7 @@ RawTensor = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]
 
 # Numbers of visionllm::DType and visionllm::Device (cpp/include/visionllm/tensor.h).
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3}
-_DEVICE = {"cpu": 0, "cuda": 1}
+_DEVICE = {"cpu": 0}
 
 
 def raw(tensor: Tensor) -> RawTensor:
@@ -26,8 +26,7 @@ def raw(tensor: Tensor) -> RawTensor:
     device = _DEVICE.get(tensor.device.type)
     if dtype is None or device is None:
         raise ValueError(
-            "expected float32, bfloat16, float16 or int64 on cpu or cuda, "
-            f"got {tensor.dtype} on {tensor.device.type}"
+            f"expected float32, bfloat16, float16 or int64 on cpu, got {tensor.dtype} on {tensor.device.type}"
         )
     return tensor.data_ptr(), dtype, device, tensor.shape, tensor.stride()
 
