@@ -52,6 +52,12 @@ TensorView view_of_array(const T& array, const char* name) {
 
 }  // namespace
 
+std::string signature(const std::string& name, const char* type, std::initializer_list<const char*> tensors) {
+  std::string text = "def " + name + "(";
+  for (const char* const tensor : tensors) text += std::string(tensor) + ": " + type + ", ";
+  return text + "*, threads: int = 1, stream: int = 0) -> None";
+}
+
 void throw_if_failed(const Status& status) {
   if (status.ok()) return;
   if (status.code() == StatusCode::invalid_argument) throw nb::value_error(status.message().c_str());

@@ -9,6 +9,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <initializer_list>
 #include <string>
 
 #include "visionllm/status.h"
@@ -21,6 +22,13 @@ void bind_ms_deform_attn(nanobind::module_& m);
 
 using Output = nanobind::ndarray<>;
 using Input = nanobind::ndarray<nanobind::ro>;  // JAX's arrays, and some of NumPy's, are read-only
+
+// How the two kinds of tensor argument read in a signature.
+inline constexpr const char* kArrayType = "object";
+inline constexpr const char* kRawType = "tuple[int, int, int, tuple[int, ...], tuple[int, ...]]";
+
+// "def name(tensor: type, ..., *, threads: int = 1, stream: int = 0) -> None", for nb::sig.
+std::string signature(const std::string& name, const char* type, std::initializer_list<const char*> tensors);
 
 // ValueError for a bad argument, RuntimeError for what this build or machine cannot do.
 void throw_if_failed(const Status& status);

@@ -52,26 +52,35 @@ void backward(const Out& grad_value, const Out& grad_sampling_locations, const O
 }
 
 template <typename Out, typename In>
-void bind(nb::module_& m, const char* forward_name, const char* backward_name, const char* doc) {
-  m.def(forward_name, &forward<Out, In>, nb::arg("output").noconvert(), nb::arg("value").noconvert(),
-        nb::arg("spatial_shapes").noconvert(), nb::arg("level_start_index").noconvert(),
-        nb::arg("sampling_locations").noconvert(), nb::arg("attention_weights").noconvert(), nb::kw_only(),
-        nb::arg("threads") = 1, nb::arg("stream") = 0, doc);
-  m.def(backward_name, &backward<Out, In>, nb::arg("grad_value").noconvert(),
-        nb::arg("grad_sampling_locations").noconvert(), nb::arg("grad_attention_weights").noconvert(),
-        nb::arg("grad_output").noconvert(), nb::arg("value").noconvert(),
-        nb::arg("spatial_shapes").noconvert(), nb::arg("level_start_index").noconvert(),
-        nb::arg("sampling_locations").noconvert(), nb::arg("attention_weights").noconvert(), nb::kw_only(),
-        nb::arg("threads") = 1, nb::arg("stream") = 0, doc);
+void bind(nb::module_& m, const std::string& suffix, const char* type, const char* doc) {
+  const std::string forward_signature = signature(
+      "ms_deform_attn" + suffix, type,
+      {"output", "value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights"});
+  m.def(("ms_deform_attn" + suffix).c_str(), &forward<Out, In>, nb::sig(forward_signature.c_str()),
+        nb::arg("output").noconvert(), nb::arg("value").noconvert(), nb::arg("spatial_shapes").noconvert(),
+        nb::arg("level_start_index").noconvert(), nb::arg("sampling_locations").noconvert(),
+        nb::arg("attention_weights").noconvert(), nb::kw_only(), nb::arg("threads") = 1,
+        nb::arg("stream") = 0, doc);
+  const std::string backward_signature =
+      signature("ms_deform_attn_backward" + suffix, type,
+                {"grad_value", "grad_sampling_locations", "grad_attention_weights", "grad_output", "value",
+                 "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights"});
+  m.def(("ms_deform_attn_backward" + suffix).c_str(), &backward<Out, In>, nb::sig(backward_signature.c_str()),
+        nb::arg("grad_value").noconvert(), nb::arg("grad_sampling_locations").noconvert(),
+        nb::arg("grad_attention_weights").noconvert(), nb::arg("grad_output").noconvert(),
+        nb::arg("value").noconvert(), nb::arg("spatial_shapes").noconvert(),
+        nb::arg("level_start_index").noconvert(), nb::arg("sampling_locations").noconvert(),
+        nb::arg("attention_weights").noconvert(), nb::kw_only(), nb::arg("threads") = 1,
+        nb::arg("stream") = 0, doc);
 }
 
 }  // namespace
 
 void bind_ms_deform_attn(nb::module_& m) {
   bind<Output, Input>(
-      m, "ms_deform_attn", "ms_deform_attn_backward",
+      m, "", kArrayType,
       "Writes into the given output arrays; every array by DLPack. See visionllm/ms_deform_attn.h.");
-  bind<nb::tuple, nb::tuple>(m, "ms_deform_attn_raw", "ms_deform_attn_backward_raw",
+  bind<nb::tuple, nb::tuple>(m, "_raw", kRawType,
                              "The same for tensors given as (data_ptr, dtype, device, shape, strides).");
 }
 
