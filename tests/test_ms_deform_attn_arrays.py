@@ -1,4 +1,4 @@
-"""ms_deform_attn on arrays by DLPack: NumPy, read-only or not, and JAX where it is installed."""
+"""ms_deform_attn on arrays by DLPack: NumPy, read-only or not, torch, and a library that has nothing else."""
 
 from __future__ import annotations
 
@@ -36,29 +36,144 @@ def test_writes_the_output_and_nothing_beside_it() -> None:
     assert np.isnan(memory[:105]).all() and np.isnan(memory[210:]).all()
 
 
-def test_backward_writes_every_gradient() -> None:
+class OnlyDLPack:
+    """An array of some library: all that can be done with it is to ask for its DLPack capsule."""
+
+    def __init__(self, array: np.ndarray, device: tuple[int, int] = (1, 0)) -> None:
+        self._array = array
+        self._device = device
+
+    def __dlpack__(self, **options):
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device
+
+
+WAYS = {"numpy": lambda a: a, "dlpack": OnlyDLPack, "torch": torch.from_numpy}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forward_and_backward_of_any_library(way: str) -> None:
     inputs = sample_inputs(queries=9, heads=3, channels=5)
-    args = [t.numpy() for t in inputs.args()]
     grad_output = np.random.default_rng(0).standard_normal((2, 9, 15), np.float32)
-    grads = [np.full_like(args[i], np.nan) for i in (0, 3, 4)]
-    _core.ms_deform_attn_backward(*grads, grad_output, *args)
+    output = ms_deform_attn(*inputs.args()).numpy()
+    grads = torch.ops.visionllm.ms_deform_attn_backward(torch.from_numpy(grad_output), *inputs.args())
+
+    args = [WAYS[way](t.numpy()) for t in inputs.args()]
+    got = arrays.ms_deform_attn(*args)
+    assert isinstance(got, np.ndarray) and np.array_equal(got, output)
+    for array, expected in zip(
+        arrays.ms_deform_attn_backward(WAYS[way](grad_output), *args), grads, strict=True
+    ):
+        assert isinstance(array, np.ndarray) and np.array_equal(array, expected.numpy())
+
+    memory = np.full(output.shape, np.nan, np.float32)
+    outputs = [np.full(grad.shape, np.nan, np.float32) for grad in grads]
+    names = ("grad_value", "grad_sampling_locations", "grad_attention_weights")
+    given = {name: WAYS[way](array) for name, array in zip(names, outputs, strict=True)}
+    arrays.ms_deform_attn(*args, output=WAYS[way](memory))
+    returned = arrays.ms_deform_attn_backward(WAYS[way](grad_output), *args, **given)
+    assert np.array_equal(memory, output)
+    for array, back, name, expected in zip(outputs, returned, names, grads, strict=True):
+        assert back is given[name]
+        assert np.array_equal(array, expected.numpy()), f"{name} was not written"
+
+
+def test_backward_in_low_precision_keeps_the_types() -> None:
+    inputs = sample_inputs(dtype=torch.float16, queries=9)
+    grad_output = np.ones((2, 9, 256), np.float16)
     expected = torch.ops.visionllm.ms_deform_attn_backward(torch.from_numpy(grad_output), *inputs.args())
-    for got, tensor in zip(grads, expected, strict=True):
-        assert np.array_equal(got, tensor.numpy())
+    got = arrays.ms_deform_attn_backward(grad_output, *(t.numpy() for t in inputs.args()))
+    assert [a.dtype.name for a in got] == ["float16", "float32", "float16"]
+    for array, tensor in zip(got, expected, strict=True):
+        assert np.array_equal(array, tensor.numpy())
 
 
-def test_read_only_inputs() -> None:
+def test_torch_bfloat16_with_an_output() -> None:
+    inputs = sample_inputs(dtype=torch.bfloat16)
+    output = torch.full((2, 17, 256), float("nan"), dtype=torch.bfloat16)
+    assert arrays.ms_deform_attn(*inputs.args(), output=output) is output
+    assert torch.equal(output, ms_deform_attn(*inputs.args()))
+
+
+def test_reached_from_the_package() -> None:
+    code = (
+        "import sys, visionllm\n"
+        "visionllm.arrays.ms_deform_attn, visionllm.arrays.ms_deform_attn_backward\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.tolist(), "value must be an array that speaks DLPack, got list"),
+        (lambda a: a[0], r"value must have shape \[B, S, H, D\], got \[165, 8, 32\]"),
+        (lambda a: a.astype(np.float64), "value must be float32, bfloat16 or float16, got float64"),
+        (lambda a: a.astype(object), "value must be an array of numbers, got object"),
+        (
+            lambda a: torch.from_numpy(a).bfloat16(),
+            "(output|grad_value) must be given where NumPy has no type like value's, got None with torch",
+        ),
+        (
+            lambda a: torch.from_numpy(a).requires_grad_(),
+            "value must be an array that DLPack can hand over, got torch.*Tensor: .*grad",
+        ),
+        (
+            lambda a: OnlyDLPack(a, device=(2, 0)),
+            r"(output|grad_value) must be given where value is not in CPU memory, .* device \(2, 0\)",
+        ),
+    ],
+    ids=["list", "rank", "float64", "object", "bfloat16", "requires_grad", "cuda"],
+)
+def test_value_that_has_no_output_is_named(change, message: str) -> None:
+    inputs = numpy_inputs()
+    inputs[0] = change(inputs[0])
+    with pytest.raises(ValueError, match=f"^ms_deform_attn: {message}"):
+        arrays.ms_deform_attn(*inputs)
+    with pytest.raises(ValueError, match=f"^ms_deform_attn_backward: {message}"):
+        arrays.ms_deform_attn_backward(np.zeros((2, 17, 256), np.float32), *inputs)
+
+
+NAMES = ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights")
+
+
+@pytest.mark.parametrize("argument", range(5), ids=NAMES)
+def test_list_is_named(argument: int) -> None:
+    inputs = numpy_inputs()
+    outputs = {"output": np.zeros((2, 17, 256), np.float32)}
+    grads = {"grad_" + NAMES[i]: np.zeros_like(inputs[i]) for i in (0, 3, 4)}
+    inputs[argument] = inputs[argument].tolist()
+    message = f"{NAMES[argument]} must be an array that speaks DLPack, got list"
+    for options in ({}, outputs):
+        with pytest.raises(ValueError, match=f"^ms_deform_attn: {message}"):
+            arrays.ms_deform_attn(*inputs, **options)
+    for options in ({}, grads):
+        with pytest.raises(ValueError, match=f"^ms_deform_attn_backward: {message}"):
+            arrays.ms_deform_attn_backward(np.zeros((2, 17, 256), np.float32), *inputs, **options)
+
+
+def test_read_only_arrays() -> None:
     inputs = numpy_inputs()
     for array in inputs:
         array.flags.writeable = False
-    assert np.isfinite(arrays.ms_deform_attn(*inputs)).all()
     output = arrays.ms_deform_attn(*inputs)
+    assert np.isfinite(output).all()
     output.flags.writeable = False
-    with pytest.raises(TypeError):
+    for grad in arrays.ms_deform_attn_backward(output, *inputs):
+        assert np.isfinite(grad).all()
+    with pytest.raises(ValueError, match="ms_deform_attn: output must be writable, got a read-only array"):
         arrays.ms_deform_attn(*inputs, output=output)
+    grad_value = np.zeros_like(inputs[0])
+    grad_value.flags.writeable = False
+    with pytest.raises(ValueError, match="ms_deform_attn_backward: grad_value must be writable"):
+        arrays.ms_deform_attn_backward(output, *inputs, grad_value=grad_value)
 
 
 def test_jax_arrays() -> None:
+    """The same path as ``OnlyDLPack``; JAX is no requirement of the tests."""
     jax = pytest.importorskip("jax", reason="jax is not installed")
     inputs = numpy_inputs()
     expected = arrays.ms_deform_attn(*inputs)
@@ -112,6 +227,18 @@ def test_nothing_is_converted(argument: int, change, message: str) -> None:
 def test_output_that_does_not_fit(output: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         arrays.ms_deform_attn(*numpy_inputs(), output=output)
+
+
+@pytest.mark.parametrize("suffix", ["", "_raw"])
+@pytest.mark.parametrize("operator", ["ms_deform_attn", "ms_deform_attn_backward"])
+def test_bindings_show_their_signature(operator: str, suffix: str) -> None:
+    shown = getattr(_core, operator + suffix).__doc__.splitlines()[0]
+    kind = "tuple[int, int, int, tuple[int, ...], tuple[int, ...]]" if suffix else "object"
+    assert shown.startswith(
+        f"{operator}{suffix}({'output' if operator == 'ms_deform_attn' else 'grad_value'}: "
+    )
+    assert f"value: {kind}, spatial_shapes: {kind}, level_start_index: {kind}, " in shown
+    assert shown.endswith("*, threads: int = 1, stream: int = 0) -> None")
 
 
 def test_stream_is_an_argument() -> None:

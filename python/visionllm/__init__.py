@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from visionllm import ops
+    from visionllm import arrays, ops
     from visionllm.image import ImageError, open_image
     from visionllm.instruction import Instruction, InstructionError
     from visionllm.pipeline import VisionLLM, load
@@ -30,6 +30,7 @@ _HOME = {
     "open_image": "visionllm.image",
 }
 _MODULES = (
+    "arrays",
     "data",
     "doctor",
     "evaluate",
@@ -50,6 +51,7 @@ __all__ = [
     "Result",
     "VisionLLM",
     "__version__",
+    "arrays",
     "load",
     "open_image",
     "ops",
