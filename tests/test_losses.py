@@ -292,7 +292,7 @@ def test_an_answer_on_an_unlisted_object_costs_most():
     batch = train_batch([[[0.5, 0.5, 0.2, 0.2]]], [[1]], unlisted=[[[0.1, 0.1, 0.1, 0.1]]])
     on_it, elsewhere = answers(batch, extra=(0.1, 0.1, 0.1, 0.1)), answers(batch, extra=(0.2, 0.8, 0.1, 0.1))
     assert on_it["class"] >= elsewhere["class"] > 1
-    assert on_it["tokens"] == pytest.approx(elsewhere["tokens"], rel=1e-3)
+    assert on_it["tokens"] > elsewhere["tokens"] > 1
 
 
 # A network that knows nothing

@@ -33,7 +33,7 @@ CLASS_WEIGHT, LOCATION_WEIGHT, ALIGNMENT_WEIGHT = 2.0, 1.0, 1.0
 # An unmatched group's weight in the class loss.
 NO_OBJECT_WEIGHT = 0.2
 # The same where an object stands whose class is not listed: to be silent there is harder to learn.
-UNLISTED_WEIGHT = 0.5
+UNLISTED_WEIGHT = 2.0
 # Standard deviation, in bins, of the smoothed coordinate targets.
 LOCATION_SIGMA = 1.5
 # Unmatched image tokens that get a group of slots in training, beside the matched ones: the most object-like.
@@ -181,6 +181,7 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         # Denoising query d stands for object d; those at unlisted objects must say nothing.
         own = torch.arange(extra, device=device).expand(len(denoised), -1)
         denoised_object = torch.where(denoised_valid & (own < listed), own, -1)
+        denoised_weight = denoised_valid * torch.where(own < listed, 1.0, UNLISTED_WEIGHT)
     at_positions, losses["proposals"] = proposal_loss(tokens, targets, batch.images.shape[1])
     losses["proposals"] = losses["proposals"] / objects
     for boxes, objectness in zip(tokens.boxes[:-1], tokens.objectness[:-1], strict=True):
@@ -193,7 +194,7 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     if extra:
         for boxes, objectness in zip(tokens.boxes, tokens.objectness, strict=True):
             losses["denoising"] += (
-                token_loss(boxes[:, m:], objectness[:, m:], denoised_object, denoised, denoised_valid)
+                token_loss(boxes[:, m:], objectness[:, m:], denoised_object, denoised, denoised_weight)
                 / objects
             )
 
@@ -217,7 +218,9 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         cost = cost + L1_COST * torch.cdist(corners, wanted, p=1) - GIOU_COST * giou
         assigned = match(cost, targets.valid)  # [B, count]
         of_token = torch.full(objectness.shape, -1, device=device).scatter(1, chosen, assigned)
-        weight = outside_ignored(boxes, targets) | (of_token >= 0)
+        weight = (outside_ignored(boxes, targets) | (of_token >= 0)).float()
+        astray = (of_token < 0) & on_unlisted(cxcywh_to_xyxy(boxes), unlisted, unlisted_valid)
+        weight[astray] *= UNLISTED_WEIGHT
     losses["tokens"] += (
         token_loss(tokens.boxes[-1][:, :m], tokens.objectness[-1][:, :m], of_token, targets.boxes, weight)
         / objects
@@ -234,7 +237,7 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         )
         silent = torch.full_like(logits.classes[:, :count, 0], NO_OBJECT_WEIGHT)
         silent[on_unlisted(corners, unlisted, unlisted_valid)] = UNLISTED_WEIGHT
-        weights = torch.cat([gather_rows(weight, chosen) * silent, denoised_valid * UNLISTED_WEIGHT], 1)
+        weights = torch.cat([(gather_rows(weight, chosen) > 0) * silent, denoised_valid * UNLISTED_WEIGHT], 1)
         weights = torch.where(positive, 1.0, weights)
     per_group = F.cross_entropy(logits.classes.flatten(0, 1), labels.flatten(), reduction="none").view(
         labels.shape
