@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,12 +52,17 @@ class Oracle(nn.Module):
             objects = SAMPLES[index]
             boxes = torch.from_numpy(objects.boxes) / torch.tensor([60.0, 40.0, 60.0, 40.0])
             labels = [
-                (instruction.classes.index(n) + self.shift) % len(instruction.classes) for n in objects.names
+                (instruction.classes.index(n) + self.shift) % len(instruction.classes)
+                for n in objects.names
+                if n in instruction.classes
             ]
+            listed = torch.tensor([name in instruction.classes for name in objects.names])
             keep = ~torch.from_numpy(objects.iscrowd)
             answers.append(
                 SimpleNamespace(
-                    boxes=boxes[keep], scores=torch.tensor([0.9, 0.8]), labels=torch.tensor(labels)[keep]
+                    boxes=boxes[keep & listed],
+                    scores=torch.tensor([0.9, 0.8, 0.7])[keep & listed],
+                    labels=torch.tensor(labels)[keep[listed]],
                 )
             )
         return answers
@@ -75,15 +81,30 @@ def test_true_boxes_reach_100(names):
 
 def test_prompts_are_fixed_and_mixed():
     one, two = (ValidationSet("scenes", SAMPLES, 4, 20, 32) for _ in range(2))
-    assert [p.instruction for p in one.pictures] == [p.instruction for p in two.pictures]
+    assert [p.asked for p in one.pictures] == [p.asked for p in two.pictures]
     assert len(one.pictures) == 4
     for index, picture in enumerate(one.pictures):
-        classes = picture.instruction.classes
+        classes = picture.asked.classes
         assert len(set(classes)) == 20
         assert set(SAMPLES[index].names) <= set(classes) <= set(VOCABULARY)
-    places = [p.instruction.classes.index(SAMPLES[i].names[0]) for i, p in enumerate(one.pictures)]
+    places = [p.asked.classes.index(SAMPLES[i].names[0]) for i, p in enumerate(one.pictures)]
     assert len(set(places)) > 1
-    assert ValidationSet("photos", SAMPLES, 1, None, 32).pictures[0].instruction.classes == VOCABULARY
+    assert ValidationSet("photos", SAMPLES, 1, None, 32).pictures[0].asked.classes == VOCABULARY
+
+
+@pytest.mark.parametrize("top", [2, 1])
+def test_more_names_than_an_instruction_lists_are_asked_in_groups(top):
+    """Objects of the first, of the last and of both groups, in pictures beside one with a short prompt."""
+    many = VOCABULARY + tuple(f"other thing {i}" for i in range(1000))
+    order = {0: many[::-1], 1: (*many[1:], many[0]), 2: (many[2], *many[4:], many[3]), 3: VOCABULARY, 4: many}
+    samples = [replace(entry, vocabulary=order[index]) for index, entry in enumerate(SAMPLES)]
+    one, network = ValidationSet("photos", samples, 5, None, 32), Oracle()
+    assert [len(picture.asked.instructions) for picture in one.pictures] == [3, 3, 3, 1, 3]
+    found = one.predictions(network, range(5), 5, top)
+    assert len(found) == 5 * top
+    assert [network.seen.count(index) for index in range(5)] == [3, 3, 3, 1, 3]
+    numbers = Validation([one], ALONE, batch_size=2, top=100)(Oracle())
+    assert numbers["photos/AP"] == pytest.approx(100.0)
 
 
 def test_few_names_drop_present_ones():

@@ -13,7 +13,7 @@ from torch import nn
 from visionllm.data.sample import Sample
 from visionllm.evaluate.coco import coco_metrics
 from visionllm.image import resize_square
-from visionllm.instruction import Instruction
+from visionllm.pipeline import Request, class_request
 from visionllm.train.distributed import Processes
 
 REPORTED = ("AP", "AP50", "AP75")
@@ -30,7 +30,7 @@ class Samples(Protocol):
 @dataclass
 class _Picture:
     image: np.ndarray  # uint8 [S, S, 3]
-    instruction: Instruction
+    asked: Request  # one instruction, or several for more names than one can list
     size: tuple[int, int]  # width, height before resizing
 
 
@@ -42,6 +42,7 @@ class ValidationSet:
         samples: data set; its first ``limit`` samples are used.
         names: how many names each prompt lists: those in the picture first, then absent ones of the sample's
             vocabulary, in random order drawn from (seed, index). None: the whole vocabulary in its own order.
+            More than an instruction can list are asked in groups.
         image_size: side that pictures are resized to.
 
     Raises ValueError when there are no samples.
@@ -62,7 +63,7 @@ class ValidationSet:
                 listed = listed_names(sample, names, np.random.default_rng((seed, index)))
             height, width = sample.image.shape[:2]
             picture = resize_square(sample.image, image_size)
-            self.pictures.append(_Picture(picture, Instruction(classes=tuple(listed)), (width, height)))
+            self.pictures.append(_Picture(picture, class_request(listed), (width, height)))
             images.append({"id": index, "width": width, "height": height})
             for entry in listed:
                 self.categories.setdefault(entry, len(self.categories) + 1)
@@ -92,28 +93,47 @@ class ValidationSet:
         self, network: Any, indices: Sequence[int], batch_size: int, top: int
     ) -> list[dict[str, Any]]:
         """COCO results of the network for these pictures."""
-        device = next(network.parameters()).device
         results = []
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
-            images = torch.from_numpy(np.stack([self.pictures[i].image for i in chosen])).to(device)
-            answers = network.detect(images, [self.pictures[i].instruction for i in chosen], top=top)
-            for index, answer in zip(chosen, answers, strict=True):
+            for index, found in zip(chosen, self._answers(network, chosen, top), strict=True):
                 picture = self.pictures[index]
                 scale = np.array(picture.size * 2, dtype=np.float64)  # [4]
-                boxes = answer.boxes.detach().cpu().double().numpy() * scale  # [n, 4]
-                for box, score, label in zip(
-                    boxes.tolist(), answer.scores.tolist(), answer.labels.tolist(), strict=True
-                ):
+                # The best of all groups; within one they are in this order already.
+                for box, score, label in sorted(found, key=lambda answer: -answer[1])[:top]:
+                    x1, y1, x2, y2 = (np.array(box) * scale).tolist()
                     results.append(
                         {
                             "image_id": index,
-                            "category_id": self.categories[picture.instruction.classes[label]],
-                            "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                            "category_id": self.categories[picture.asked.classes[label]],
+                            "bbox": [x1, y1, x2 - x1, y2 - y1],
                             "score": score,
                         }
                     )
         return results
+
+    def _answers(
+        self, network: Any, chosen: Sequence[int], top: int
+    ) -> list[list[tuple[list[float], float, int]]]:
+        """Box in 0..1, score and position in ``asked.classes`` of every object found, for each picture.
+
+        The first instructions of all pictures go in one pass, then the second ones, ...
+        """
+        device = next(network.parameters()).device
+        pictures = [self.pictures[index] for index in chosen]
+        found: list[list[tuple[list[float], float, int]]] = [[] for _ in pictures]
+        listed = [0] * len(pictures)  # names asked for so far
+        for turn in range(max(len(picture.asked.instructions) for picture in pictures)):
+            members = [i for i, picture in enumerate(pictures) if turn < len(picture.asked.instructions)]
+            images = torch.from_numpy(np.stack([pictures[i].image for i in members])).to(device)
+            instructions = [pictures[i].asked.instructions[turn] for i in members]
+            answers = network.detect(images, instructions, top=top)
+            for i, instruction, answer in zip(members, instructions, answers, strict=True):
+                boxes = answer.boxes.detach().cpu().double().tolist()  # n times x1, y1, x2, y2
+                labels = [listed[i] + label for label in answer.labels.tolist()]
+                found[i] += zip(boxes, answer.scores.tolist(), labels, strict=True)
+                listed[i] += len(instruction.classes)
+        return found
 
 
 class Validation:
