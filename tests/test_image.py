@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from visionllm.image import ImageError, open_image, resize_square
 
@@ -110,6 +110,21 @@ def test_cmyk_jpeg_lab_and_bilevel():
     assert open_image(red.convert("YCbCr"))[0, 0][0] > 250
     assert open_image(red.convert("HSV"))[0, 0].tolist() == RED
     assert open_image(Image.new("1", (2, 2), 1)).tolist() == [[WHITE, WHITE]] * 2
+
+
+def test_what_colour_management_refuses_is_an_image_error(monkeypatch):
+    def refuse(*arguments, **options):
+        raise ImageCms.PyCMSError("cannot build transform")
+
+    monkeypatch.setattr(ImageCms, "profileToProfile", refuse)
+    with pytest.raises(ImageError, match="in mode LAB cannot be made RGB: cannot build transform"):
+        open_image(Image.new("LAB", (4, 4)))
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_a_picture_without_pixels_is_refused(size):
+    with pytest.raises(ImageError, match=f"expected at least one pixel, got {size[0]}x{size[1]}"):
+        open_image(Image.new("RGB", size))
 
 
 # EXIF orientation k: how stored pixels turn into the upright picture (EXIF 2.3, tag 0x0112).

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import os
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from visionllm.data.scenes import SceneDataset
+from visionllm import cli
+from visionllm.data.scenes import SceneDataset, glyphs
 from visionllm.data.scenes.atlas import HELD_OUT_STYLE, GlyphAtlas
 from visionllm.data.scenes.backgrounds import COCO_NAMES, PHOTO_THINGS
 from visionllm.data.scenes.dataset import RELATED
@@ -117,6 +121,49 @@ def test_command_builds_an_atlas_that_scenes_use(tmp_path: Path, capsys: pytest.
     assert atlas.names == ("bear", "dog") and atlas.styles == ("noto", "twemoji")
     names = {name for index in range(60) for name in SceneDataset("train", glyphs=output)[index].names}
     assert {"bear", "dog"} & names
+
+
+def npm(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An npm that does what the script says."""
+    (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_failed_download_names_the_package_and_the_reason(tmp_path: Path, monkeypatch, capsys) -> None:
+    npm(tmp_path, "echo 'npm error 404 Not Found' >&2; exit 7", monkeypatch)
+    assert cli.main(["glyphs", "--output", str(tmp_path / "atlas"), "--styles", "noto"]) == 1
+    assert capsys.readouterr().err == (
+        "visionllm glyphs: iconify-json-noto-1.2.9.tgz: npm could not download @iconify-json/noto: "
+        "npm error 404 Not Found\n"
+    )
+
+
+def test_a_download_that_hangs_ends(tmp_path: Path, monkeypatch) -> None:
+    npm(tmp_path, "exec sleep 60", monkeypatch)
+    monkeypatch.setattr(glyphs, "NPM_SECONDS", 0.2)
+    with pytest.raises(OSError, match=r"npm did not download @iconify-json/noto within 0\.2 s"):
+        main(["--output", str(tmp_path / "atlas"), "--styles", "noto"])
+
+
+def test_a_missing_renderer_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    archive(tmp_path, "noto", ICONS)
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    arguments = ["--output", str(tmp_path / "atlas"), "--packages", str(tmp_path), "--styles", "noto"]
+    assert cli.main(["glyphs", *arguments]) == 1
+    expected = "visionllm glyphs: the glyph atlas needs resvg-py: pip install resvg-py\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no archive", gzip.compress(b"no tar"), gzip.compress(b"x" * 99)[:30]]
+)
+def test_a_broken_archive_is_named(tmp_path: Path, content: bytes) -> None:
+    archive(tmp_path, "noto", ICONS)
+    path = next(tmp_path.glob("*.tgz"))
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path.name}: expected an archive with package/icons\.json"):
+        main(["--output", str(tmp_path / "atlas"), "--packages", str(tmp_path), "--styles", "noto"])
 
 
 def test_no_npm_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,8 @@ def _open_stream(stream: IO[bytes], name: str, max_pixels: int | None, upright: 
 
 def _decode(image: Image.Image, name: str, max_pixels: int | None, upright: bool) -> np.ndarray:
     _check_size(name, image.size, max_pixels)
+    if 0 in image.size:
+        raise ImageError(f"{name}: expected at least one pixel, got {image.width}x{image.height}")
     kind = f"{image.format or 'picture'} of {image.width}x{image.height} pixels"
     try:
         image.load()
@@ -156,7 +158,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int | None, upright: bool
             image = ImageOps.exif_transpose(image)
     try:
         return np.ascontiguousarray(_to_rgb(image))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above; LAB's colour management has an error class of its own
         raise ImageError(f"{name}: a {kind} in mode {image.mode} cannot be made RGB: {error}") from error
 
 

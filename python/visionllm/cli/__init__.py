@@ -40,7 +40,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line, by default the process's own, and returns its exit code.
 
-    Errors of files and values are one line on stderr; VISIONLLM_TRACEBACK=1 shows where they arose.
+    Errors of files, values and what is not installed are one line on stderr, and so are those of torch and of
+    our kernels; VISIONLLM_TRACEBACK=1 shows where they arose.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -67,10 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has left: no error of ours. Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("VISIONLLM_TRACEBACK"):
             raise
-        print(f"visionllm {name}: {error}", file=sys.stderr)
+        # A RuntimeError may be our own bug: its line says how to see more.
+        hint = " (VISIONLLM_TRACEBACK=1 shows where)" if isinstance(error, RuntimeError) else ""
+        print(f"visionllm {name}: {str(error) or type(error).__name__}{hint}", file=sys.stderr)
         return 1
 
 

@@ -4,7 +4,7 @@ The packages (`SETS`) hold SVG bodies in the Iconify JSON format. Every glyph th
 class is rendered so that the longer side of its visible extent is `GLYPH_SIZE` pixels, centred on a
 transparent square.
 
-    python -m visionllm.data.scenes.glyphs --output DIR
+    visionllm glyphs --output DIR
 
 needs `npm` (only to download: `npm pack`) and the Python package `resvg-py`. It writes
 
@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,8 @@ import numpy as np
 from PIL import Image
 
 from visionllm.data.scenes.atlas import GLYPH_SIZE
+
+NPM_SECONDS = 300  # for one archive, a few MB
 
 
 @dataclass(frozen=True)
@@ -184,12 +187,29 @@ def fetch_icons(style: str, packages: Path | None = None) -> IconSet:
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             command = [npm, "pack", "--silent", f"{source.package}@{source.version}"]
-            subprocess.run(command, cwd=path.parent, check=True, stdout=subprocess.DEVNULL)
-        with tarfile.open(path) as tar:
-            member = tar.extractfile("package/icons.json")
-            if member is None:
-                raise ValueError(f"{path}: expected package/icons.json, found none")
-            return IconSet(style, json.load(member))
+            try:
+                subprocess.run(
+                    command, cwd=path.parent, check=True, capture_output=True, text=True, timeout=NPM_SECONDS
+                )
+            except subprocess.TimeoutExpired as error:
+                raise OSError(
+                    f"{archive}: npm did not download {source.package} within {NPM_SECONDS} s; "
+                    "try again or put the archive in --packages"
+                ) from error
+            except subprocess.CalledProcessError as error:
+                raise OSError(
+                    f"{archive}: npm could not download {source.package}: "
+                    f"{' '.join(error.stderr.split()) or f'exit code {error.returncode}'}"
+                ) from error
+        try:
+            with tarfile.open(path) as tar:
+                member = tar.extractfile("package/icons.json")
+                icons = json.load(member) if member is not None else None
+        except (tarfile.TarError, EOFError, KeyError, zlib.error, ValueError) as error:
+            raise ValueError(f"{path}: expected an archive with package/icons.json: {error}") from error
+        if not isinstance(icons, dict) or "icons" not in icons:
+            raise ValueError(f"{path}: package/icons.json: expected an Iconify icon set")
+        return IconSet(style, icons)
 
 
 def build_atlas(output: Path, packages: Path | None = None, styles: tuple[str, ...] = tuple(SETS)) -> dict:
