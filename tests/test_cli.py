@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from colour_network import ColourNetwork, picture
-from PIL import Image
+from PIL import Image, ImageCms
 
 import visionllm.pipeline
 from visionllm.cli import COMMANDS, main
@@ -101,7 +101,6 @@ def test_nothing_to_do(tmp_path, capsys):
         (["a.png", "--output", "out", "--instruction", "Find {}"], "instruction, position"),
         (["a.png", "--output", "out", "--classes", "dog", "--threshold", "2"], "expected a score in 0..1"),
         (["a.png", "--output", "out", "--classes", "dog", "--batch-size", "0"], "expected 1 or more"),
-        (["a.png", "--output", __file__, "--classes", "dog"], "is a file, expected a folder"),
         (["a.png", "--output", ".", "--classes", "dog"], "expected another folder"),
     ],
 )
@@ -194,6 +193,61 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VISIONLLM_TRACEBACK", "1")
     with pytest.raises(ValueError, match="expected an annotation file"):
         main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ImportError("no module resvg"), "no module resvg"),
+        (RuntimeError("VISIONLLM_ISA asks"), "VISIONLLM_ISA asks (VISIONLLM_TRACEBACK=1 shows where)"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_what_this_machine_lacks_is_one_line(folder, tmp_path, capsys, monkeypatch, network, error, line):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(network, "detect", fail)
+    arguments = ["predict", str(folder), "--classes", "red", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == f"visionllm predict: {line}\n"
+    monkeypatch.setattr(network, "detect", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a bug of ours is not one line
+        main(arguments)
+
+
+def test_one_picture_that_colour_management_refuses_does_not_stop_the_others(
+    folder, tmp_path, capsys, monkeypatch
+):
+    def refuse(*arguments, **options):
+        raise ImageCms.PyCMSError("cannot build transform")
+
+    monkeypatch.setattr(ImageCms, "profileToProfile", refuse)
+    Image.new("LAB", (8, 8)).save(folder / "aa.tif")
+    output = tmp_path / "out"
+    assert main(["predict", str(folder), "--classes", "red", "--output", str(output)]) == 1
+    assert [Path(entry["file"]).name for entry in predictions(output)["pictures"]] == ["a.png", "b.jpg"]
+    assert "aa.tif: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_an_output_that_is_a_file_is_refused(command, capsys):
+    arguments = {
+        "predict": ["a.png", "--classes", "dog"],
+        "evaluate": ["--annotations", "a", "--images", "b"],
+    }
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *arguments[command], "--output", __file__])
+    assert stopped.value.code == 2
+    assert f"argument --output: {__file__} is a file, expected a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_scenes_are_at_least_one(count, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(["scenes", "--count", count, "--output", str(tmp_path / "scenes")])
+    assert stopped.value.code == 2 and "expected 1 or more" in capsys.readouterr().err
+    assert not (tmp_path / "scenes").exists()
 
 
 def test_the_module_runs_as_a_program():

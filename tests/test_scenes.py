@@ -230,7 +230,7 @@ def test_atlas_chooses_among_training_styles(atlas: Path) -> None:
 
 
 def test_missing_atlas_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="python -m visionllm.data.scenes.glyphs --output"):
+    with pytest.raises(FileNotFoundError, match="visionllm glyphs --output"):
         SceneDataset("train", glyphs=tmp_path)
 
 

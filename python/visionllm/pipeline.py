@@ -14,13 +14,13 @@ import torch
 
 from visionllm.image import MAX_PIXELS, ImageSource, open_image, resize_square, source_name
 from visionllm.instruction import Instruction, parse
+from visionllm.instruction.instruction import MAX_CLASSES
 from visionllm.result import Boxes, Result
 
 if TYPE_CHECKING:
     from visionllm.instruction import Template
     from visionllm.model.network import Network
 
-MAX_CLASSES = 512  # class tokens <c0> … <c511>: larger sets are asked in groups
 MAX_BOXES = 100  # candidates kept per picture, as the COCO metrics do
 DEFAULT_MODEL = "tiny"
 ANSWERED_TASKS = ("detection", "grounding")
@@ -190,7 +190,8 @@ def load(model: str | os.PathLike[str] = DEFAULT_MODEL, device: str | None = Non
     """The model that comes with the package, or one from a folder.
 
     Args:
-        model: a folder as for `VisionLLM.from_pretrained`, or the name of packaged weights.
+        model: a folder as for `VisionLLM.from_pretrained`, or, as text, the name of packaged weights, which
+            goes before a folder of that name in the working directory: that one is "./name".
         device: as for `VisionLLM.from_pretrained`.
 
     Raises:
@@ -201,12 +202,16 @@ def load(model: str | os.PathLike[str] = DEFAULT_MODEL, device: str | None = Non
 
 def model_folder(model: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
     """The folder that `load` reads; raises FileNotFoundError as it does."""
-    if Path(model).is_dir():
-        return Path(model)
     name = os.fspath(model)
     weights = Path(str(resources.files("visionllm"))) / "weights"
-    if name.isidentifier() and (weights / name / "model.safetensors").is_file():
+    if (
+        isinstance(model, str)
+        and name == Path(name).name
+        and (weights / name / "model.safetensors").is_file()
+    ):
         return weights / name
+    if Path(model).is_dir():
+        return Path(model)
     packaged = sorted(entry.parent.name for entry in weights.glob("*/model.safetensors"))
     raise FileNotFoundError(
         f"{name}: expected a model folder or the name of packaged weights. In this installation: "
@@ -253,7 +258,7 @@ def request_of(instruction: InstructionLike) -> Request:
 
 
 def class_request(classes: Sequence[str], template: Template | None = None) -> Request:
-    """Any number of classes, asked in as few groups of at most 512 as can be, of nearly equal size.
+    """Any number of classes, asked in as few groups of at most MAX_CLASSES as can be, of nearly equal size.
 
     Args:
         classes: their names.

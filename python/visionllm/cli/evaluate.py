@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visionllm.atomic_file import write_json
-from visionllm.cli.predict import positive
+from visionllm.cli.arguments import folder, positive
 
 PRINTED_CLASSES = 100  # a longer table is cut in the middle; classes.json has all of it
 
@@ -17,9 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns 0; anything wrong with the files is raised as ValueError with the file's name."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    output = Path(options.output)
-    if output.exists() and not output.is_dir():
-        parser.error(f"--output: {output} is a file, expected a folder")
+    output: Path = options.output
 
     from visionllm.evaluate.dataset import EvaluationSet
 
@@ -65,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images", required=True, metavar="DIR", help="folder that file names are relative to"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for metrics.json and the rest")
+    parser.add_argument(
+        "--output", type=folder, required=True, metavar="DIR", help="folder for metrics.json and the rest"
+    )
     parser.add_argument(
         "--model", default="tiny", metavar="DIR", help="model folder (default: the packaged tiny)"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionllm.atomic_file import write_json
+from visionllm.cli.arguments import folder, positive, score
 from visionllm.image import IMAGE_SUFFIXES, MAX_PIXELS, ImageError
 
 if TYPE_CHECKING:
@@ -20,9 +21,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns 0, or 1 when a picture failed."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    output = Path(options.output)
-    if output.exists() and not output.is_dir():
-        parser.error(f"--output: {output} is a file, expected a folder")
+    output: Path = options.output
     paths, failed = find_pictures(options.paths)
     if any(path.resolve().parent == output.resolve() for path in paths):
         parser.error(f"--output: pictures come from {output}; expected another folder")
@@ -73,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--instruction", metavar="TEXT", help="what to find, in words with a class set")
     asked.add_argument("--classes", metavar="NAME,NAME", help="what to find, as names: dog,red car")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for what is written")
+    parser.add_argument(
+        "--output", type=folder, required=True, metavar="DIR", help="folder for what is written"
+    )
     parser.add_argument(
         "--model", default="tiny", metavar="DIR", help="model folder (default: the packaged tiny)"
     )
@@ -149,7 +150,6 @@ def predict_files(
     from visionllm.image import open_image
 
     names = output_names(paths)
-    output = Path(options.output)
     # disable=None: no bar where stderr is no terminal
     with tqdm(total=len(paths), unit="picture", disable=True if options.quiet else None) as progress:
         for start in range(0, len(paths), options.batch_size):
@@ -165,7 +165,7 @@ def predict_files(
                 opened, model.answer(images, [request] * len(images), threshold), strict=True
             ):
                 result.source = str(path)
-                result.save(output / names[path])
+                result.save(options.output / names[path])
                 pictures.append(picture_entry(result, names[path]))
                 if not options.quiet:
                     progress.write(f"{path}: {result.summary()}")
@@ -202,19 +202,3 @@ def output_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 def report_failure(entry: dict[str, str]) -> None:
     print(f"visionllm predict: {entry['error']}", file=sys.stderr)
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
-    return value
-
-
-def score(text: str) -> float:
-    """A number in 0..1, for argparse."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a score in 0..1, got {text}")
-    return value

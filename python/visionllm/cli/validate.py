@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from visionllm.cli.predict import positive
+from visionllm.cli.arguments import positive
 
 
 def main(argv: Sequence[str]) -> int:

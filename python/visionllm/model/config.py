@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 LOCATION_BINS = 1025  # <p-512> … <p512>, an offset in units of 1/512 of the picture's height or width
-CLASS_TOKENS = 512  # <c0> … <c511>
 MAX_BOUNDARY_POINTS = 64  # <x1> <y1> … <x64> <y64>
 STRIDES = (8, 16, 32, 64)  # of the four scales, in pixels
 GROUPS = 16  # of the group norms behind the scales' convolutions

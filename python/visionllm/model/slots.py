@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from visionllm.model.config import CLASS_TOKENS, LOCATION_BINS, MAX_BOUNDARY_POINTS, ModelConfig
+from visionllm.instruction.instruction import MAX_CLASSES
+from visionllm.model.config import LOCATION_BINS, MAX_BOUNDARY_POINTS, ModelConfig
 from visionllm.model.position_encoding import sine_encoding
 
 BINS_PER_UNIT = (LOCATION_BINS - 1) // 2  # a bin is 1/512 of the picture's height or width
@@ -95,7 +96,7 @@ class SlotHead(nn.Module):
 
 def class_token_embedding(dim: int) -> nn.Embedding:
     """Rows of <c0> … <c511>."""
-    embedding = nn.Embedding(CLASS_TOKENS, dim)
+    embedding = nn.Embedding(MAX_CLASSES, dim)
     nn.init.normal_(embedding.weight, std=0.5)
     return embedding
 

@@ -25,7 +25,7 @@ class GlyphAtlas:
         if not (folder / "glyphs.json").exists():
             raise FileNotFoundError(
                 f"glyphs: expected glyphs.json and glyphs.npy in {folder}, found none; "
-                f"make them with: python -m visionllm.data.scenes.glyphs --output {folder}"
+                f"make them with: visionllm glyphs --output {folder}"
             )
         index = json.loads((folder / "glyphs.json").read_text())
         self.folder = folder

@@ -81,8 +81,8 @@ class SceneDataset:
         split: one of `SPLITS`.
         seed: another seed gives other scenes.
         size: side of the square pictures, pixels.
-        length: number of scenes; `LENGTHS` by default.
-        glyphs: folder of the atlas (`python -m visionllm.data.scenes.glyphs`), or None.
+        length: number of scenes, 1 or more; `LENGTHS` by default.
+        glyphs: folder of the atlas (`visionllm glyphs`), or None.
         backgrounds: folder of photos to crop backgrounds from, or None. Every eighth one is kept for the
             splits that are not trained on.
         background_annotations: COCO-format JSON of those photos: what they show is then known (see `Photo`).
@@ -112,6 +112,8 @@ class SceneDataset:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         if size < 32:
             raise ValueError(f"size must be at least 32 pixels, got {size}")
+        if length is not None and length < 1:
+            raise ValueError(f"length must be at least 1 scene, got {length}")
         self.split, self.seed, self.size = split, seed, size
         self.length = LENGTHS[split] if length is None else length
         self.augment = augment or (TRAINING if split == "train" else EVALUATION)

@@ -34,12 +34,15 @@ def write_coco(
         raise ValueError(f"image_format must be 'png' or 'jpg', got {image_format!r}")
     if not dataset.with_masks:
         raise ValueError("write_coco: expected a SceneDataset made with masks=True, got masks=False")
+    count = len(dataset) if count is None else count
+    if not 1 <= count <= len(dataset):
+        raise ValueError(f"write_coco: count must be 1 to {len(dataset)}, got {count}")
     output = Path(output)
     (output / "images").mkdir(parents=True, exist_ok=True)
     category = {name: i + 1 for i, name in enumerate(dataset.names)}
     images: list[dict] = []
     annotations: list[dict] = []
-    for index in range(len(dataset) if count is None else count):
+    for index in range(count):
         sample = dataset[index]
         file_name = f"{index:06d}.{image_format}"
         Image.fromarray(sample.image).save(output / "images" / file_name, quality=95)
@@ -107,11 +110,13 @@ def contact_sheet(dataset: Sequence[Sample] | SceneDataset, count: int = 24, col
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: write a split as a COCO-format folder."""
+    from visionllm.cli.arguments import positive
+
     parser = argparse.ArgumentParser(
         prog="visionllm scenes", description="Write generated scenes in COCO format."
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for images/ and annotations.json")
-    parser.add_argument("--count", type=int, default=100, help="number of scenes")
+    parser.add_argument("--count", type=positive, default=100, help="number of scenes")
     parser.add_argument("--split", choices=SPLITS, default="val")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=224, help="side of the pictures in pixels")

@@ -1,0 +1,30 @@
+"""What several commands' arguments have in common."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def score(text: str) -> float:
+    """A number in 0..1, for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a score in 0..1, got {text}")
+    return value
+
+
+def folder(text: str) -> Path:
+    """A folder to write to, there or not yet, for argparse."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a file, expected a folder")
+    return path
