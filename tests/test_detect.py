@@ -9,6 +9,7 @@ import torch
 from small_network import NAMES, SMALL, pictures, small_network
 
 from visionllm.instruction import EVAL_TEMPLATES, Instruction
+from visionllm.model.slots import SlotLogits
 
 TOLERANCE = 1e-5  # scores and boxes of size 1: sums in another order
 
@@ -96,8 +97,26 @@ def test_boxes_are_centres_and_offsets():
     network = small_network(coordinate_window=0)
     found = network.detect(pictures(1), [instruction(NAMES)])[0]
     corners = found.centers.repeat(1, 2) + found.bins / 512
-    low, high = torch.minimum(corners[:, :2], corners[:, 2:]), torch.maximum(corners[:, :2], corners[:, 2:])
-    torch.testing.assert_close(found.boxes, torch.cat([low, high], 1).clamp(0, 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.boxes, corners.clamp(0, 1), atol=1e-6, rtol=0)
+
+
+def test_corners_said_in_the_wrong_order_change_places_with_their_tokens(monkeypatch):
+    network = small_network(coordinate_window=0)
+    instructions = [instruction(NAMES)]
+    right = network.detect(pictures(1), instructions)[0]
+    decode = network.decode_slots
+
+    def turned(*arguments):
+        logits, boxes = decode(*arguments)
+        locations = logits.locations.clone()
+        locations[:, ::2] = locations[:, ::2][..., [2, 3, 0, 1], :]  # of every second group
+        return SlotLogits(logits.classes, locations), boxes
+
+    monkeypatch.setattr(network, "decode_slots", turned)
+    found = network.detect(pictures(1), instructions)[0]
+    assert_same(found, right)
+    assert torch.equal(found.bins, right.bins)
+    assert (right.bins[:, :2] <= right.bins[:, 2:]).all()
 
 
 def test_the_wording_is_read(network):

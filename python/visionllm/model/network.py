@@ -33,7 +33,7 @@ class Detections:
     Attributes:
         boxes: fp32 [n, 4], x1 y1 x2 y2, clipped to 0..1.
         scores: fp32 [n]; labels: int64 [n], index into the instruction's classes.
-        centers: fp32 [n, 2], l_i; bins: int64 [n, 4], the offset tokens said, −512..512.
+        centers: fp32 [n, 2], l_i; bins: int64 [n, 4], the offset tokens said, −512..512, in the boxes' order.
     """
 
     boxes: Tensor
@@ -165,14 +165,11 @@ class Network(nn.Module):
         tokens = self.image_tokens(images.to(self.device), text)
         logits, groups = self.decode_slots(prompts, text, tokens)
         corners = self.boxes_from_slots(logits.locations, groups)  # [B, M, 4]
-        corners = torch.cat(
-            [
-                torch.minimum(corners[..., :2], corners[..., 2:]),
-                torch.maximum(corners[..., :2], corners[..., 2:]),
-            ],
-            -1,
-        ).clamp(0, 1)
+        # Corners said in the wrong order change places, and their tokens with them.
+        turned = (corners[..., :2] > corners[..., 2:]).repeat(1, 1, 2)
         bins = logits.locations.argmax(-1) - BINS_PER_UNIT
+        corners = torch.where(turned, corners.roll(2, -1), corners).clamp(0, 1)
+        bins = torch.where(turned, bins.roll(2, -1), bins)
         a = self.config.objectness_power
         objectness = tokens.objectness[-1].sigmoid()[..., None]  # [B, M, 1]
         scores = objectness**a * logits.classes.softmax(-1)[..., :-1] ** (1 - a)  # [B, M, K]
