@@ -192,7 +192,8 @@ def test_the_detection_corpus_is_large_varied_and_keeps_evaluation_apart():
     words = [len(template.text.replace("<class>", "").split()) for template in train]
     assert sum(count <= 25 for count in words) >= len(train) / 2
     assert max(words) >= 60
-    assert 0.6 <= sum(template.image_first for template in train) / len(train) <= 0.75
+    image_first = sum(template.text.index("<image>") < template.text.index("<class>") for template in train)
+    assert 0.6 <= image_first / len(train) <= 0.75
     assert 0.4 <= sum(template.coordinates == "offset" for template in train) / len(train) <= 0.6
     assert 0.3 <= sum("(c, x1, y1, x2, y2)" in template.text for template in train) / len(train) <= 0.7
     assert {template.coordinates for template in EVAL_TEMPLATES["detection"]} == {"offset", "absolute"}

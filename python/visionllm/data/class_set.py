@@ -33,9 +33,6 @@ class PromptSettings:
         0.3  # prompts whose absent names prefer those that share a word with a present one
     )
     hard_share: float = 0.5  # of the absent names of such a prompt, at most
-    foreign_share: float = (
-        0.2  # of the absent names, at most, from names the caller vouches are never in the pictures
-    )
     usual_range: int = 512
     other_range: float = 0.4  # prompts with another range
     ranges: tuple[int, int] = (100, 2000)  # log-uniform
@@ -68,7 +65,6 @@ def draw_class_set(
     present: Sequence[str],
     unclear: Sequence[str],
     vocabulary: tuple[str, ...],
-    foreign: tuple[str, ...],
     count: int,
     rng: np.random.Generator,
     settings: PromptSettings,
@@ -80,7 +76,6 @@ def draw_class_set(
         unclear: names of crowds and cut-off objects: neither present nor absent, listed only for want of
             others.
         vocabulary: names whose absence is known where no box is.
-        foreign: further names that are never in the source's pictures.
         count: how many names to list.
         rng: where all randomness comes from.
         settings: how.
@@ -91,11 +86,9 @@ def draw_class_set(
     present_names = list(dict.fromkeys(present))
     shown = set(present_names).union(unclear)
     absent = [name for name in vocabulary if name not in shown]
-    known = shown.union(vocabulary)
-    foreign_names = [name for name in foreign if name not in known]
 
     listed: list[str] = []
-    if rng.random() >= settings.only_absent or len(absent) + len(foreign_names) < count:
+    if rng.random() >= settings.only_absent or len(absent) < count:
         listed = [name for name in present_names if rng.random() < settings.list_present]
         if not listed and present_names:
             listed = [present_names[rng.integers(len(present_names))]]
@@ -104,9 +97,7 @@ def draw_class_set(
             listed = _pick(listed, int(rng.integers((count + 1) // 2, count + 1)), rng)
 
     wanted = count - len(listed)
-    from_foreign = int(rng.integers(int(wanted * settings.foreign_share) + 1)) if foreign_names else 0
-    from_foreign = max(min(from_foreign, len(foreign_names)), min(wanted - len(absent), len(foreign_names)))
-    from_absent = min(wanted - from_foreign, len(absent))
+    from_absent = min(wanted, len(absent))
     hard: list[str] = []
     if present_names and rng.random() < settings.hard_negatives:
         words = frozenset().union(*map(_words, present_names))
@@ -114,9 +105,7 @@ def draw_class_set(
         hard = _pick(similar, min(math.ceil(from_absent * settings.hard_share), from_absent), rng)
         chosen = set(hard)
         absent = [name for name in absent if name not in chosen]
-    names = (
-        listed + hard + _pick(absent, from_absent - len(hard), rng) + _pick(foreign_names, from_foreign, rng)
-    )
+    names = listed + hard + _pick(absent, from_absent - len(hard), rng)
 
     if len(names) < count:
         taken = set(names)
@@ -125,7 +114,7 @@ def draw_class_set(
     if len(names) < count:
         names += _pick(sorted(shown.difference(present_names)), count - len(names), rng)
     if len(names) < count:
-        raise ValueError(f"count: expected at most {len(known) + len(foreign_names)} names, got {count}")
+        raise ValueError(f"count: expected at most {len(shown.union(vocabulary))} names, got {count}")
     return tuple(names[i] for i in rng.permutation(count))
 
 

@@ -32,15 +32,12 @@ class Source:
         weight: share of the samples, relative to the other sources.
         photo: a finite set of photos, drawn with augmentation; otherwise pictures are taken as they are.
         name: for logs.
-        absent_names: names that the caller vouches are never in this source's pictures; they may be listed
-            there as absent classes beside the source's own vocabulary.
     """
 
     dataset: SampleSource
     weight: float = 1.0
     photo: bool = False
     name: str = ""
-    absent_names: tuple[str, ...] = ()
 
 
 @dataclass
@@ -160,8 +157,7 @@ class TrainingBatches:
         rngs = [self._rng(SAMPLE_STREAM, step, self.rank, position) for position in range(self.batch_size)]
         chosen = [int(eligible[np.searchsorted(shares[:-1], rng.random(), "right")]) for rng in rngs]
         samples = [self._sample(index, count, rng) for index, rng in zip(chosen, rngs, strict=True)]
-        known = [self._known(index, sample) for index, sample in zip(chosen, samples, strict=True)]
-        count = min([count, *known])
+        count = min([count, *map(_names_known, samples)])
         batch = TrainBatch(
             images=np.stack([sample.image for sample in samples]),
             boxes=[],
@@ -172,8 +168,8 @@ class TrainingBatches:
             unlisted_names=[],
             source=[self.sources[index].name for index in chosen],
         )
-        for index, sample, rng in zip(chosen, samples, rngs, strict=True):
-            self._add_prompt(batch, sample, self.sources[index], count, template, rng)
+        for sample, rng in zip(samples, rngs, strict=True):
+            self._add_prompt(batch, sample, count, template, rng)
         return batch
 
     def _rng(self, *stream: int) -> np.random.Generator:
@@ -186,7 +182,7 @@ class TrainingBatches:
         """
         sample = self._draw(index, rng)
         for _ in range(DRAWS - 1):
-            if self._known(index, sample) >= 0.95 * count:
+            if _names_known(sample) >= 0.95 * count:
                 break
             sample = self._draw(index, rng)
         return sample
@@ -198,15 +194,10 @@ class TrainingBatches:
         dataset = self.sources[index].dataset
         return resize(dataset[int(rng.integers(len(dataset)))], self.image_size, self.image_size)
 
-    def _known(self, index: int, sample: Sample) -> int:
-        """How many names a prompt for the sample can list."""
-        return len({*sample.vocabulary, *sample.names, *self.sources[index].absent_names})
-
     def _add_prompt(
         self,
         batch: TrainBatch,
         sample: Sample,
-        source: Source,
         count: int,
         template: Template,
         rng: np.random.Generator,
@@ -214,9 +205,7 @@ class TrainingBatches:
         is_target = ~np.asarray(sample.iscrowd, bool)
         present = [name for name, target in zip(sample.names, is_target, strict=True) if target]
         unclear = [name for name, target in zip(sample.names, is_target, strict=True) if not target]
-        classes = draw_class_set(
-            present, unclear, sample.vocabulary, source.absent_names, count, rng, self.prompts
-        )
+        classes = draw_class_set(present, unclear, sample.vocabulary, count, rng, self.prompts)
         boxes, labels, ignore, unlisted, unlisted_names = targets_of(
             sample, classes, self.prompts.max_objects
         )
@@ -269,10 +258,15 @@ def _settings(kind: type, given: Any, name: str) -> Any:
     )
 
 
+def _names_known(sample: Sample) -> int:
+    """How many names a prompt for the sample can list."""
+    return len({*sample.vocabulary, *sample.names})
+
+
 def _capacity(source: Source) -> int:
     """How many names a prompt for this source can list."""
     dataset = source.dataset
     vocabulary = (
         getattr(dataset, "vocabulary", None) or getattr(dataset, "names", None) or dataset[0].vocabulary
     )
-    return len({*vocabulary, *source.absent_names})
+    return len(set(vocabulary))

@@ -94,11 +94,6 @@ class Template:
         """``"offset"`` or ``"absolute"``: what the wording asks for."""
         return self._coordinates  # type: ignore[attr-defined, no-any-return]
 
-    @property
-    def image_first(self) -> bool:
-        """Whether the picture comes before the class set."""
-        return self.text.find("<image>") < max(self.text.find("<class>"), self.text.find("<expression>"))
-
     def instruction(self, classes: Sequence[str], range: int = DEFAULT_RANGE, points: int = 2) -> Instruction:
         """An instruction in this wording with its ``text`` and segments, for the tasks with a class set.
 

@@ -63,7 +63,6 @@ TRAINING = Appearance(
     picture_jpeg=0.15,
 )
 EVALUATION = Appearance(shade=0.3, shadow=0.3, picture_light=0.3, picture_noise=0.1)
-PLAIN = Appearance()
 
 
 def colour_change(
