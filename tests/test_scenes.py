@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from visionllm.data.scenes import SPLITS, SceneDataset
-from visionllm.data.scenes.appearance import PLAIN, TRAINING, restyle
+from visionllm.data.scenes.appearance import TRAINING, Appearance, restyle
 from visionllm.data.scenes.atlas import HELD_OUT_STYLE, GlyphAtlas
 from visionllm.data.scenes.backgrounds import COCO_NAMES, PHOTO_THINGS
 from visionllm.data.scenes.compose import BORDER, LEAST_VISIBLE, Canvas, layout, pose
 from visionllm.data.scenes.shapes import COLOURS, SHAPE_NAMES, SHAPES, shape_mask, shape_picture
 
+PLAIN = Appearance()  # changes nothing
 STYLE_COLOUR = {"noto": (10, 200, 10), "fxemoji": (10, 10, 200), HELD_OUT_STYLE: (255, 0, 255)}
 
 
@@ -182,6 +183,12 @@ def test_restyle_without_changes_is_the_identity() -> None:
     rgb, alpha = restyle(picture, rng, PLAIN)
     assert np.array_equal(rgb, picture[..., :3])
     np.testing.assert_allclose(alpha, picture[..., 3] / 255, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [0, -5])
+def test_a_data_set_has_scenes(length: int) -> None:
+    with pytest.raises(ValueError, match=f"length must be at least 1 scene, got {length}"):
+        SceneDataset("val", length=length)
 
 
 def test_shapes_need_no_download() -> None:

@@ -204,11 +204,8 @@ def model_folder(model: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
     """The folder that `load` reads; raises FileNotFoundError as it does."""
     name = os.fspath(model)
     weights = Path(str(resources.files("visionllm"))) / "weights"
-    if (
-        isinstance(model, str)
-        and name == Path(name).name
-        and (weights / name / "model.safetensors").is_file()
-    ):
+    is_bare_name = isinstance(model, str) and name == Path(name).name
+    if is_bare_name and (weights / name / "model.safetensors").is_file():
         return weights / name
     if Path(model).is_dir():
         return Path(model)
