@@ -112,22 +112,37 @@ def test_locations_outside_and_not_finite_contribute_nothing(queries: int, isa: 
     assert (grad_attention[is_strange] == 0).all()
 
 
+# Places in a level of 5 rows and 7 columns, and the pixels (row, column) that the formula names there.
+PLACES = {
+    "inside": ((2.6, 1.7), [(1, 2), (1, 3), (2, 2), (2, 3)]),
+    "left": ((-0.4, 2.3), [(2, 0), (3, 0)]),
+    "right": ((6.4, 2.3), [(2, 6), (3, 6)]),
+    "top": ((3.2, -0.4), [(0, 3), (0, 4)]),
+    "bottom": ((3.2, 4.4), [(4, 3), (4, 4)]),
+    "first corner": ((-0.4, -0.3), [(0, 0)]),
+    "last corner": ((6.3, 4.2), [(4, 6)]),
+}
+
+
 @pytest.mark.parametrize("queries", [1, 200])
-def test_reads_only_the_pixels_that_the_formula_names(queries: int, isa: str) -> None:
-    """All pixels are NaN but the four around one place, then but the one at the image's corner."""
-    shapes, start = torch.tensor([[5, 7]]), torch.tensor([0])
-    for x, y, named in ((2.6, 1.7, [(1, 2), (1, 3), (2, 2), (2, 3)]), (-0.4, -0.3, [(0, 0)])):
-        value = torch.full((1, 5, 7, 2, 16), float("nan"))
-        for row, column in named:
-            value[0, row, column] = 1.0
-        value = value.view(1, 35, 2, 16)
-        location = torch.tensor([(x + 0.5) / 7, (y + 0.5) / 5]).expand(1, queries, 2, 1, 3, 2).contiguous()
-        weights = torch.full((1, queries, 2, 1, 3), 1 / 3)
-        output, grad_value, grad_location, grad_weights = gradients(
-            ms_deform_attn, SampleInputs(value, shapes, start, location, weights), torch.ones(1, queries, 32)
-        )
-        for tensor in (output, grad_value, grad_location, grad_weights):
-            assert tensor.isfinite().all()
+@pytest.mark.parametrize("place", PLACES)
+def test_reads_only_the_pixels_that_the_formula_names(place: str, queries: int, isa: str) -> None:
+    """All other pixels are NaN, in this level and in the two around it, whose points are NaN as well."""
+    (x, y), named = PLACES[place]
+    shapes, starts = torch.tensor([[2, 3], [5, 7], [2, 3]]), torch.tensor([0, 6, 41])
+    value = torch.full((1, 47, 2, 16), float("nan"))
+    for row, column in named:
+        value[0, 6 + 7 * row + column] = 1.0
+    locations = torch.full((1, queries, 2, 3, 3, 2), float("nan"))
+    locations[:, :, :, 1] = torch.tensor([(x + 0.5) / 7, (y + 0.5) / 5])
+    weights = torch.full((1, queries, 2, 3, 3), 1 / 3)
+    inputs = SampleInputs(value, shapes, starts, locations, weights)
+    names = ("output", "grad_value", "grad_sampling_locations", "grad_attention_weights")
+    results = gradients(ms_deform_attn, inputs, torch.ones(1, queries, 32))
+    for name, tensor in zip(names, results, strict=True):
+        assert tensor.isfinite().all(), f"{name} is not finite"
+    touched = results[1][0].abs().amax((1, 2)).nonzero().flatten().tolist()
+    assert touched == sorted(6 + 7 * row + column for row, column in named)
 
 
 def test_non_contiguous_inputs() -> None:
