@@ -104,3 +104,11 @@ def test_cutouts_follow_the_mask(tmp_path: Path) -> None:
     picture = cutouts[0][0]
     assert picture.shape == (LARGEST_SIDE // 2, LARGEST_SIDE, 4)
     assert (picture[10:-10, 10:-10] == (250, 120, 10, 255)).all()
+
+
+@pytest.mark.parametrize("count", [0, -1, 6])
+def test_a_count_that_the_data_set_lacks_is_refused(tmp_path: Path, count: int) -> None:
+    dataset = SceneDataset("val", size=64, length=5, masks=True)
+    with pytest.raises(ValueError, match=f"write_coco: count must be 1 to 5, got {count}"):
+        write_coco(dataset, tmp_path / "scenes", count)
+    assert not (tmp_path / "scenes").exists()
