@@ -1,0 +1,41 @@
+"""The model that comes with the package: it loads, it is small, and it sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import visionllm
+from visionllm.data.scenes import SceneDataset
+from visionllm.evaluate.coco import coco_metrics
+from visionllm.train.validation import ValidationSet
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FOLDER = Path(visionllm.__file__).parent / "weights" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return visionllm.load()
+
+
+def test_it_is_small():
+    assert (FOLDER / "model.safetensors").stat().st_size <= 25e6
+
+
+def test_a_photo_of_a_person_shows_a_person(model):
+    names = ["cup", "cat", "person", "car", "fire hydrant"]
+    result = model.detect(EXAMPLES / "astronaut.jpg", names)
+    assert result.boxes.names[0] == "person"
+    x1, y1, x2, y2 = result.boxes.xyxy[0]
+    assert x1 < 120 and y1 < 60 and x2 > 390 and y2 > 450  # she fills the 512 pixels from her hair down
+
+
+def test_drawn_shapes_are_found(model):
+    """Validation scenes that need no download: shapes alone, 20 of their 80 names listed."""
+    size = model.network.config.image_size
+    scenes = ValidationSet("shapes", SceneDataset("val", size=size), 40, 20, size)
+    predictions = scenes.predictions(model.network, range(40), 8, top=100)
+    metrics = coco_metrics(scenes.ground_truth, predictions)
+    assert metrics["AP50"] > 0.9, metrics
