@@ -25,7 +25,7 @@ def test_it_is_small():
 
 
 def test_a_photo_of_a_person_shows_a_person(model):
-    names = ["cup", "cat", "person", "car", "fire hydrant"]
+    names = ["person", "dog", "pizza"]
     result = model.detect(EXAMPLES / "astronaut.jpg", names)
     assert result.boxes.names[0] == "person"
     x1, y1, x2, y2 = result.boxes.xyxy[0]
