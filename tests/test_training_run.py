@@ -31,6 +31,14 @@ COMMON = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Runs in this process take as many threads as those in processes of their own: sums depend on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 def run(*arguments):
     """A run in this process; its exit code."""
     torch.set_num_threads(1)
