@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from visionllm.model.backbone import OUTPUT_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite
 from visionllm.model.boxes import inverse_sigmoid
-from visionllm.model.config import ModelConfig
+from visionllm.model.config import GROUPS, STRIDES, ModelConfig
 from visionllm.model.deformable import DeformableDecoderLayer, DeformableEncoderLayer
 from visionllm.model.fusion import LanguageFusion
 from visionllm.model.position_encoding import sine_encoding
 
-LEVELS = 4
+LEVELS = len(STRIDES)
 ANCHOR_SIDE = 0.08  # the finest scale's first guess of a box's side; doubled with every scale
 
 
@@ -79,10 +79,11 @@ class ImageTokenizer(nn.Module):
         self.num_queries = config.num_queries
         self.backbone = EfficientNetLite(config.frozen_stages, config.freeze_depthwise)
         self.lateral = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(16, dim)) for channels in OUTPUT_CHANNELS
+            nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(GROUPS, dim))
+            for channels in OUTPUT_CHANNELS
         )
         self.coarsest = nn.Sequential(
-            nn.Conv2d(OUTPUT_CHANNELS[-1], dim, 3, stride=2, padding=1), nn.GroupNorm(16, dim)
+            nn.Conv2d(OUTPUT_CHANNELS[-1], dim, 3, stride=2, padding=1), nn.GroupNorm(GROUPS, dim)
         )
         self.level = nn.Parameter(torch.empty(LEVELS, dim).normal_(std=0.1))
         self.fusion = LanguageFusion(dim, config.text_dim, config.fusion_heads, config.fusion_gate)

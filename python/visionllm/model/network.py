@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from visionllm.model.slots import (
 )
 from visionllm.model.text_encoder import TextEncoder, mean_pool
 from visionllm.tokenizer import IMAGE, Prompts, Tokenizer
+
+if TYPE_CHECKING:
+    from visionllm.data.mixture import TrainBatch
 
 
 @dataclass
@@ -181,7 +185,7 @@ class Network(nn.Module):
             results.append(Detections(corners[b, group], best, label, groups[b, group, :2], bins[b, group]))
         return results
 
-    def loss(self, batch) -> dict[str, Tensor]:
+    def loss(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Training losses of a `visionllm.data.mixture.TrainBatch`; see `visionllm.train.losses`."""
         from visionllm.train.losses import detection_loss
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionllm.model.boxes import cxcywh_to_xyxy, overlap
-from visionllm.model.config import LOCATION_BINS
+from visionllm.model.config import LOCATION_BINS, STRIDES
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokens, anchor_boxes
 from visionllm.model.slots import BINS_PER_UNIT
 from visionllm.tokenizer import MAX_NAME_TOKENS, PADDING, pad
@@ -32,7 +32,8 @@ OBJECTNESS_WEIGHT, CENTRE_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 1.0, 2.5, 2.5, 2.0
 CLASS_WEIGHT, LOCATION_WEIGHT, ALIGNMENT_WEIGHT = 2.0, 1.0, 1.0
 # An unmatched group's weight in the class loss.
 NO_OBJECT_WEIGHT = 0.2
-# The same where an object stands whose class is not listed: to be silent there is harder to learn.
+# The same where an object stands whose class is not listed, and the factor on the objectness loss there:
+# silence on it is harder to learn.
 UNLISTED_WEIGHT = 2.0
 # Standard deviation, in bins, of the smoothed coordinate targets.
 LOCATION_SIGMA = 1.5
@@ -330,7 +331,7 @@ def proposal_loss(tokens: ImageTokens, targets: Targets, size: int) -> tuple[Ten
     Returns:
         the object of every position [B, S] or −1, and the loss.
     """
-    shapes = torch.tensor([[-(-size // stride)] * 2 for stride in (8, 16, 32, 64)])
+    shapes = torch.tensor([[-(-size // stride)] * 2 for stride in STRIDES])
     centres = anchor_boxes(shapes)[:, :2].to(tokens.proposal_boxes.device)
     with torch.no_grad():
         assigned = match_proposals(
