@@ -9,7 +9,7 @@ from small_network import small_network
 
 from visionllm.data.sample import Sample
 from visionllm.model.network import Detections, Network
-from visionllm.train.calibrate import POWERS, best_threshold, calibrate, main
+from visionllm.train.calibrate import KNOWN_POWERS, POWERS, best_threshold, calibrate, main
 from visionllm.train.validation import ValidationSet
 
 GROUND_TRUTH = {
@@ -51,7 +51,7 @@ class Weighing:
     """Stands for a network whose right boxes have high objectness and wrong ones high class scores."""
 
     def __init__(self) -> None:
-        self.config = small_network().config
+        self.config, self.known_names = small_network().config, ()
 
     def parameters(self):
         yield torch.zeros(1)
@@ -66,10 +66,10 @@ class Weighing:
         return [one] * len(images)
 
 
-def test_the_power_that_puts_right_boxes_first_is_chosen():
-    image = np.zeros((20, 20, 3), np.uint8)
-    sample = Sample(
-        image=image,
+@pytest.fixture
+def sample() -> Sample:
+    return Sample(
+        image=np.zeros((20, 20, 3), np.uint8),
         boxes=np.array([[2, 2, 10, 10]], np.float32),
         names=["dog"],
         area=np.array([64], np.float32),
@@ -77,11 +77,37 @@ def test_the_power_that_puts_right_boxes_first_is_chosen():
         image_id=0,
         vocabulary=("dog",),
     )
+
+
+def test_the_power_that_puts_right_boxes_first_is_chosen(sample):
     network = Weighing()
-    power, threshold = calibrate(network, [ValidationSet("one", [sample], 1, None, 20)])
+    config = calibrate(network, [ValidationSet("one", [sample], 1, None, 20)])
+    power, threshold = config.objectness_power, config.score_threshold
     assert power == max(POWERS)
-    assert threshold == pytest.approx(0.9**power * 0.3 ** (1 - power), rel=1e-5)
+    assert threshold == pytest.approx(0.9**power * 0.3 ** (1 - power), abs=5e-4)
     assert network.config.objectness_power == small_network().config.objectness_power
+
+
+class Knowing(Weighing):
+    """Has a false box above the right one, which known names push down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known_names = ("cat",)
+
+    def detect(self, images, instructions, top):
+        found = super().detect(images, instructions, top)
+        for one in found:
+            right = one.boxes[:, 0] < 0.5
+            one.scores = torch.where(right, 0.5, 0.9 * 0.2**self.config.known_power)
+        return found
+
+
+def test_the_known_power_with_the_best_f1_is_chosen(sample):
+    config = calibrate(Knowing(), [ValidationSet("one", [sample], 1, None, 20)])
+    # 0.9 · 0.2^c < 0.5 from c = 0.37 on; the first of the list that is enough
+    assert config.known_power == 0.5 in KNOWN_POWERS
+    assert config.score_threshold == 0.5
 
 
 def test_the_command_writes_a_model_in_bfloat16(tmp_path, capsys):

@@ -178,6 +178,7 @@ class Oracle:
 
     def __init__(self, batch, shift=0.0, wrong_class=False, extra=None) -> None:
         self.real = small_network()
+        self.known_names = ()
         self.config, self.device, self.tokenizer = SMALL, torch.device("cpu"), self.real.tokenizer
         self.encode_text, self.encode_names, self.alignment = (
             self.real.encode_text,

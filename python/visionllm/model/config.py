@@ -51,7 +51,9 @@ class ModelConfig:
     # Slot head
     class_rows: str = "names"  # "names": the prompt's own states at each name; "static": rows of <c0>…<c511>
     coordinate_window: int = 6  # decode by expectation within ± this many bins of the argmax; 0: argmax alone
-    objectness_power: float = 0.35  # a in score = objectness^a · class probability^(1 − a)
+    # score = objectness^a · class probability^(1 − a) · (probability among all known names)^c
+    objectness_power: float = 0.35  # a
+    known_power: float = 0.0  # c; 0: known names play no part
     score_threshold: float = 0.3  # shown and answered boxes; evaluation uses all
 
     def __post_init__(self) -> None:

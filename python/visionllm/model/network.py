@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from visionllm.instruction import Instruction
 from visionllm.model import weights
 from visionllm.model.config import ModelConfig
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokenizer, ImageTokens
+from visionllm.model.known_names import probability_of_listed, rivals
 from visionllm.model.llm import LLM
 from visionllm.model.slots import (
     BINS_PER_UNIT,
@@ -24,7 +25,7 @@ from visionllm.model.slots import (
     expected_offsets,
 )
 from visionllm.model.text_encoder import TextEncoder, mean_pool
-from visionllm.tokenizer import IMAGE, Prompts, Tokenizer
+from visionllm.tokenizer import IMAGE, MAX_NAME_TOKENS, PADDING, Prompts, Tokenizer, pad
 
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
@@ -82,10 +83,13 @@ class Network(nn.Module):
         self.llm = LLM(config)
         self.slot_queries = SlotQueries(config)
         self.slot_head = SlotHead(config)
-        # Training only: the encoder's and the decoder's features against the names' text features.
+        # The encoder's and the decoder's features against the names' text features: for training, and the
+        # decoder's for the scores too (model/known_names.py).
         self.alignment = nn.ModuleDict(
             {part: nn.Linear(config.dim, config.text_dim) for part in ("encoder", "decoder")}
         )
+        self.known_names: tuple[str, ...] = ()  # that training knew
+        self._known_features: Tensor | None = None  # of those, kept while nothing trains
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +105,24 @@ class Network(nn.Module):
     def encode_names(self, ids: Tensor) -> Tensor:
         """Padded token ids of names [U, N] → [U, C]."""
         return mean_pool(self.text_encoder(ids), ids)
+
+    def known_features(self) -> Tensor:
+        """[V, C], the text features of `known_names`."""
+        if self.training or self._known_features is None or self._known_features.device != self.device:
+            ids = [self.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in self.known_names]
+            features = self.encode_names(pad(ids, PADDING).to(self.device))
+            if self.training:
+                return features
+            self._known_features = features
+        return self._known_features
+
+    def train(self, mode: bool = True) -> Network:
+        self._known_features = None  # weights may change from here on
+        return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._known_features = None
+        return super().load_state_dict(*args, **kwargs)
 
     def image_tokens(
         self, images: Tensor, text: Text, denoising: DenoisingQueries | None = None
@@ -177,6 +199,12 @@ class Network(nn.Module):
         a = self.config.objectness_power
         objectness = tokens.objectness[-1].sigmoid()[..., None]  # [B, M, 1]
         scores = objectness**a * logits.classes.softmax(-1)[..., :-1] ** (1 - a)  # [B, M, K]
+        if self.config.known_power > 0 and self.known_names:
+            features = self.alignment["decoder"](tokens.features[:, : self.config.num_queries])
+            others = rivals(self.known_names, [one.classes for one in instructions]).to(self.device)
+            known = self.known_features()
+            likely = probability_of_listed(features, text.names, prompts.class_mask, known, others)
+            scores = scores * likely**self.config.known_power
         results = []
         for b, instruction in enumerate(instructions):
             flat = scores[b, :, : len(instruction.classes)].flatten()
@@ -205,7 +233,10 @@ class Network(nn.Module):
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes config.json, model.safetensors and tokenizer.model; dtype: of the weights, e.g. bf16."""
+        """Writes config.json, model.safetensors, tokenizer.model and, if there are any, known_names.txt.
+
+        dtype: of the weights, e.g. bf16.
+        """
         weights.save_network(self, Path(directory), dtype)
 
     @classmethod

@@ -12,6 +12,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from visionllm.atomic_file import replacing
+from visionllm.model import known_names
 from visionllm.model.config import ModelConfig
 from visionllm.tokenizer import Tokenizer
 
@@ -32,7 +33,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_network(network: Network, directory: Path, dtype: torch.dtype | None) -> None:
-    """Writes the three files; floating-point weights in the given type."""
+    """Writes the folder's files; floating-point weights in the given type."""
     state = network.state_dict()
     tensors = {name: t.detach().cpu().to(dtype or t.dtype).contiguous() for name, t in state.items()}
     check_finite(tensors, "save_pretrained")  # after the cast: fp16 turns what it cannot hold into infinity
@@ -43,6 +44,11 @@ def save_network(network: Network, directory: Path, dtype: torch.dtype | None) -
     ):
         with replacing(directory / name) as part:
             part.write_bytes(data)
+    if network.known_names:
+        with replacing(directory / known_names.FILE) as part:
+            known_names.write_names(network.known_names, part)
+    else:
+        (directory / known_names.FILE).unlink(missing_ok=True)
 
 
 class _NoRandomNumbers(TorchFunctionMode):
@@ -73,6 +79,7 @@ def load_network(network_class: type[Network], directory: Path) -> Network:
         network = network_class(config, tokenizer)
     check(network.state_dict(), state, str(directory / WEIGHTS))
     check_finite(state, str(directory / WEIGHTS))
+    network.known_names = known_names.read_names(directory / known_names.FILE)
     network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return network.eval()
 

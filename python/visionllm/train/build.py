@@ -52,9 +52,9 @@ def network_and_data(
         **config.mixture,
     )
     network = network.to(processes.device)
+    network.known_names = tuple(sorted({name for source in sources for name in all_names(source)}))
     if config.objective == "recognition":
-        names = tuple(sorted({name for source in sources for name in all_names(source)}))
-        network.loss = functools.partial(recognition_loss, network, names=names)  # type: ignore[method-assign]
+        network.loss = functools.partial(recognition_loss, network, names=network.known_names)  # type: ignore[method-assign]
     return network, batches, make_validation(config, processes)
 
 

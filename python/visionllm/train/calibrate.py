@@ -1,7 +1,8 @@
 """Chooses, on training pictures, how a score is made and from which one a box is shown.
 
-score = objectness^a · class probability^(1 − a): a is the one with the highest AP. The threshold is the score
-with the highest F1 (IoU ≥ 0.5, same class). Both go into config.json; no validation picture is looked at. The
+score = objectness^a · class probability^(1 − a) · (probability among all known names)^c: a is the one with
+the highest AP while c is 0. c and the threshold are those with the highest F1 (IoU ≥ 0.5, same class), which
+counts the boxes on what is not listed. All go into config.json; no validation picture is looked at. The
 model is written as it ships, its weights in bfloat16.
 
     python -m visionllm.train.calibrate --model runs/tiny/model --glyphs glyphs --output DIR
@@ -21,10 +22,12 @@ import torch
 from visionllm.data.coco import box_corners
 from visionllm.evaluate.coco import coco_metrics
 from visionllm.evaluate.matching import box_iou, match_greedily
+from visionllm.model.config import ModelConfig
 from visionllm.model.network import Network
 from visionllm.train.validation import ValidationSet
 
-POWERS = (0.0, 0.15, 0.25, 0.35, 0.45, 0.55, 0.7)
+POWERS = (0.15, 0.35, 0.45, 0.55, 0.7, 0.8)
+KNOWN_POWERS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
 def best_threshold(
@@ -57,25 +60,51 @@ def best_threshold(
     return float(np.array(scores)[order][best]), float(f1[best])
 
 
-def calibrate(network: Network, sets: Sequence[ValidationSet], batch_size: int = 8) -> tuple[float, float]:
-    """The power with the highest mean AP over the sets, and the mean of their best thresholds under it."""
-    original, results = network.config, []
-    for power in POWERS:
-        network.config = dataclasses.replace(original, objectness_power=power)
-        precision, thresholds = [], []
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one way to make scores gives: means over the sets of AP, best F1 and the threshold for it."""
+
+    config: ModelConfig
+    precision: float
+    f1: float
+    threshold: float
+
+
+def measure(network: Network, config: ModelConfig, sets: Sequence[ValidationSet], batch_size: int) -> Outcome:
+    """AP, F1 and threshold under another way to make scores."""
+    original, rows = network.config, []
+    network.config = config
+    try:
         for one in sets:
             predictions = one.predictions(network, range(len(one.pictures)), batch_size, top=100)
-            precision.append(coco_metrics(one.ground_truth, predictions)["AP"])
-            thresholds.append(best_threshold(one.ground_truth, predictions))
-        results.append((float(np.mean(precision)), power, float(np.mean([score for score, _ in thresholds]))))
-        each = ", ".join(
-            f"{one.name}: AP {100 * ap:.1f}, F1 {100 * f1:.1f} at {score:.2f}"
-            for one, ap, (score, f1) in zip(sets, precision, thresholds, strict=True)
-        )
-        print(f"a = {power:.2f}  {each}", file=sys.stderr)
-    network.config = original
-    _, power, threshold = max(results)
-    return power, threshold
+            threshold, f1 = best_threshold(one.ground_truth, predictions)
+            rows.append((coco_metrics(one.ground_truth, predictions)["AP"], f1, threshold))
+    finally:
+        network.config = original
+    each = ", ".join(
+        f"{one.name}: AP {100 * ap:.1f}, F1 {100 * f1:.1f} at {score:.2f}"
+        for one, (ap, f1, score) in zip(sets, rows, strict=True)
+    )
+    print(f"a = {config.objectness_power:.2f}, c = {config.known_power:.2f}  {each}", file=sys.stderr)
+    precision, f1, threshold = np.mean(rows, 0)
+    return Outcome(config, float(precision), float(f1), float(threshold))
+
+
+def calibrate(network: Network, sets: Sequence[ValidationSet], batch_size: int = 8) -> ModelConfig:
+    """The network's configuration with the chosen powers and threshold."""
+    plain = dataclasses.replace(network.config, known_power=0.0)
+    outcomes = [
+        measure(network, dataclasses.replace(plain, objectness_power=power), sets, batch_size)
+        for power in POWERS
+    ]
+    best = max(outcomes, key=lambda outcome: (outcome.precision, outcome.config.objectness_power))
+    if network.known_names:
+        outcomes = [best] + [
+            measure(network, dataclasses.replace(best.config, known_power=power), sets, batch_size)
+            for power in KNOWN_POWERS
+        ]
+        best = max(outcomes, key=lambda outcome: outcome.f1)
+    return dataclasses.replace(best.config, score_threshold=round(best.threshold, 3))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,12 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.annotations:
         photos = CocoDataset(arguments.annotations, arguments.images)
         sets.append(ValidationSet("photos", photos, arguments.count, None, size))
-    power, threshold = calibrate(network, sets)
-    network.config = dataclasses.replace(
-        network.config, objectness_power=power, score_threshold=round(threshold, 3)
-    )
+    network.config = config = calibrate(network, sets)
     network.save_pretrained(arguments.output, torch.bfloat16)
-    print(f"objectness_power {power}, score_threshold {threshold:.3f}")
+    print(
+        f"objectness_power {config.objectness_power}, known_power {config.known_power}, "
+        f"score_threshold {config.score_threshold}"
+    )
     return 0
 
 

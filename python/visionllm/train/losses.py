@@ -128,12 +128,13 @@ def outside_ignored(boxes: Tensor, targets: Targets) -> Tensor:
     return ~inside.any(-1)
 
 
-def on_unlisted(corners: Tensor, unlisted: Tensor, valid: Tensor) -> Tensor:
-    """bool [B, Q]: the box [B, Q, 4] (corners) lies on an unlisted object [B, U, 4] (cxcywh)."""
+def unlisted_at(corners: Tensor, unlisted: Tensor, valid: Tensor) -> Tensor:
+    """int64 [B, Q]: which unlisted object [B, U, 4] (cxcywh) a box [B, Q, 4] (corners) lies on; −1: none."""
     if unlisted.shape[1] == 0:
-        return torch.zeros(corners.shape[:2], dtype=torch.bool, device=corners.device)
+        return torch.full(corners.shape[:2], -1, device=corners.device)
     iou, _ = overlap(corners[:, :, None], cxcywh_to_xyxy(unlisted)[:, None])
-    return ((iou > 0.5) & valid[:, None]).any(-1)
+    most, which = iou.masked_fill(~valid[:, None], 0.0).max(-1)
+    return torch.where(most > 0.5, which, -1)
 
 
 def location_loss(logits: Tensor, offsets: Tensor) -> Tensor:
@@ -220,8 +221,9 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         assigned = match(cost, targets.valid)  # [B, count]
         of_token = torch.full(objectness.shape, -1, device=device).scatter(1, chosen, assigned)
         weight = (outside_ignored(boxes, targets) | (of_token >= 0)).float()
-        astray = (of_token < 0) & on_unlisted(cxcywh_to_xyxy(boxes), unlisted, unlisted_valid)
-        weight[astray] *= UNLISTED_WEIGHT
+        astray = unlisted_at(cxcywh_to_xyxy(boxes), unlisted, unlisted_valid)  # [B, M]
+        astray = torch.where(of_token < 0, astray, -1)
+        weight[astray >= 0] *= UNLISTED_WEIGHT
     losses["tokens"] += (
         token_loss(tokens.boxes[-1][:, :m], tokens.objectness[-1][:, :m], of_token, targets.boxes, weight)
         / objects
@@ -237,7 +239,7 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
             else torch.full_like(of_group, no_object)
         )
         silent = torch.full_like(logits.classes[:, :count, 0], NO_OBJECT_WEIGHT)
-        silent[on_unlisted(corners, unlisted, unlisted_valid)] = UNLISTED_WEIGHT
+        silent[unlisted_at(corners, unlisted, unlisted_valid) >= 0] = UNLISTED_WEIGHT
         weights = torch.cat([(gather_rows(weight, chosen) > 0) * silent, denoised_valid * UNLISTED_WEIGHT], 1)
         weights = torch.where(positive, 1.0, weights)
     per_group = F.cross_entropy(logits.classes.flatten(0, 1), labels.flatten(), reduction="none").view(
@@ -250,7 +252,7 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         losses["location"] = LOCATION_WEIGHT * found / positive.sum().clamp(min=1)
 
     losses["alignment"] = alignment_loss(
-        network, batch, text, tokens, targets, at_positions, of_token, listed
+        network, batch, text, tokens, targets, at_positions, of_token, astray, listed
     )
     result = dict(losses)
     result["total"] = torch.stack(list(result.values())).sum()
@@ -273,23 +275,25 @@ def alignment_loss(
     targets: Targets,
     at_positions: Tensor,
     of_token: Tensor,
+    astray: Tensor,
     listed: int,
 ) -> Tensor:
-    """Cross-entropy of the encoder's and decoder's features at known objects over all names of the batch.
+    """Cross-entropy of the encoder's and decoder's features at known objects over all names.
 
-    It asks for more than the slots do: every object of the batch against every name that any of its prompts
-    lists, those of unlisted objects too. Without it, class slots stayed at chance for 300 steps on 469 names.
+    It asks for more than the slots do: every object, listed or not, against every name of the training data
+    (`Network.known_names`; without those, every name of the batch). Without it, class slots stayed at chance
+    for 300 steps on 469 names.
 
     Args:
         at_positions, of_token: [B, S], [B, M], the object that a position or image token stands for, or −1.
+        astray: [B, M], the unlisted object that an image token of no listed object lies on, or −1.
         listed: how many denoising queries stand at listed objects; those at unlisted ones follow.
     """
     device = network.device
     # The same order as in Prompts.names, which text.distinct follows.
     row = {name: i for i, name in enumerate(dict.fromkeys(n for i in batch.instructions for n in i.classes))}
-    more = [
-        name for name in dict.fromkeys(n for names in batch.unlisted_names for n in names) if name not in row
-    ]
+    others = [n for names in batch.unlisted_names for n in names]
+    more = [name for name in dict.fromkeys([*others, *network.known_names]) if name not in row]
     names = text.distinct
     if more:
         row.update((name, len(row)) for name in more)
@@ -299,14 +303,17 @@ def alignment_loss(
     for b, (labels, instruction) in enumerate(zip(batch.labels, batch.instructions, strict=True)):
         for i, label in enumerate(labels):
             wanted[b, i] = row[instruction.classes[label]]
-    others = [[row[name] for name in names_[:MAX_UNLISTED]] for names_ in batch.unlisted_names]
-    unlisted = torch.full((len(others), tokens.features.shape[1] - of_token.shape[1] - listed), -1)
-    for b, rows in enumerate(others):
+    known_rows = [[row[name] for name in names_[:MAX_UNLISTED]] for names_ in batch.unlisted_names]
+    unlisted = torch.full((len(known_rows), tokens.features.shape[1] - of_token.shape[1] - listed), -1)
+    for b, rows in enumerate(known_rows):
         unlisted[b, : len(rows)] = torch.tensor(rows, dtype=torch.int64)
     wanted, unlisted = wanted.to(device), unlisted.to(device)
     if wanted.shape[1] == 0:
         wanted = wanted.new_full((len(wanted), 1), -1)
-    of_query = torch.cat([row_of(wanted, of_token), wanted[:, :listed], unlisted], 1)
+    of_image_token = row_of(wanted, of_token)
+    if unlisted.shape[1] > 0:
+        of_image_token = torch.where(astray >= 0, row_of(unlisted, astray), of_image_token)
+    of_query = torch.cat([of_image_token, wanted[:, :listed], unlisted], 1)
     total = names.new_zeros(())
     scale = names.shape[-1] ** -0.5
     for part, features, rows_ in (
