@@ -2,13 +2,14 @@
 // include/visionllm/ms_deform_attn.h.
 #include "visionllm/ms_deform_attn.h"
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <new>
 #include <vector>
 
-#include <algorithm>
+#include "check.h"
 #include "cpu/ms_deform_attn.h"
 #include "parallel.h"
 #include "visionllm/isa.h"
@@ -27,62 +28,6 @@ struct Sizes {
   std::int64_t B, S, H, D, Q, L, P;
 };
 
-Status bad(const char* op, const std::string& what) {
-  return Status::invalid_argument(std::string(op) + ": " + what);
-}
-
-std::string list(std::initializer_list<std::int64_t> shape) {
-  std::string text = "[";
-  for (const std::int64_t n : shape) text += (text.size() == 1 ? "" : ", ") + std::to_string(n);
-  return text + "]";
-}
-
-Status check_shape(const char* op, const char* name, const TensorView& tensor, const char* letters,
-                   std::initializer_list<std::int64_t> shape) {
-  bool equal = tensor.rank == static_cast<int>(shape.size());
-  int i = 0;
-  for (const std::int64_t n : shape) {
-    equal = equal && tensor.shape[i] == n;
-    ++i;
-  }
-  if (equal) return {};
-  return bad(op, std::string(name) + " must have shape " + letters + " = " + list(shape) + ", got " +
-                     shape_text(tensor));
-}
-
-Status check_rank(const char* op, const char* name, const TensorView& tensor, const char* letters, int rank) {
-  if (tensor.rank == rank) return {};
-  return bad(op, std::string(name) + " must have shape " + letters + ", got " + shape_text(tensor));
-}
-
-// Elements of the last `dimensions` dimensions lie one after the other.
-Status check_inner_contiguous(const char* op, const char* name, const TensorView& tensor, int dimensions) {
-  if (tensor.size() == 0) return {};
-  std::int64_t expected = 1;
-  for (int i = tensor.rank - 1; i >= tensor.rank - dimensions; --i) {
-    if (tensor.shape[i] != 1 && tensor.strides[i] != expected) {
-      return bad(op, std::string(name) + " must be contiguous in its last " + std::to_string(dimensions) +
-                         " dimension(s), got stride " + std::to_string(tensor.strides[i]) + " in dimension " +
-                         std::to_string(i) + ", expected " + std::to_string(expected));
-    }
-    expected *= tensor.shape[i];
-  }
-  return {};
-}
-
-Status check_dtype(const char* op, const char* name, const TensorView& tensor, DType expected) {
-  if (tensor.dtype == expected) return {};
-  return bad(op,
-             std::string(name) + " must be " + dtype_name(expected) + ", got " + dtype_name(tensor.dtype));
-}
-
-bool is_float(DType dtype) { return dtype != DType::int64; }
-
-#define VISIONLLM_RETURN_IF_BAD(expression)                           \
-  do {                                                                \
-    if (Status status_ = (expression); !status_.ok()) return status_; \
-  } while (false)
-
 // Checks the inputs that forward and backward share.
 Status check_inputs(const char* op, const TensorView& value, const TensorView& spatial_shapes,
                     const TensorView& level_start_index, const TensorView& sampling_locations,
@@ -99,11 +44,12 @@ Status check_inputs(const char* op, const TensorView& value, const TensorView& s
   VISIONLLM_RETURN_IF_BAD(check_shape(op, "spatial_shapes", spatial_shapes, "[L, 2]", {n.L, 2}));
   VISIONLLM_RETURN_IF_BAD(check_shape(op, "level_start_index", level_start_index, "[L]", {n.L}));
   if (!is_float(value.dtype)) {
-    return bad(op, std::string("value must be float32, bfloat16 or float16, got ") + dtype_name(value.dtype));
+    return bad_argument(
+        op, std::string("value must be float32, bfloat16 or float16, got ") + dtype_name(value.dtype));
   }
   if (attention_weights.dtype != DType::float32 && attention_weights.dtype != value.dtype) {
-    return bad(op, std::string("attention_weights must be float32 or of value's type ") +
-                       dtype_name(value.dtype) + ", got " + dtype_name(attention_weights.dtype));
+    return bad_argument(op, std::string("attention_weights must be float32 or of value's type ") +
+                                dtype_name(value.dtype) + ", got " + dtype_name(attention_weights.dtype));
   }
   VISIONLLM_RETURN_IF_BAD(check_dtype(op, "sampling_locations", sampling_locations, DType::float32));
   VISIONLLM_RETURN_IF_BAD(check_dtype(op, "spatial_shapes", spatial_shapes, DType::int64));
@@ -115,18 +61,9 @@ Status check_inputs(const char* op, const TensorView& value, const TensorView& s
   VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "level_start_index", level_start_index, 1));
   constexpr std::int64_t kLargest = std::numeric_limits<std::int32_t>::max();
   if (n.S > kLargest)
-    return bad(op, "value must have at most 2^31 - 1 pixels, got S = " + std::to_string(n.S));
-  if (n.L * n.P > 65536) return bad(op, "L * P must be at most 65536, got " + std::to_string(n.L * n.P));
-  return {};
-}
-
-Status check_on_cpu(const char* op, std::initializer_list<const TensorView*> tensors) {
-  for (const TensorView* tensor : tensors) {
-    if (tensor->device != Device::cpu) {
-      return Status::unsupported(std::string(op) +
-                                 ": this build has kernels for CPU memory only, got a CUDA tensor");
-    }
-  }
+    return bad_argument(op, "value must have at most 2^31 - 1 pixels, got S = " + std::to_string(n.S));
+  if (n.L * n.P > 65536)
+    return bad_argument(op, "L * P must be at most 65536, got " + std::to_string(n.L * n.P));
   return {};
 }
 
@@ -147,9 +84,10 @@ struct LevelTable {
       const std::int64_t h = shapes[2 * l], w = shapes[2 * l + 1], first = starts[l];
       // Each test bounds the next one's operands, so that nothing overflows.
       if (h < 1 || w < 1 || h > n.S || w > n.S || first < 0 || first > n.S || h * w > n.S - first) {
-        return bad(op, "level " + std::to_string(l) + " must be at least 1 x 1 and lie within value's S = " +
-                           std::to_string(n.S) + " pixels, got height " + std::to_string(h) + ", width " +
-                           std::to_string(w) + ", level_start_index " + std::to_string(first));
+        return bad_argument(
+            op, "level " + std::to_string(l) + " must be at least 1 x 1 and lie within value's S = " +
+                    std::to_string(n.S) + " pixels, got height " + std::to_string(h) + ", width " +
+                    std::to_string(w) + ", level_start_index " + std::to_string(first));
       }
       for (std::int64_t p = l * n.P; p < (l + 1) * n.P; ++p) {
         width[p] = static_cast<float>(w), height[p] = static_cast<float>(h);
@@ -221,11 +159,9 @@ Status choose_kernels(Kernels* kernels) {
   return {};
 }
 
-std::size_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::int64 ? 8 : 2; }
-
 void fill_zero(const TensorView& tensor) {  // contiguous
   if (tensor.size() > 0)
-    std::memset(tensor.data, 0, static_cast<std::size_t>(tensor.size()) * element_size(tensor.dtype));
+    std::memset(tensor.data, 0, static_cast<std::size_t>(tensor.size() * element_size(tensor.dtype)));
 }
 
 // Uninitialised memory, aligned to a cache line; parts(i) are `bytes` long each.
@@ -269,8 +205,16 @@ Status ms_deform_attn(const TensorView& output, const TensorView& value, const T
   VISIONLLM_RETURN_IF_BAD(check_shape(op, "output", output, "[B, Q, H * D]", {n.B, n.Q, n.H * n.D}));
   VISIONLLM_RETURN_IF_BAD(check_dtype(op, "output", output, value.dtype));
   VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "output", output, 3));
-  VISIONLLM_RETURN_IF_BAD(check_on_cpu(
-      op, {&output, &value, &spatial_shapes, &level_start_index, &sampling_locations, &attention_weights}));
+  Device device;
+  VISIONLLM_RETURN_IF_BAD(check_device(op,
+                                       {{"output", &output},
+                                        {"value", &value},
+                                        {"spatial_shapes", &spatial_shapes},
+                                        {"level_start_index", &level_start_index},
+                                        {"sampling_locations", &sampling_locations},
+                                        {"attention_weights", &attention_weights}},
+                                       &device));
+  if (device == Device::cuda) return no_cuda_kernels(op);
   LevelTable levels;
   VISIONLLM_RETURN_IF_BAD(levels.fill(op, spatial_shapes, level_start_index, n));
   Kernels kernels;
@@ -319,9 +263,19 @@ Status ms_deform_attn_backward(const TensorView& grad_value, const TensorView& g
   VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "grad_value", grad_value, 4));
   VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "grad_sampling_locations", grad_sampling_locations, 6));
   VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, "grad_attention_weights", grad_attention_weights, 5));
-  VISIONLLM_RETURN_IF_BAD(
-      check_on_cpu(op, {&grad_value, &grad_sampling_locations, &grad_attention_weights, &grad_output, &value,
-                        &spatial_shapes, &level_start_index, &sampling_locations, &attention_weights}));
+  Device device;
+  VISIONLLM_RETURN_IF_BAD(check_device(op,
+                                       {{"grad_value", &grad_value},
+                                        {"grad_sampling_locations", &grad_sampling_locations},
+                                        {"grad_attention_weights", &grad_attention_weights},
+                                        {"grad_output", &grad_output},
+                                        {"value", &value},
+                                        {"spatial_shapes", &spatial_shapes},
+                                        {"level_start_index", &level_start_index},
+                                        {"sampling_locations", &sampling_locations},
+                                        {"attention_weights", &attention_weights}},
+                                       &device));
+  if (device == Device::cuda) return no_cuda_kernels(op);
   LevelTable levels;
   VISIONLLM_RETURN_IF_BAD(levels.fill(op, spatial_shapes, level_start_index, n));
   Kernels kernels;

@@ -188,9 +188,9 @@ def test_jax_arrays() -> None:
         (
             0,
             lambda a: a.astype(np.float64),
-            "value must be float32, bfloat16, float16 or int64, got .* 64 bits",
+            "value must be float32, bfloat16, float16, int64, .* got .* 64 bits",
         ),
-        (1, lambda a: a.astype(np.int32), "spatial_shapes must be .* got DLPack type code 0 of 32 bits"),
+        (1, lambda a: a.astype(np.int32), "spatial_shapes must be int64, got int32"),
         (1, lambda a: a.astype(np.float32), "spatial_shapes must be int64, got float32"),
         (3, lambda a: a.astype(np.float16), "sampling_locations must be float32, got float16"),
         (

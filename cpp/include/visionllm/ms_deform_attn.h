@@ -20,16 +20,11 @@
 // deterministic.
 #pragma once
 
+#include "visionllm/execution.h"
 #include "visionllm/status.h"
 #include "visionllm/tensor.h"
 
 namespace visionllm {
-
-// How to run: at most `threads` CPU threads (1: the caller's only), or the CUDA stream to launch on.
-struct Execution {
-  int threads = 1;
-  void* stream = nullptr;
-};
 
 Status ms_deform_attn(const TensorView& output, const TensorView& value, const TensorView& spatial_shapes,
                       const TensorView& level_start_index, const TensorView& sampling_locations,

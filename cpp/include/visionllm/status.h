@@ -11,6 +11,7 @@ enum class StatusCode {
   ok,
   invalid_argument,  // the caller's tensors do not meet the operator's contract
   unsupported,       // this build or machine has no kernel for what was asked
+  cuda_error,  // CUDA refused or failed: no device, a launch that did not start, an error of earlier work
 };
 
 class [[nodiscard]] Status {
@@ -22,6 +23,7 @@ class [[nodiscard]] Status {
     return {StatusCode::invalid_argument, std::move(message)};
   }
   static Status unsupported(std::string message) { return {StatusCode::unsupported, std::move(message)}; }
+  static Status cuda_error(std::string message) { return {StatusCode::cuda_error, std::move(message)}; }
 
   bool ok() const { return code_ == StatusCode::ok; }
   StatusCode code() const { return code_; }
