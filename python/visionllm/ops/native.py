@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from visionllm import _core
+import visionllm._core as _core
 
 __all__ = ["Argument", "RawTensor", "call", "has_cuda_kernels", "raw"]
 
