@@ -28,6 +28,15 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("ms_deform_attn", torch.float16): Tolerance(
         2**-11, 1e-5, "inputs are exact and sums float32: one rounding of the result, half an ulp of 11 bits"
     ),
+    ("fusion_attention", torch.float32): Tolerance(
+        1e-5, 5e-6, "two projections and two sums of up to C or T float32 products, one after the other"
+    ),
+    ("fusion_attention", torch.bfloat16): Tolerance(
+        2**-7, 1e-2, "normed, query, exponentials and attended are rounded to 8 bits on their way"
+    ),
+    ("fusion_attention", torch.float16): Tolerance(
+        2**-10, 1.5e-3, "normed, query, exponentials and attended are rounded to 11 bits on their way"
+    ),
 }
 
 
