@@ -1,4 +1,4 @@
-"""fusion_attention in PyTorch: the formula, the model's form of it, gradients, torch's own checks, arguments."""
+"""fusion_attention in PyTorch: formula, the form the model has, gradients, opcheck, compile, arguments."""
 
 from __future__ import annotations
 

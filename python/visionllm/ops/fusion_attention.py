@@ -3,13 +3,15 @@
     output = x + gate * (attention(LN(x) W_q^T + b_q, key, value) W_o^T + b_o)
 
 Every position of every scale looks at the text's tokens, all scales in one call. The contract, with the
-meaning of the shape letters, is in ``cpp/include/visionllm/fusion_attention.h``. On CUDA the operator runs the
-compiled kernels; on the CPU, on other devices (with a warning), and in float64, the PyTorch reference below.
+meaning of the shape letters, is in ``cpp/include/visionllm/fusion_attention.h``. On CUDA the operator runs
+the compiled kernels; on the CPU, on other devices (with a warning), and in float64, the PyTorch reference
+below.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,17 +37,18 @@ def fusion_attention(
     gate: Tensor,
     epsilon: float = 1e-5,
 ) -> Tensor:
-    """Layer norm, query projection, attention over the text, output projection, gate and residual in one pass.
+    """Layer norm, query projection, attention over the text, output projection, gated residual in one pass.
 
     Differentiable in everything but the mask.
 
     Args:
         x: [B, N, C] float32, bfloat16 or float16 (float64 takes the reference), positions of all scales.
-        norm_weight, norm_bias: [C], of the layer norm. These and all tensors below but the mask have x's type.
+        norm_weight, norm_bias: [C], of the layer norm. These and all tensors below have x's type, but for
+            the mask.
         query_weight, query_bias: [C, C] as (outputs, inputs), and [C].
         key, value: [B, T, H, D] with H * D = C, of the text's tokens; may be views of one projection.
-        mask: [B, T] bool, True where there is text. What key and value hold elsewhere is not used; where there
-            is no text at all, attention gives 0.
+        mask: [B, T] bool, True where there is text. What key and value hold elsewhere is not used; where
+            there is no text at all, attention gives 0.
         output_weight, output_bias: [C, C] as (outputs, inputs), and [C].
         gate: [C].
         epsilon: added to the variance.
@@ -55,8 +58,8 @@ def fusion_attention(
 
     Raises:
         ValueError: a shape or type does not fit; the message names it.
-        RuntimeError: on CUDA, sizes that the kernels do not take: C above 256 or no multiple of 16, D above 64
-            or no multiple of 8, T above 512.
+        RuntimeError: on CUDA, sizes that the kernels do not take: C above 256 or no multiple of 16, D above
+            64 or no multiple of 8, T above 512.
     """
     return torch.ops.visionllm.fusion_attention(
         x,
@@ -169,9 +172,6 @@ def _check_arguments(
         raise ValueError(f"{operator}: mask must be on x's device {x.device}, got {mask.device}")
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
 def fusion_attention_backward_reference(
     grad_output: Tensor,
     x: Tensor,
@@ -186,7 +186,7 @@ def fusion_attention_backward_reference(
     output_bias: Tensor,
     gate: Tensor,
     epsilon: float = 1e-5,
-) -> Gradients:
+) -> tuple[Tensor, ...]:
     """Gradients of all tensors but the mask, in order, in plain PyTorch and the tensors' own precision.
 
     Raises:
@@ -241,7 +241,7 @@ def fusion_attention_backward_reference(
         gated.sum((0, 1)),
         grad_gate,
     )
-    return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
+    return tuple(grad.contiguous() for grad in grads)
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class SampleInputs:
     gate: Tensor
     epsilon: float = 1e-5
 
-    def args(self) -> tuple[Tensor | float, ...]:
+    def args(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def leaves(self) -> tuple[Tensor, ...]:
@@ -270,9 +270,9 @@ class SampleInputs:
 
     def double(self) -> SampleInputs:
         """The same numbers in float64."""
-        return SampleInputs(
-            *(t.detach().double() if isinstance(t, Tensor) and t is not self.mask else t for t in self.args())
-        )
+        args = [t.detach().double() if isinstance(t, Tensor) else t for t in self.args()]
+        args[7] = self.mask
+        return SampleInputs(*args)
 
 
 def sample_inputs(
@@ -385,7 +385,7 @@ def _kernel_arguments(
     output_bias: Tensor,
     gate: Tensor,
     epsilon: float,
-) -> tuple[Tensor | float, ...]:
+) -> tuple[Any, ...]:
     """The arguments as the kernels want them. The core checks them."""
     return (
         _aligned(x),
@@ -403,15 +403,15 @@ def _kernel_arguments(
     )
 
 
-def _forward_cuda(*arguments: Tensor | float) -> Tensor:
-    kernel_arguments = _kernel_arguments(*arguments)  # type: ignore[arg-type]
+def _forward_cuda(*arguments: Any) -> Tensor:
+    kernel_arguments = _kernel_arguments(*arguments)
     output = torch.empty_like(kernel_arguments[0], memory_format=torch.contiguous_format)
     native.call("fusion_attention", output, *kernel_arguments)
     return output
 
 
-def _backward_cuda(grad_output: Tensor, *arguments: Tensor | float) -> Gradients:
-    kernel_arguments = _kernel_arguments(*arguments)  # type: ignore[arg-type]
+def _backward_cuda(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    kernel_arguments = _kernel_arguments(*arguments)
     x, key = kernel_arguments[0], kernel_arguments[5]
     fallback.check_rank("fusion_attention_backward", "x", x, "[B, N, C]")
     fallback.check_rank("fusion_attention_backward", "key", key, "[B, T, H, D]")
@@ -425,21 +425,21 @@ def _backward_cuda(grad_output: Tensor, *arguments: Tensor | float) -> Gradients
     return grads
 
 
-def _forward_on_cuda(x: Tensor, *arguments: Tensor | float) -> Tensor:
+def _forward_on_cuda(x: Tensor, *arguments: Any) -> Tensor:
     if native.has_cuda_kernels() and x.dtype != torch.float64:
         return _forward_cuda(x, *arguments)
     return _forward_elsewhere(x, *arguments)
 
 
-def _backward_on_cuda(grad_output: Tensor, x: Tensor, *arguments: Tensor | float) -> Gradients:
+def _backward_on_cuda(grad_output: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if native.has_cuda_kernels() and x.dtype != torch.float64:
         return _backward_cuda(grad_output, x, *arguments)
-    return fusion_attention_backward_reference(grad_output, x, *arguments)  # type: ignore[arg-type]
+    return fusion_attention_backward_reference(grad_output, x, *arguments)
 
 
-def _forward_elsewhere(x: Tensor, *arguments: Tensor | float) -> Tensor:
+def _forward_elsewhere(x: Tensor, *arguments: Any) -> Tensor:
     """Devices that this build has no kernels for."""
-    output = fusion_attention_reference(x, *arguments)  # type: ignore[arg-type]
+    output = fusion_attention_reference(x, *arguments)
     fallback.warn_of_reference("fusion_attention", x.device.type)
     return output
 
@@ -454,13 +454,13 @@ for _key, _forward, _backward in (
 
 
 @torch.library.register_fake("visionllm::fusion_attention", lib=_library)
-def _forward_fake(x: Tensor, *_: Tensor | float) -> Tensor:
+def _forward_fake(x: Tensor, *_: Any) -> Tensor:
     fallback.check_rank("fusion_attention", "x", x, "[B, N, C]")
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("visionllm::fusion_attention_backward", lib=_library)
-def _backward_fake(_: Tensor, *arguments: Tensor | float) -> tuple[Tensor, ...]:
+def _backward_fake(_: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors = [t for i, t in enumerate(arguments[:11]) if i != 7]  # all but the mask
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
 
