@@ -23,6 +23,7 @@
 
 namespace visionllm {
 
+void bind_cuda_device(nanobind::module_& m);
 void bind_isa(nanobind::module_& m);
 void bind_ms_deform_attn(nanobind::module_& m);
 void bind_lora_linear(nanobind::module_& m);

@@ -5,7 +5,7 @@
 
 NB_MODULE(_core, m) {
   m.attr("version") = VISIONLLM_VERSION;
-  m.attr("cuda_architectures") = nanobind::make_tuple();  // no CUDA kernels in this version
+  visionllm::bind_cuda_device(m);
   visionllm::bind_isa(m);
   visionllm::bind_ms_deform_attn(m);
 #ifdef VISIONLLM_BIND_LORA_LINEAR
