@@ -10,12 +10,6 @@
 namespace visionllm {
 namespace {
 
-std::string joined(const std::vector<std::string>& words) {
-  std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
-  return text;
-}
-
 std::vector<std::string> split(const std::string& text) {
   std::vector<std::string> words;
   std::size_t begin = 0;
@@ -29,6 +23,12 @@ std::vector<std::string> split(const std::string& text) {
 }
 
 #ifdef VISIONLLM_HAVE_CUDA
+
+std::string joined(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
+  return text;
+}
 
 // Clears CUDA's own record of the error, so that a later launch does not report it again.
 Status cuda_failure(const char* what, cudaError_t error) {

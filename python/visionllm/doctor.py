@@ -77,9 +77,10 @@ def _threads(torch: ModuleType | None) -> str:
 
 def _cuda_kernels(core: ModuleType) -> str:
     architectures = core.cuda_architectures
-    if architectures:
-        return "built for " + ", ".join(architectures)
-    return "not built (this version has none; CUDA tensors take the PyTorch reference)"
+    if not architectures:
+        return "not built: CUDA tensors take the PyTorch reference; build with -DVISIONLLM_CUDA=ON (docs/cuda.md)"
+    problem = core.cuda_problem()
+    return f"built for {', '.join(architectures)}; " + (f"not usable: {problem}" if problem else "usable")
 
 
 def _torch_cuda(torch: ModuleType) -> str:
