@@ -78,7 +78,7 @@ def _threads(torch: ModuleType | None) -> str:
 def _cuda_kernels(core: ModuleType) -> str:
     architectures = core.cuda_architectures
     if not architectures:
-        return "not built: CUDA tensors take the PyTorch reference; build with -DVISIONLLM_CUDA=ON (docs/cuda.md)"
+        return "not built (-DVISIONLLM_CUDA=ON builds them); CUDA tensors take the PyTorch reference"
     problem = core.cuda_problem()
     return f"built for {', '.join(architectures)}; " + (f"not usable: {problem}" if problem else "usable")
 
