@@ -3,8 +3,8 @@
 Implementations take turns, so that a disturbance of the machine meets all of them; before each call the
 caches are filled with other data; the median counts.
 
-On CUDA a call is timed twice, by events on the device: as it is, and as the replay of a CUDA graph of it, which
-leaves out what the host does. Both begin with a cold L2 cache.
+On CUDA a call is timed twice, by events on the device: as it is, and as the replay of a CUDA graph of it,
+which leaves out what the host does. Both begin with a cold L2 cache.
 
     add_device_option(parser)                   # --device cpu|cuda
     device = require_device(parser.parse_args().device)
@@ -112,7 +112,7 @@ def results_name(operator: str, device: torch.device) -> str:
 
 
 def measure_limits(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Limits:
-    """Copy and matrix product; on CUDA the product is of ``dtype`` (float32 without TF32), on random numbers."""
+    """Copy and matrix product; on CUDA the product is of random ``dtype`` (float32 without TF32)."""
     if torch.device(device).type == "cuda":
         return _measure_cuda_limits(torch.device(device), dtype)
     copies = torch.empty(2, _CACHE_BYTES, dtype=torch.uint8)
@@ -125,9 +125,8 @@ def measure_limits(device: torch.device | str = "cpu", dtype: torch.dtype = torc
 
 def _measure_cuda_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     size = 1 << 30
-    copies = torch.empty(2, size, dtype=torch.uint8, device=device)
-    copy = statistics.median(_time_cuda({"": lambda: copies[0].copy_(copies[1])}, {"": 10}, device)[""])
-    del copies
+    target, source = torch.empty(2, size, dtype=torch.uint8, device=device)
+    copy = statistics.median(_time_cuda({"": lambda: target.copy_(source)}, {"": 10}, device)[""])
     n = 8192 if dtype != torch.float32 else 4096
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     product = statistics.median(_time_cuda({"": lambda: a @ b}, {"": 10}, device)[""])
@@ -244,7 +243,7 @@ def _capture(function: Callable[[], object], device: torch.device) -> Callable[[
 def _time_cuda(
     implementations: Mapping[str, Callable[[], object]], repeats: Mapping[str, int], device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds on the device. Filling memory before each call empties L2 and gives the host time to run ahead."""
+    """Seconds on the device. The filling before each call empties L2, and lets the host run ahead."""
     flush = torch.empty(_CUDA_CACHE_BYTES, dtype=torch.uint8, device=device)
     for function in implementations.values():
         for _ in range(3):
