@@ -37,6 +37,15 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("fusion_attention", torch.float16): Tolerance(
         2**-10, 1.5e-3, "normed, query, exponentials and attended are rounded to 11 bits on their way"
     ),
+    ("query_attention", torch.float32): Tolerance(
+        1e-5, 5e-6, "float32 rotation, scores of size 5 and sums; the exponential takes on the scores' error"
+    ),
+    ("query_attention", torch.bfloat16): Tolerance(
+        2**-7, 1e-2, "rotated q and k, weights and their gradients are rounded to 8 bits on their way"
+    ),
+    ("query_attention", torch.float16): Tolerance(
+        2**-10, 1.5e-3, "rotated q and k, weights and their gradients are rounded to 11 bits on their way"
+    ),
 }
 
 

@@ -2,8 +2,9 @@
 
 ``fusion_attention`` is language fusion, from the layer norm to the gated residual. ``ms_deform_attn`` is
 multi-scale deformable attention; ``accelerate_hugging_face`` makes the Deformable-DETR family of
-``transformers`` use it. ``slot_head_predict`` and ``slot_head_cross_entropy`` read the slots. Importing this
-package registers ``torch.ops.visionllm``.
+``transformers`` use it. ``query_attention`` is attention of groups of slots with a
+shared prefix. ``slot_head_predict`` and ``slot_head_cross_entropy`` read the slots. Importing this package
+registers ``torch.ops.visionllm``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from visionllm.ops.fusion_attention import fusion_attention, fusion_attention_reference
 from visionllm.ops.hugging_face import MultiScaleDeformableAttention, accelerate_hugging_face
 from visionllm.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
+from visionllm.ops.query_attention import query_attention, query_attention_reference
 from visionllm.ops.slot_head import SlotPrediction, slot_head_cross_entropy, slot_head_predict
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "fusion_attention_reference",
     "ms_deform_attn",
     "ms_deform_attn_reference",
+    "query_attention",
+    "query_attention_reference",
     "slot_head_cross_entropy",
     "slot_head_predict",
 ]
