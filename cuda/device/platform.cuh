@@ -33,8 +33,8 @@ namespace visionllm::cuda {
 // `what` names the kernel or the call.
 inline Status status_of(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
-  return Status::unsupported(std::string(what) + ": " + cudaGetErrorName(error) + ": " +
-                             cudaGetErrorString(error));
+  return Status::cuda_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " +
+                            cudaGetErrorString(error));
 }
 
 // Without this much an explicit request is needed, and static shared memory cannot have more at all.
@@ -47,14 +47,14 @@ Status launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 b
               std::size_t dynamic_shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "launch: one argument for each parameter");
   if (dynamic_shared_bytes > kSharedBytesWithoutRequest) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(dynamic_shared_bytes));
     if (error != cudaSuccess) {
       (void)cudaGetLastError();  // reported here, so not again by the next launch
       return status_of(error, name);
     }
   }
-  kernel<<<grid, block, dynamic_shared_bytes, stream>>>(
+  kernel<<<grid, block, dynamic_shared_bytes, stream> > >(
       static_cast<Parameters>(std::forward<Arguments>(arguments))...);
   return status_of(cudaGetLastError(), name);
 }
