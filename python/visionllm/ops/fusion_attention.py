@@ -270,7 +270,7 @@ class SampleInputs:
 
     def double(self) -> SampleInputs:
         """The same numbers in float64."""
-        args = [t.detach().double() if isinstance(t, Tensor) else t for t in self.args()]
+        args: list[Any] = [t.detach().double() if isinstance(t, Tensor) else t for t in self.args()]
         args[7] = self.mask
         return SampleInputs(*args)
 
