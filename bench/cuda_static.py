@@ -161,6 +161,9 @@ def build(chips: Iterable[str], everything: bool) -> dict[str, Any]:
                     kernels.setdefault(name, {}).update(entry)
                 print(f"{source} for {chip}: {seconds[chip]:.1f} s, {len(kernels)} kernels", flush=True)
         files[source] = {"digest": mark, "seconds": seconds, "kernels": dict(sorted(kernels.items()))}
+        # After each file: minutes of compiling are not lost when a later file does not compile.
+        table = {"nvcc": version, "flags": list(FLAGS), "files": dict(sorted({**known, **files}.items()))}
+        RESULTS.write_text(json.dumps(table, indent=1) + "\n")
     return {"nvcc": version, "flags": list(FLAGS), "files": files}
 
 
