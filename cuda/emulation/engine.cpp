@@ -16,6 +16,9 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace visionllm::emulation {
+
+Running running;
+
 namespace {
 
 constexpr int kWarp = 32;
@@ -97,9 +100,8 @@ class Engine {
 
   // ---- the launch
   const char* name = nullptr;
-  bool running = false;  // inside a kernel's thread
-  int current = 0;       // its number
-  int count = 0;         // threads of a block
+  int current = 0;  // its number
+  int count = 0;    // threads of a block
   std::uint32_t interval = 1, block_interval = 1, launch_interval = 1;
   Site dynamic_site{};
 
@@ -118,7 +120,17 @@ class Engine {
 
   bool overflowed(const void* address) const { return stacks_.overflowed(address) >= 0; }
   Thread& me() { return threads_[current]; }
-  Thread& thread(int i) { return threads_[i]; }
+  Moment moment(int i) const {
+    return {i,
+            static_cast<std::uint8_t>(i / kWarp),
+            1u << i % kWarp,
+            threads_[i].stamp,
+            threads_[i].known,
+            interval,
+            block_interval,
+            launch_interval};
+  }
+  uint3 thread_index(int i) const { return threads_[i].index; }
   bool fenced = false;  // the block has called __threadfence
   std::set<std::size_t>
       acquired_blocks;  // numbers in started_ of blocks the running one has synchronised with
@@ -171,7 +183,7 @@ void Engine::entry() {
       self.check_reachable(i, self.current);
     }
   }
-  self.running = false;
+  running.active = false;
   switch_context(me.context, self.scheduler_, true);
   std::abort();
 }
@@ -193,22 +205,25 @@ void Engine::check_reachable(int thread, int other) {
 void Engine::resume(int i) {
   current = i;
   threadIdx = threads_[i].index;
-  running = true;
+  running.moment = moment(i);
+  running.stack = static_cast<const char*>(threads_[i].context.stack_bottom);
+  running.stack_bytes = threads_[i].context.stack_bytes;
+  running.active = true;
   switch_context(scheduler_, threads_[i].context);
-  running = false;
+  running.active = false;
 }
 
 void Engine::wait(State state) {
   Thread& self = me();
   self.state = state;
-  running = false;
+  running.active = false;
   switch_context(self.context, scheduler_);
 }
 
 void Engine::fail(const std::string& what) {
   if (error.empty()) error = std::string(position()) + ": " + what;
   failed_ = true;
-  running = false;
+  running.active = false;
   switch_context(me().context, scheduler_, true);
   std::abort();
 }
@@ -523,11 +538,9 @@ void fail(const std::string& what) { engine().fail(what); }
 
 void report(const std::string& what) {
   Engine& self = engine();
-  if (self.running) self.fail(what);
+  if (running.active) self.fail(what);
   if (self.error.empty()) self.error = (self.operation.empty() ? "" : self.operation + ": ") + what;
 }
-
-bool in_kernel() { return engine().running; }
 
 int block_barrier(Site site, Vote vote, int predicate) { return engine().barrier(site, vote, predicate); }
 void warp_collective(const Collective& call) { engine().collective(call); }
@@ -594,22 +607,10 @@ void copy_async_wait(int open_groups) {
   }
 }
 
-ThreadClock clock_of(int thread) {
-  const Thread& t = engine().thread(thread);
-  return {t.stamp, t.known};
-}
-std::uint32_t interval() { return engine().interval; }
-std::uint32_t block_interval() { return engine().block_interval; }
-std::uint32_t launch_interval() { return engine().launch_interval; }
+Moment moment_of(int thread) { return engine().moment(thread); }
 bool acquired(std::uint32_t at) { return engine().acquired(at); }
 bool acquired_any() { return !engine().acquired_blocks.empty(); }
-std::string thread_text(int thread) { return "thread " + index_text(engine().thread(thread).index); }
+std::string thread_text(int thread) { return "thread " + index_text(engine().thread_index(thread)); }
 std::string block_text(std::uint32_t at) { return engine().block_text(at); }
-
-bool on_own_stack(const void* address) {
-  const Context& context = engine().me().context;
-  return static_cast<std::size_t>(static_cast<const char*>(address) -
-                                  static_cast<char*>(context.stack_bottom)) < context.stack_bytes;
-}
 
 }  // namespace visionllm::emulation

@@ -71,8 +71,6 @@ bool run_kernel(const char* name, dim3 grid, dim3 block, std::size_t dynamic_sha
 [[noreturn]] void fail(const std::string& what);
 // Reports from outside kernels too; returns only there.
 void report(const std::string& what);
-// In a kernel's thread?
-bool in_kernel();
 
 enum class Vote { none, any, all, count };
 int block_barrier(Site site, Vote vote, int predicate);
@@ -92,20 +90,38 @@ void copy_async_commit();
 void copy_async_wait(int open_groups);
 
 // ---- what memory.cpp asks about the running block
-struct ThreadClock {
-  std::uint32_t stamp;         // number of its latest __syncwarp
-  const std::uint32_t* known;  // [32]: of each lane of its warp, the latest __syncwarp known to be over
+
+// One CUDA thread, and when: intervals are the times between barriers of a block, numbered in the order in which
+// they run, over all blocks and launches.
+struct Moment {
+  int thread = 0;  // linear number in the block
+  std::uint8_t warp = 0;
+  std::uint32_t lane_bit = 0;
+  std::uint32_t stamp = 0;  // number of its latest __syncwarp
+  const std::uint32_t* known =
+      nullptr;                 // [32]: of each lane of its warp, the latest __syncwarp known to be over
+  std::uint32_t interval = 0;  // the running one
+  std::uint32_t block = 0, launch = 0;  // the first of the running block and launch
 };
-ThreadClock clock_of(int thread);
-std::uint32_t interval();        // the running one
-std::uint32_t block_interval();  // the first of the running block
-std::uint32_t launch_interval();
+
+struct Running {
+  bool active = false;  // inside a kernel
+  Moment moment;
+  const char* stack = nullptr;
+  std::size_t stack_bytes = 0;
+};
+
+// The running thread; looked at by every load and store.
+extern Running running;
+
+// The same for another thread of the block.
+Moment moment_of(int thread);
+
 // Has the running block synchronised with the block that this interval belongs to, by __threadfence and an
 // atomic?
 bool acquired(std::uint32_t interval);
 bool acquired_any();
 std::string thread_text(int thread);             // "thread (1, 0, 0)"
 std::string block_text(std::uint32_t interval);  // "block (0, 0, 0)"
-bool on_own_stack(const void* address);
 
 }  // namespace visionllm::emulation

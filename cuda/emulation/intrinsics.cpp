@@ -112,12 +112,12 @@ void complete_load(void* const (&lanes)[32], unsigned mask) {
 #ifdef VISIONLLM_EMULATION_CHECKED
       if (lane(0).transposed) {
         for (int j = 0; j < 2; ++j) {
-          check_access(first_thread + i, lane(8 * matrix + minor + j).row + 2 * major, 2,
+          check_access(moment_of(first_thread + i), lane(8 * matrix + minor + j).row + 2 * major, 2,
                        AccessKind::read_padding, nullptr);
         }
       } else {
-        check_access(first_thread + i, lane(8 * matrix + major).row + 2 * minor, 4, AccessKind::read_padding,
-                     nullptr);
+        check_access(moment_of(first_thread + i), lane(8 * matrix + major).row + 2 * minor, 4,
+                     AccessKind::read_padding, nullptr);
       }
 #else
       (void)first_thread;

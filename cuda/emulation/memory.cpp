@@ -61,52 +61,43 @@ std::string pc_text(const void* pc) {
   return pc == nullptr ? "" : text;
 }
 
-// Who asks: one CUDA thread at this moment.
-struct Asker {
-  int thread;
-  std::uint8_t warp;
-  std::uint32_t lane_bit;
-  ThreadClock clock;
-  std::uint32_t now, block, launch;
-};
-
 // Did everything recorded happen before the asker's next instruction?
-bool ordered(const Access& a, const Asker& me) {
+bool ordered(const Access& a, const Moment& me) {
   if (a.interval < me.launch) return true;
   if (a.interval < me.block) return acquired(a.interval);
   if (a.other_blocks && !acquired_any()) return false;
-  if (a.interval < me.now) return true;
+  if (a.interval < me.interval) return true;
   if (a.many_warps || a.warp != me.warp) return false;
   for (std::uint32_t rest = a.lanes & ~me.lane_bit; rest != 0; rest &= rest - 1) {
-    if (me.clock.known[__builtin_ctz(rest)] <= a.stamp) return false;
+    if (me.known[__builtin_ctz(rest)] <= a.stamp) return false;
   }
   return true;
 }
 
-Access first_access(const Asker& me) {
+Access first_access(const Moment& me) {
   Access a;
-  a.interval = me.now, a.lanes = me.lane_bit, a.stamp = me.clock.stamp, a.warp = me.warp;
+  a.interval = me.interval, a.lanes = me.lane_bit, a.stamp = me.stamp, a.warp = me.warp;
   return a;
 }
 
 // Adds the asker to the threads that share an access which needs no order among them: reads, atomics.
-void join(Access& a, const Asker& me) {
-  if (a.interval == me.now) {
+void join(Access& a, const Moment& me) {
+  if (a.interval == me.interval) {
     if (a.warp != me.warp) {
       a.many_warps = true;
       return;
     }
     if (a.lanes == me.lane_bit) {
-      a.stamp = me.clock.stamp;
+      a.stamp = me.stamp;
       return;
     }
     std::uint32_t lanes = me.lane_bit;
     for (std::uint32_t rest = a.lanes & ~me.lane_bit; rest != 0; rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
-      if (me.clock.known[lane] <= a.stamp) lanes |= 1u << lane;  // the others came before
+      if (me.known[lane] <= a.stamp) lanes |= 1u << lane;  // the others came before
     }
     a.lanes = lanes;
-    a.stamp = std::max(a.stamp, me.clock.stamp);
+    a.stamp = std::max(a.stamp, me.stamp);
     return;
   }
   const bool others = a.interval >= me.launch && (a.interval < me.block || a.other_blocks);
@@ -116,7 +107,7 @@ void join(Access& a, const Asker& me) {
   a.atomic = atomic;
 }
 
-std::string who(const Access& a, const Asker& me) {
+std::string who(const Access& a, const Moment& me) {
   if (a.interval < me.block) return block_text(a.interval);
   if (a.other_blocks) return "another block";
   std::uint32_t others = a.warp == me.warp ? a.lanes & ~me.lane_bit : a.lanes;
@@ -127,7 +118,7 @@ std::string who(const Access& a, const Asker& me) {
 }
 
 std::string conflict(const Region& region, std::size_t offset, AccessKind kind, const Access& a,
-                     const char* past, const Asker& me) {
+                     const char* past, const Moment& me) {
   std::string text =
       std::string(verb(kind)) + " " + region.place(offset) + ", which " + who(a, me) + " " + past;
   if (a.interval < me.block || a.other_blocks) {
@@ -153,49 +144,51 @@ void refine(Region& region, std::size_t granule) {
   }
 }
 
-// One granule of a tracked region. Returns what is wrong, or nothing.
-std::string check_granule(Region& region, std::size_t i, AccessKind kind, const Asker& me) {
+// Nothing to check and nothing to record: the thread reads again what it has read, and since then nobody wrote (a
+// write would have found that read, or cleared it).
+bool reads_again(const Access& read, const Moment& me) {
+  return read.interval == me.interval && read.warp == me.warp && (read.lanes & me.lane_bit) != 0 &&
+         read.stamp >= me.stamp;
+}
+
+// Checks and records an access to one granule of a tracked region. Returns what is wrong, or nothing.
+std::string check_granule(Region& region, std::size_t i, AccessKind kind, const Moment& me) {
   Access& w = region.writes[i];
   Access& r = region.reads[i];
   const std::size_t offset = i * region.granule;
   if (region.shared && w.interval < me.block) w = Access{};
   if (region.shared && r.interval < me.block) r = Access{};
-  const bool mine = w.interval == me.now && w.lanes == me.lane_bit && w.warp == me.warp && !w.many_warps;
+  const bool written = w.interval != 0 || w.initial;
+  const bool mine = w.interval == me.interval && w.lanes == me.lane_bit && w.warp == me.warp && !w.many_warps;
+  const bool after_write = w.interval == 0 || mine || ordered(w, me);
   if (w.copying && kind != AccessKind::copy_end) {
     return std::string(verb(kind)) + " " + region.place(offset) + ", to which an asynchronous copy of " +
            who(w, me) + " is on its way: copy_async_wait must come first";
   }
   switch (kind) {
-    case AccessKind::read_padding:
     case AccessKind::read:
-      if (kind == AccessKind::read && w.interval == 0 && !w.initial) {
+    case AccessKind::read_padding:
+      if (kind == AccessKind::read && !written)
         return "reads " + region.place(offset) + ", which nothing has written";
-      }
-      if (!mine && w.interval != 0 && !ordered(w, me)) {
+      if (!after_write)
         return conflict(region, offset, kind, w, w.atomic ? "has updated" : "has written", me);
-      }
       join(r, me);
       return {};
     case AccessKind::atomic:
-      if (w.interval == 0 && !w.initial) {
-        return "atomically updates " + region.place(offset) + ", which nothing has written";
-      }
-      if (!w.atomic && !mine && w.interval != 0 && !ordered(w, me)) {
-        return conflict(region, offset, kind, w, "has written", me);
-      }
+      if (!written) return "atomically updates " + region.place(offset) + ", which nothing has written";
+      if (!w.atomic && !after_write) return conflict(region, offset, kind, w, "has written", me);
       if (r.interval != 0 && !ordered(r, me)) return conflict(region, offset, kind, r, "has read", me);
       if (w.atomic && w.interval >= me.launch) {
         join(w, me);
       } else {
         w = first_access(me);
+        w.atomic = true;
       }
-      w.atomic = true;
       return {};
     case AccessKind::write:
     case AccessKind::copy_begin:
-      if (!mine && w.interval != 0 && !ordered(w, me)) {
+      if (!after_write)
         return conflict(region, offset, kind, w, w.atomic ? "has updated" : "has written", me);
-      }
       if (r.interval != 0 && !ordered(r, me)) return conflict(region, offset, kind, r, "has read", me);
       w = first_access(me);
       w.copying = kind == AccessKind::copy_begin;
@@ -309,8 +302,8 @@ void Memory::begin_block() { shared_used_ = 0; }
 Region* Memory::shared_array(const void* site, const char* name, std::size_t bytes, std::size_t alignment) {
   for (Region* const region : shared_) {
     if (region->site != site) continue;
-    if (region->used_in_block != block_interval()) {
-      region->used_in_block = block_interval();
+    if (region->used_in_block != running.moment.block) {
+      region->used_in_block = running.moment.block;
       if (alignment != kDynamicSharedAlignment) shared_used_ += round_up(bytes, 16);
       std::memset(region->begin, 0xff, bytes);
     }
@@ -326,7 +319,7 @@ Region* Memory::shared_array(const void* site, const char* name, std::size_t byt
   region->bytes = bytes;
   region->shared = true;
   region->site = site;
-  region->used_in_block = block_interval();
+  region->used_in_block = running.moment.block;
   region->track();
   shared_top_ = begin + bytes;
   if (alignment != kDynamicSharedAlignment) shared_used_ += round_up(bytes, 16);
@@ -357,7 +350,7 @@ Region* Memory::find(const void* address, bool* inside) {
   Region* nearest = nullptr;
   if (in_shared_range(p)) {
     for (Region* const region : shared_) {
-      if (region->used_in_block != block_interval()) continue;
+      if (region->used_in_block != running.moment.block) continue;
       if (region->holds(p)) {
         *inside = true;
         return region;
@@ -396,73 +389,87 @@ Region* Memory::find(const void* address, bool* inside) {
   return nearest;
 }
 
-void check_access(int thread, const void* address, std::size_t bytes, AccessKind kind, const void* pc) {
-  Memory& all = memory();
-  const char* const p = static_cast<const char*>(address);
-  const bool device = all.in_shared_range(p) || all.in_tensor_range(p);
-  // A thread's own variables; constants and the kernel's parameters.
-  if (!device && (!in_kernel() || on_own_stack(p) || (p >= &__executable_start && p < &_end))) return;
-  bool inside;
-  Region* const region = all.find(p, &inside);
-  if (!in_kernel()) {
-    if (region == nullptr || region->role != Role::host) {
-      report("host code " + std::string(verb(kind)) + " device memory" + pc_text(pc));
-    }
-    return;
+namespace {
+
+std::string outside(const Region* region, const char* p, std::size_t bytes, AccessKind kind) {
+  const std::string text = std::string(verb(kind)) + " " + number(bytes) + " bytes ";
+  if (region == nullptr) {
+    char where[32];
+    std::snprintf(where, sizeof where, "at address %p", static_cast<const void*>(p));
+    return text + where + ", outside every tensor and shared array: out of bounds";
   }
-  if (inside && region->role == Role::host) {
-    fail(std::string(verb(kind)) + " " + region->place(p - region->begin) + ", which is in host memory" +
-         pc_text(pc));
-  }
-  if (!inside || p + bytes > region->begin + region->bytes) {
-    const std::string text = std::string(verb(kind)) + " " + number(bytes) + " bytes ";
-    if (region == nullptr) {
-      char where[32];
-      std::snprintf(where, sizeof where, "at address %p", address);
-      fail(text + where + ", outside every tensor and shared array: out of bounds" + pc_text(pc));
-    }
-    const bool before = p < region->begin;
-    const std::size_t distance = before ? region->begin - p : p - region->begin;
-    fail(text +
+  const bool before = p < region->begin;
+  const std::size_t distance = before ? region->begin - p : p - region->begin;
+  return text +
          (before ? number(distance) + " bytes before the beginning of "
                  : "from byte " + number(distance) + " of ") +
-         region->name + ", which has " + number(region->bytes) + ": out of bounds" + pc_text(pc));
+         region->name + ", which has " + number(region->bytes) + ": out of bounds";
+}
+
+// A tensor's element that is not one, or that the kernel may not have.
+std::string forbidden(const Region& region, std::size_t offset, std::size_t bytes, AccessKind kind) {
+  if (region.role == Role::host)
+    return std::string(verb(kind)) + " " + region.place(offset) + ", which is in host memory";
+  if (region.role == Role::input && kind != AccessKind::read && kind != AccessKind::read_padding) {
+    return std::string(verb(kind)) + " " + region.place(offset) + ", an input";
   }
-  const std::size_t offset = p - region->begin;
-  const bool writing = kind != AccessKind::read && kind != AccessKind::read_padding;
-  if (!region->member.empty()) {
-    for (std::size_t i = offset / region->item_bytes; i * region->item_bytes < offset + bytes; ++i) {
-      if (!region->member[i]) {
-        fail(std::string(verb(kind)) + " " + number(bytes) + " bytes from byte " + number(offset) + " of " +
-             region->name + ", which are not the tensor's: they lie in a gap that its strides leave" +
-             pc_text(pc));
-      }
+  for (std::size_t i = offset / region.item_bytes;
+       !region.member.empty() && i * region.item_bytes < offset + bytes; ++i) {
+    if (!region.member[i]) {
+      return std::string(verb(kind)) + " " + number(bytes) + " bytes from byte " + number(offset) + " of " +
+             region.name + ", which are not the tensor's: they lie in a gap that its strides leave";
     }
   }
-  if (writing && region->role == Role::input && !region->shared) {
-    fail(std::string(verb(kind)) + " " + region->place(offset) + ", an input" + pc_text(pc));
+  return {};
+}
+
+void check_host_access(const char* p, AccessKind kind, const void* pc) {
+  Memory& all = memory();
+  if (!all.in_shared_range(p) && !all.in_tensor_range(p)) return;
+  bool inside;
+  const Region* const region = all.find(p, &inside);
+  if (region == nullptr || region->role != Role::host) {
+    report("host code " + std::string(verb(kind)) + " device memory" + pc_text(pc));
+  }
+}
+
+}  // namespace
+
+void check_access(const Moment& me, const void* address, std::size_t bytes, AccessKind kind, const void* pc) {
+  Memory& all = memory();
+  const char* const p = static_cast<const char*>(address);
+  bool inside;
+  Region* const region = all.find(p, &inside);
+  if (!inside || p + bytes > region->begin + region->bytes)
+    fail(outside(region, p, bytes, kind) + pc_text(pc));
+  const std::size_t offset = p - region->begin;
+  if (!region->shared && (!region->tracked() || !region->member.empty())) {
+    const std::string wrong = forbidden(*region, offset, bytes, kind);
+    if (!wrong.empty()) fail(wrong + pc_text(pc));
   }
   if (!region->tracked()) return;
-  const ThreadClock clock = clock_of(thread);
-  const Asker me{thread,
-                 static_cast<std::uint8_t>(thread / 32),
-                 1u << (thread % 32),
-                 clock,
-                 interval(),
-                 block_interval(),
-                 launch_interval()};
   std::size_t granule = region->granule;
   while (granule > 1 && (offset % granule != 0 || bytes % granule != 0)) granule /= 2;
   if (granule < region->granule) refine(*region, granule);
   const std::size_t last = (offset + bytes - 1) / region->granule;
   for (std::size_t i = offset / region->granule; i <= last; ++i) {
+    if (kind == AccessKind::read && reads_again(region->reads[i], me)) continue;
     const std::string wrong = check_granule(*region, i, kind, me);
     if (!wrong.empty()) fail(wrong + pc_text(pc));
   }
 }
 
 void check_access(const void* address, std::size_t bytes, AccessKind kind, const void* pc) {
-  check_access(in_kernel() ? thread_number() : 0, address, bytes, kind, pc);
+  const char* const p = static_cast<const char*>(address);
+  if (!running.active) {
+    check_host_access(p, kind, pc);
+    return;
+  }
+  // A thread's own variables; constants and the kernel's parameters.
+  if (static_cast<std::size_t>(p - running.stack) < running.stack_bytes ||
+      (p >= &__executable_start && p < &_end))
+    return;
+  check_access(running.moment, address, bytes, kind, pc);
 }
 
 }  // namespace visionllm::emulation

@@ -98,11 +98,12 @@ class Memory {
 
 Memory& memory();
 
-// The compiler's instrumentation and the functions that stand for PTX come here. `thread` is the linear number
-// of the CUDA thread in its block; `pc` is where the access stands (for the message).
-void check_access(int thread, const void* address, std::size_t bytes, AccessKind kind, const void* pc);
-
-// The same for the running thread.
+// An access of a kernel's thread (or, outside kernels, of host code) to any memory: the compiler's instrumentation
+// comes here. `pc` is where it stands, for the message.
 void check_access(const void* address, std::size_t bytes, AccessKind kind, const void* pc);
+
+// The same of a thread other than the running one, to memory that is not its own stack.
+struct Moment;
+void check_access(const Moment& who, const void* address, std::size_t bytes, AccessKind kind, const void* pc);
 
 }  // namespace visionllm::emulation
