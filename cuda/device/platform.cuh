@@ -54,7 +54,7 @@ Status launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 b
       return status_of(error, name);
     }
   }
-  kernel<<<grid, block, dynamic_shared_bytes, stream> > >(
+  kernel<<<grid, block, dynamic_shared_bytes, stream>>>(
       static_cast<Parameters>(std::forward<Arguments>(arguments))...);
   return status_of(cudaGetLastError(), name);
 }
