@@ -296,11 +296,17 @@ BAD = {
         "norm_weight must have shape [C] = [6], got [5]",
     ),
     "window": (lambda: slot_head_predict(S, R, window=-1), "window must be at least 0, got -1"),
-    "target shape": (lambda: slot_head_cross_entropy(S, R, T[:, :2]), "shape without C = [2, 3], got [2, 2]"),
+    "target shape": (
+        lambda: slot_head_cross_entropy(S, R, T[:, :2]),
+        "target must have the states' shape without C = [2, 3], got [2, 2]",
+    ),
     "target needs sigma": (lambda: slot_head_cross_entropy(S, R, T.float()), "sigma must be given for"),
     "sigma needs centre": (lambda: slot_head_cross_entropy(S, R, T, sigma=1.0), "got 1.0 with int64"),
     "sigma": (lambda: slot_head_cross_entropy(S, R, T.float(), sigma=0.0), "sigma must be above 0, got 0.0"),
-    "weight": (lambda: slot_head_cross_entropy(S, R, T, weight=torch.ones(2)), "[2, 3] and [2]"),
+    "weight": (
+        lambda: slot_head_cross_entropy(S, R, T, weight=torch.ones(2)),
+        "weight must have the states' shape without C = [2, 3], got [2]",
+    ),
 }
 
 

@@ -62,6 +62,12 @@ VISIONLLM_OPERATOR(ms_deform_attn_fused_backward_host_levels, VISIONLLM_DEFORM_F
 
 #ifdef VISIONLLM_EMULATE_lora_linear
 #include "visionllm/lora_linear.h"
+VISIONLLM_OPERATOR(lora_linear,
+                   ">output >low_rank ~workspace x weight weight_scale bias lora_a lora_b scale "
+                   "adapter_index")
+VISIONLLM_OPERATOR(lora_linear_backward,
+                   ">grad_x >grad_a >grad_b ~workspace grad_output x weight weight_scale lora_a lora_b scale "
+                   "adapter_index low_rank")
 #endif
 
 #ifdef VISIONLLM_EMULATE_fusion_attention

@@ -39,8 +39,8 @@
 //
 // Addresses are multiples of 16 bytes, and C is a multiple of 8. Accumulation is in float32, in an order that
 // depends on the sizes only: forward and backward are deterministic. Logits are never written, but for what
-// is asked for in `probabilities`; the backward holds the logits' gradient of a bounded number of slots at a
-// time in the workspace, in states' type.
+// is asked for in `probabilities`; the backward holds the logits' gradient of `slots_at_once` slots at a time
+// in the workspace, in states' type.
 #pragma once
 
 #include <cstdint>
@@ -57,10 +57,12 @@ constexpr std::int64_t kSlotHeadMaxWindow = 31;
 enum class SlotHeadCall : std::int32_t { predict = 0, cross_entropy = 1, backward = 2 };
 
 // Bytes of workspace that a call needs, whatever the device; -1 for sizes that no call takes. `shared`: R is
-// 1; `masked`: valid is there; `normed`: norm_weight is there; `window` is -1 where no expectation is wanted.
+// 1; `masked`: valid is there; `normed`: norm_weight is there; `window` is -1 where no expectation is wanted;
+// `slots_at_once` is the backward's.
 std::int64_t slot_head_workspace_bytes(SlotHeadCall call, std::int64_t B, std::int64_t G, std::int64_t S,
                                        std::int64_t C, std::int64_t V, std::int64_t element_bytes,
-                                       bool shared, bool masked, bool normed, std::int64_t window);
+                                       bool shared, bool masked, bool normed, std::int64_t window,
+                                       std::int64_t slots_at_once);
 
 // `workspace` is float32 [W], at least as many bytes as the function above says, of any content; its content
 // afterwards means nothing. `window` is at most 31.
@@ -80,12 +82,15 @@ Status slot_head_cross_entropy(const TensorView& loss, const TensorView& logsume
 
 // Gradients of a scalar loss; every output element is written (not added to). They are contiguous and have
 // their input's shape and type; grad_norm_weight is there exactly when norm_weight is. grad_loss is float32
-// [B, G, S], contiguous; logsumexp and target_logsumexp are the forward's.
-Status slot_head_cross_entropy_backward(
-    const TensorView& grad_states, const TensorView& grad_rows, const TensorView& grad_norm_weight,
-    const TensorView& workspace, const TensorView& grad_loss, const TensorView& states,
-    const TensorView& rows, const TensorView& target, const TensorView& weight, const TensorView& valid,
-    const TensorView& norm_weight, const TensorView& logsumexp, const TensorView& target_logsumexp,
-    double epsilon, double scale, double sigma, const Execution& execution);
+// [B, G, S], contiguous; logsumexp and target_logsumexp are the forward's. `slots_at_once`: slots that meet the
+// same rows and are held at a time, rounded up to a multiple of 128; 0: as many as take 2^25 elements.
+Status slot_head_cross_entropy_backward(const TensorView& grad_states, const TensorView& grad_rows,
+                                        const TensorView& grad_norm_weight, const TensorView& workspace,
+                                        const TensorView& grad_loss, const TensorView& states,
+                                        const TensorView& rows, const TensorView& target,
+                                        const TensorView& weight, const TensorView& valid,
+                                        const TensorView& norm_weight, const TensorView& logsumexp,
+                                        const TensorView& target_logsumexp, double epsilon, double scale,
+                                        double sigma, std::int64_t slots_at_once, const Execution& execution);
 
 }  // namespace visionllm

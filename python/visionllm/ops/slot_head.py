@@ -1,7 +1,7 @@
 """The head that reads slots, as two torch operators: prediction, and cross-entropy for training.
 
     normed    = states / sqrt(mean(states^2) + epsilon) * norm_weight          without norm_weight: states
-    logits    = scale * normed @ rows^T                                        only over the rows of this kind of slot
+    logits    = scale * normed @ rows^T                                        only over this kind's rows
     predict:  argmax, its probability, logsumexp, expectation near the argmax
     training: cross-entropy against a row, or against a Gaussian over the rows
 
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visionllm import _core
@@ -35,6 +34,9 @@ __all__ = [
 # What the kernels take (cpp/include/visionllm/slot_head.h).
 MAX_ROWS, MAX_WINDOW, CHANNEL_MULTIPLE = 65536, 31, 8
 _PREDICT, _CROSS_ENTROPY, _BACKWARD = 0, 1, 2
+
+# Slots whose logits' gradient the backward holds at a time; 0: as many as take 2²⁵ elements.
+SLOTS_AT_ONCE = 0
 
 
 class SlotPrediction(NamedTuple):
@@ -154,11 +156,12 @@ def slot_head_cross_entropy(
     if sigma is not None and not sigma > 0:
         raise ValueError(f"{operator}: sigma must be above 0, got {sigma}")
     by_group, rows, norm_weight = _operands(operator, states, rows, norm_weight)
-    if target.shape != states.shape[:-1] or (weight is not None and weight.shape != target.shape):
-        raise ValueError(
-            f"{operator}: target and weight must have the states' shape without C = {list(states.shape[:-1])}, "
-            f"got {list(target.shape)} and {None if weight is None else list(weight.shape)}"
-        )
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor is not None and tensor.shape != states.shape[:-1]:
+            raise ValueError(
+                f"{operator}: {name} must have the states' shape without C = {list(states.shape[:-1])}, got "
+                f"{list(tensor.shape)}"
+            )
     slots = by_group.shape[:-1]
     loss, _, _ = torch.ops.visionllm.slot_head_cross_entropy(
         by_group,
@@ -463,7 +466,7 @@ def sample_inputs(
     requires_grad: bool = False,
     seed: int = 0,
 ) -> SampleInputs:
-    """Random slots: of classes (a row is wanted, some slots ignored), or ``located`` (a place among the rows).
+    """Random slots: of classes (a row is wanted, some slots ignored), or ``located`` (a place among rows).
 
     Args:
         rows: V. With ``masked``, each picture allows some of them, always the last: "no object".
@@ -539,6 +542,7 @@ def _workspace(
         valid is not None,
         normed,
         window,
+        SLOTS_AT_ONCE,
     )
     return torch.empty(-(-size // 4), dtype=torch.float32, device=states.device)
 
@@ -663,6 +667,7 @@ def _cross_entropy_backward_cuda(
         epsilon,
         scale,
         sigma,
+        SLOTS_AT_ONCE,
     )
     return grads
 
