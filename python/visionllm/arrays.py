@@ -13,7 +13,7 @@ import numpy as np
 
 from visionllm import _core
 
-__all__ = ["ms_deform_attn", "ms_deform_attn_backward"]
+__all__ = ["ms_deform_attn", "ms_deform_attn_backward", "ms_deform_attn_backward_workspace"]
 
 _CPU = 1  # kDLCPU of DLPack's DLDeviceType
 
@@ -82,6 +82,8 @@ def ms_deform_attn_backward(
     grad_value: Any = None,
     grad_sampling_locations: Any = None,
     grad_attention_weights: Any = None,
+    workspace: Any = None,
+    deterministic: bool = False,
     threads: int | None = None,
     stream: int = 0,
 ) -> tuple[Any, Any, Any]:
@@ -95,6 +97,9 @@ def ms_deform_attn_backward(
         grad_attention_weights: [B, Q, H, L, P] of the weights' type, contiguous; overwritten.
             Each of the three is a new NumPy array when None, and has to be given where ``output`` of
             ``ms_deform_attn`` has to be.
+        workspace: [n] float32, contiguous and aligned to 16 bytes: what arrays in CUDA memory need beside it, n
+            as ``ms_deform_attn_backward_workspace`` says. Overwritten.
+        deterministic: in CUDA memory, add up in a fixed order; slower. In CPU memory it is always so.
         threads, stream: as in ``ms_deform_attn``.
 
     Returns:
@@ -121,6 +126,7 @@ def ms_deform_attn_backward(
             "grad_value": grad_value,
             "grad_sampling_locations": grad_sampling_locations,
             "grad_attention_weights": grad_attention_weights,
+            "workspace": workspace,
         },
         {
             "grad_output": grad_output,
@@ -132,8 +138,25 @@ def ms_deform_attn_backward(
         },
         threads,
         stream,
+        deterministic,
     )
     return grad_value, grad_sampling_locations, grad_attention_weights
+
+
+def ms_deform_attn_backward_workspace(
+    value: Any, sampling_locations: Any, *, deterministic: bool = False
+) -> int:
+    """Numbers in ``ms_deform_attn_backward``'s workspace in CUDA memory; 0: it may be None.
+
+    Args:
+        value: [B, S, H, D]; only shape and type matter.
+        sampling_locations: [B, Q, H, L, P, 2]; only the shape matters.
+        deterministic: as in ``ms_deform_attn_backward``.
+    """
+    operator = "ms_deform_attn_backward_workspace"
+    for name, array in (("value", value), ("sampling_locations", sampling_locations)):
+        _check_exportable(operator, name, array)
+    return _core.ms_deform_attn_backward_workspace(value, sampling_locations, deterministic)
 
 
 def _run(
@@ -142,15 +165,19 @@ def _run(
     inputs: dict[str, Any],
     threads: int | None,
     stream: int,
+    *numbers: bool,
 ) -> None:
-    """The core's operator on the arrays, outputs first."""
+    """The core's operator on the arrays, outputs first, and numbers."""
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        getattr(_core, operator)(*outputs.values(), *inputs.values(), threads=threads, stream=stream)
+        getattr(_core, operator)(
+            *outputs.values(), *inputs.values(), *numbers, threads=threads, stream=stream
+        )
     except TypeError:  # the bindings do not say which argument they cannot take
         for name, array in (outputs | inputs).items():
-            _check_exportable(operator, name, array)
+            if array is not None or name != "workspace":
+                _check_exportable(operator, name, array)
         for name, array in outputs.items():
             if isinstance(array, np.ndarray) and not array.flags.writeable:
                 raise ValueError(f"{operator}: {name} must be writable, got a read-only array") from None

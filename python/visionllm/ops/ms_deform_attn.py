@@ -4,8 +4,9 @@
                       attention[b, q, h, l, p] * bilinear(value_l[b, :, h], location[b, q, h, l, p])
 
 The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/ms_deform_attn.h``. On the
-CPU the operator runs the compiled kernels; on other devices (with a warning), and in float64, the PyTorch
-reference below.
+CPU, and on CUDA where the build has CUDA kernels, the operator runs the compiled kernels; on other devices
+(with a warning), and in float64, the PyTorch reference below. ``ms_deform_attn_fused`` beside this file has the
+softmax and the locations inside.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import visionllm._core as _core
 from visionllm.ops import fallback, native
 
 __all__ = ["SampleInputs", "ms_deform_attn", "ms_deform_attn_reference", "sample_inputs"]
@@ -33,22 +35,26 @@ def ms_deform_attn(
     Args:
         value: [B, S, H, D] float32, bfloat16 or float16 (float64 takes the slow reference).
         spatial_shapes: [L, 2] int64 (other integers are converted), height and width of each level, at
-            least 1.
-        level_start_index: [L] int64 (other integers are converted), the first pixel of each level in S.
+            least 1. On the CPU also where value is on a GPU: there it is checked, and lets the kernels give
+            neighbouring queries to one block. On the GPU it is not checked: a level that does not lie within S
+            contributes nothing.
+        level_start_index: [L] int64 (other integers are converted), the first pixel of each level in S; on
+            the device of spatial_shapes.
         sampling_locations: [B, Q, H, L, P, 2] as (x, y); 0 and 1 are the image's outer edges. Best in
             float32: lower precision is converted, but has lost fractions of a pixel already.
         attention_weights: [B, Q, H, L, P], best in float32 or value's type: others are converted.
 
     Returns:
         [B, Q, H * D] of value's type. Corners outside the image count as zero; a point a pixel or more
-        outside, or NaN, contributes nothing. On the CPU, forward and backward are deterministic.
+        outside, or NaN, contributes nothing. On the CPU, forward and backward are deterministic; on CUDA the
+        forward is, and the backward while torch is asked for deterministic algorithms.
 
-    Devices other than the CPU have no kernels in this build: there the PyTorch reference computes the result,
-    many times slower, and the first call warns of it.
+    On devices that the build has no kernels for, the PyTorch reference computes the result, many times slower,
+    and the first call warns of it.
 
     Raises:
         ValueError: a shape, type or level does not fit; the message names it.
-        RuntimeError: the backward on another device than the CPU, while torch is asked for deterministic
+        RuntimeError: the backward on a device without kernels, while torch is asked for deterministic
             algorithms.
     """
     return torch.ops.visionllm.ms_deform_attn(
@@ -381,8 +387,58 @@ def _backward_cpu(
         torch.empty_like(arguments[3], memory_format=contiguous),
         torch.empty_like(arguments[4], memory_format=contiguous),
     )
-    native.call("ms_deform_attn_backward", *grads, grad_output.contiguous(), *arguments)
+    native.call("ms_deform_attn_backward", *grads, None, grad_output.contiguous(), *arguments, False)
     return grads[0], grads[1].to(sampling_locations.dtype), grads[2].to(attention_weights.dtype)
+
+
+def _forward_cuda(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    # The same preparation; the core goes by the tensors' device.
+    return _forward_cpu(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+
+
+def _backward_cuda(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if value.dtype == torch.float64:
+        return ms_deform_attn_backward_reference(
+            grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+        )
+    arguments = _kernel_arguments(
+        "ms_deform_attn_backward",
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+    )
+    value, _, _, locations, weights = arguments
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    workspace = backward_workspace(value, locations, deterministic)
+    contiguous = torch.contiguous_format
+    grads = tuple(torch.empty_like(t, memory_format=contiguous) for t in (value, locations, weights))
+    native.call(
+        "ms_deform_attn_backward", *grads, workspace, grad_output.contiguous(), *arguments, deterministic
+    )
+    return grads[0], grads[1].to(sampling_locations.dtype), grads[2].to(attention_weights.dtype)
+
+
+def backward_workspace(value: Tensor, locations: Tensor, deterministic: bool) -> Tensor | None:
+    """What the CUDA backward sums in: value [B, S, H, D], locations [B, Q, H, L, P, 2]. None: needs nothing."""
+    size = _core.ms_deform_attn_backward_workspace_raw(
+        native.raw(value), native.raw(locations), deterministic
+    )
+    return value.new_empty(size, dtype=torch.float32) if size else None
 
 
 def _forward_elsewhere(
@@ -392,7 +448,7 @@ def _forward_elsewhere(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Devices that this build has no kernels for."""
+    """On devices that this build has no kernels for."""
     output = ms_deform_attn_reference(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     )
@@ -406,6 +462,9 @@ for _key, _forward, _backward in (
 ):
     _library.impl("ms_deform_attn", _forward, _key)
     _library.impl("ms_deform_attn_backward", _backward, _key)
+if native.has_cuda_kernels():
+    _library.impl("ms_deform_attn", _forward_cuda, "CUDA")
+    _library.impl("ms_deform_attn_backward", _backward_cuda, "CUDA")
 
 
 @torch.library.register_fake("visionllm::ms_deform_attn", lib=_library)
