@@ -6,7 +6,7 @@
 
 #include "check.h"
 #ifdef VISIONLLM_HAVE_CUDA
-#include "cuda/query_attention.h"
+#include "../cuda/query_attention.h"
 #endif
 
 namespace visionllm {
@@ -23,10 +23,16 @@ struct Sizes {
   std::int64_t B, M, S, H, Hkv, D, P;
 };
 
+Status check_address(const char* op, const char* name, const TensorView& tensor) {
+  if (reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0) return {};
+  return bad_argument(op, std::string(name) + " must start at a multiple of 16 bytes");
+}
+
+// Rows can be read in pieces of 16 bytes.
 Status check_aligned(const char* op, const char* name, const TensorView& tensor) {
   VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, name, tensor, 1));
   if (tensor.size() == 0) return {};
-  const std::int64_t piece = tensor.dtype == DType::float32 ? 4 : 8;
+  const std::int64_t piece = 16 / element_size(tensor.dtype);
   for (int i = 0; i < tensor.rank - 1; ++i) {
     if (tensor.shape[i] != 1 && tensor.strides[i] % piece != 0) {
       return bad_argument(op, std::string(name) + " must have strides that are multiples of 16 bytes (" +
@@ -34,10 +40,7 @@ Status check_aligned(const char* op, const char* name, const TensorView& tensor)
                                   std::to_string(tensor.strides[i]) + " in dimension " + std::to_string(i));
     }
   }
-  if (reinterpret_cast<std::uintptr_t>(tensor.data) % 16 != 0) {
-    return bad_argument(op, std::string(name) + " must start at a multiple of 16 bytes");
-  }
-  return {};
+  return check_address(op, name, tensor);
 }
 
 Status check_table(const char* op, const char* name, const TensorView& table, const Sizes& n) {
@@ -48,7 +51,7 @@ Status check_table(const char* op, const char* name, const TensorView& table, co
   }
   VISIONLLM_RETURN_IF_BAD(check_dtype(op, name, table, DType::float32));
   VISIONLLM_RETURN_IF_BAD(check_contiguous(op, name, table));
-  return check_aligned(op, name, table);
+  return check_address(op, name, table);
 }
 
 // Checks the inputs that forward and backward share.
@@ -115,7 +118,7 @@ Status check_result(const char* op, const char* name, const TensorView& tensor, 
   VISIONLLM_RETURN_IF_BAD(check_shape(op, name, tensor, letters, shape));
   VISIONLLM_RETURN_IF_BAD(check_dtype(op, name, tensor, dtype));
   VISIONLLM_RETURN_IF_BAD(check_contiguous(op, name, tensor));
-  return check_aligned(op, name, tensor);
+  return check_address(op, name, tensor);
 }
 
 #ifdef VISIONLLM_HAVE_CUDA
@@ -196,6 +199,7 @@ Status query_attention(const TensorView& output, const TensorView& logsumexp, co
                                        &device));
   if (device == Device::cpu) return no_cpu_kernel(op);
 #ifdef VISIONLLM_HAVE_CUDA
+  VISIONLLM_RETURN_IF_BAD(check_cuda_device(op));
   if (output.size() == 0) return {};
   cuda::QueryAttentionParams params =
       make_params(q, k, v, prefix_k, prefix_v, prefix_length, cosine, sine, output, logsumexp, n);
@@ -260,6 +264,7 @@ Status query_attention_backward(const TensorView& grad_q, const TensorView& grad
                                        &device));
   if (device == Device::cpu) return no_cpu_kernel(op);
 #ifdef VISIONLLM_HAVE_CUDA
+  VISIONLLM_RETURN_IF_BAD(check_cuda_device(op));
   if (output.size() == 0 && grad_prefix_k.size() == 0) return {};
   cuda::QueryAttentionBackwardParams params{};
   params.forward =

@@ -73,8 +73,8 @@ struct Operands {
   }
 };
 
-// float32: every factor is the sum of two tf32 numbers, and three of the four products are taken; what is left
-// out is 2^-22 of the product.
+// float32: every factor is the sum of two tf32 numbers (12 bits each with the sign of the second), and three of the
+// four products are taken; what is left out is at most 2^-21 of the product.
 template <>
 struct Operands<float> {
   static constexpr int kStep = 8;
@@ -86,7 +86,7 @@ struct Operands<float> {
   };
 
   static __device__ __forceinline__ void divide(std::uint32_t& high, std::uint32_t& low, float x) {
-    high = __float_as_uint(x) & 0xffffe000u;
+    high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;  // to nearest
     low = __float_as_uint(x - __uint_as_float(high));
   }
 
@@ -141,7 +141,7 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[N][4], const T* x, i
                                               int lane) {
   using Op = Operands<T>;
   // Loads of float32 operands would all be moved to the front, and registers run out.
-  constexpr int kUnroll = sizeof(T) == 2 ? DP / Op::kStep : 2;
+  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 2 ? DP / Op::kStep : 2;
 #pragma unroll kUnroll
   for (int k = 0; k < DP; k += Op::kStep) {
     typename Op::A a;

@@ -18,8 +18,8 @@
 //   output              [B, M, S, H, D]    q's type, contiguous
 //   logsumexp           [B, M, S, H]       float32, contiguous
 //
-// In q, k, v, prefix_k, prefix_v and grad_output D is contiguous; their other strides are free (0 too), and like
-// the addresses multiples of 16 bytes: views of one projection of q, k and v are.
+// In q, k, v, prefix_k, prefix_v and grad_output D is contiguous; their other strides are free multiples of 16
+// bytes (0 too), which those of views of one projection of q, k and v are. Every address is a multiple of 16 bytes.
 //
 // Sums and softmax are float32; products of bfloat16 and float16 take rotated q and k and the softmax's weights
 // rounded to that type. Results are deterministic. On CUDA a prefix_length outside 0 .. P is clamped (checking

@@ -4,9 +4,9 @@
     output[b, m, s] = softmax(q'[b, m, s] · K / √D) V, where K, V are the prefix's first prefix_length tokens
                       and the slots 0 … s of group m
 
-The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/query_attention.h``. On CUDA
-the operator runs the compiled kernels; on the CPU, in float64, and where a build has no CUDA kernels, the
-PyTorch reference below.
+The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/query_attention.h``. On
+CUDA the operator runs the compiled kernels; on the CPU, in float64, and where a build has no CUDA kernels,
+the PyTorch reference below.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def query_attention(
     Returns:
         [B, M, S, H, D] of q's type. Forward and backward are deterministic.
 
-    The kernels take S <= 64, P <= 8192, D a multiple of 8 up to 128, and views of one projection of q, k and v.
+    The CUDA kernels take S <= 64, P <= 8192 and D a multiple of 8 up to 128; views of one projection of q, k
+    and v are not copied.
 
     Raises:
         ValueError: a shape or type does not fit; the message names it.
