@@ -25,8 +25,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from cuda_binary import CHIPS, Kernel, demangle, occupancy, read_kernels
 from cuda_promises import promise_of
 
