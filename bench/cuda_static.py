@@ -15,11 +15,11 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -88,7 +88,7 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def compile_source(nvcc: str, source: str, chip: str, folder: Path) -> tuple[Path, float, dict[str, int]]:
-    """(cubin, seconds, bytes spilled by each mangled name)."""
+    """(cubin, processor seconds, bytes spilled by each mangled name)."""
     cubin = folder / f"{Path(source).stem}.{chip}.cubin"
     architecture = chip.removeprefix("sm_")
     command = [
@@ -102,9 +102,10 @@ def compile_source(nvcc: str, source: str, chip: str, folder: Path) -> tuple[Pat
         str(cubin),
         str(ROOT / source),
     ]
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if result.returncode != 0:
         raise RuntimeError(f"nvcc cannot compile {source} for {chip}:\n{result.stderr}")
     return cubin, seconds, spilled(result.stderr)
@@ -157,7 +158,9 @@ def build(chips: Iterable[str], everything: bool) -> dict[str, Any]:
                 seconds[chip] = round(seconds[chip], 1)
                 for name, entry in describe(read_kernels(cubin), spills).items():
                     kernels.setdefault(name, {}).update(entry)
-                print(f"{source} for {chip}: {seconds[chip]:.1f} s, {len(kernels)} kernels", flush=True)
+                stacks = sum(entry[chip]["stack"] > 0 for entry in kernels.values())
+                text = f"{seconds[chip]:.1f} s, {len(kernels)} kernels, {stacks} with a stack frame"
+                print(f"{source} for {chip}: {text}", flush=True)
         files[source] = {"digest": mark, "seconds": seconds, "kernels": dict(sorted(kernels.items()))}
         # After each file: minutes of compiling are not lost when a later file does not compile.
         table = {"nvcc": version, "flags": list(FLAGS), "files": dict(sorted({**known, **files}.items()))}
@@ -246,7 +249,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         "*MMA*: tensor-core instructions; both in the code for the first chip. No GPU is involved: these are",
         "facts about the machine code, not about speed.",
         "",
-        "| file | digest | kernels | nvcc, seconds by chip |",
+        "| file | digest | kernels | nvcc, processor seconds by chip |",
         "|---|---|---|---|",
     ]
     for source, entry in table["files"].items():
