@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "visionllm/cuda_device.h"
+
 namespace visionllm {
 
 void throw_if_failed(const Status& status) {
@@ -81,6 +83,13 @@ TensorView view_of_array(const T& array, const char* op, const Argument& argumen
 }
 
 }  // namespace
+
+Status check_gpu(const char* op) {
+  if (built_cuda_architectures().empty()) return {};  // the operator itself says what to build
+  const Status status = cuda_device_status();
+  if (status.ok()) return {};
+  return {status.code(), std::string(op) + ": " + status.message()};
+}
 
 std::string signature(const std::string& name, Way way, const std::vector<Argument>& arguments,
                       const std::vector<const char*>& types) {

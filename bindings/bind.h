@@ -62,6 +62,15 @@ enum class Way { dlpack, raw };
 template <typename T>
 inline constexpr bool is_tensor = std::is_same_v<std::decay_t<T>, TensorView>;
 
+// Where kernels are built, a CUDA tensor needs a GPU that they fit; the operator's name begins the message.
+Status check_gpu(const char* op);
+
+inline bool on_gpu(const TensorView& tensor) { return !tensor.absent() && tensor.device == Device::cuda; }
+template <typename T>
+bool on_gpu(const T&) {
+  return false;
+}
+
 // What Python passes for the C++ parameter T: every integer type is an int64, every floating type a double.
 template <typename T, bool output, Way way>
 using PythonType = std::conditional_t<
@@ -114,6 +123,7 @@ void define(nb::module_& m, const char* name, Status (*function)(A...),
         const std::tuple<ViewType<std::tuple_element_t<I, Parameters>>...> views{
             static_cast<ViewType<std::tuple_element_t<I, Parameters>>>(
                 view_of(values, name, arguments[I]))...};
+        if ((on_gpu(std::get<I>(views)) || ...)) throw_if_failed(check_gpu(name));
         const Execution execution{threads, reinterpret_cast<void*>(stream)};
         Status status;
         {

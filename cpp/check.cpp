@@ -1,7 +1,5 @@
 #include "check.h"
 
-#include "visionllm/cuda_device.h"
-
 namespace visionllm {
 
 Status bad_argument(const char* op, const std::string& what) {
@@ -81,12 +79,6 @@ Status check_device(const char* op, std::initializer_list<NamedTensor> tensors, 
   }
   *device = first == nullptr ? Device::cpu : first->tensor->device;
   return {};
-}
-
-Status check_cuda_device(const char* op) {
-  const Status status = cuda_device_status();
-  if (status.ok()) return {};
-  return {status.code(), std::string(op) + ": " + status.message()};
 }
 
 Status no_cuda_kernels(const char* op) {

@@ -47,9 +47,6 @@ Status check_float(const char* op, const char* name, const TensorView& tensor);
 // tensor lies on is the caller's to see to: a view does not say it.)
 Status check_device(const char* op, std::initializer_list<NamedTensor> tensors, Device* device);
 
-// CUDA kernels can run on the thread's current device: they are built, for it, and there is a driver.
-Status check_cuda_device(const char* op);
-
 // What to return where the kernels are not there.
 Status no_cuda_kernels(const char* op);
 Status no_cpu_kernel(const char* op);
