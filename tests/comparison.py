@@ -28,6 +28,15 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("ms_deform_attn", torch.float16): Tolerance(
         2**-11, 1e-5, "inputs are exact and sums float32: one rounding of the result, half an ulp of 11 bits"
     ),
+    ("ms_deform_attn_fused", torch.float32): Tolerance(
+        1e-5, 5e-6, "as ms_deform_attn; the softmax's gradient is a difference of sums of L P terms"
+    ),
+    ("ms_deform_attn_fused", torch.bfloat16): Tolerance(
+        2**-8, 1e-4, "inputs are exact and sums float32: one rounding of the result, half an ulp of 8 bits"
+    ),
+    ("ms_deform_attn_fused", torch.float16): Tolerance(
+        2**-11, 1e-5, "inputs are exact and sums float32: one rounding of the result, half an ulp of 11 bits"
+    ),
     ("fusion_attention", torch.float32): Tolerance(
         1e-5, 5e-6, "two projections and two sums of up to C or T float32 products, one after the other"
     ),
@@ -45,6 +54,40 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ),
     ("query_attention", torch.float16): Tolerance(
         2**-10, 1.5e-3, "rotated q and k, weights and their gradients are rounded to 11 bits on their way"
+    ),
+    ("lora_linear", torch.float32): Tolerance(
+        1e-5, 2e-6, "float32 sums of K products and of R products, whose terms are larger than the result"
+    ),
+    ("lora_linear", torch.bfloat16): Tolerance(
+        2**-8, 1e-4, "inputs are exact, sums float32 and s has 16 bits: one rounding of the result"
+    ),
+    ("lora_linear", torch.float16): Tolerance(
+        2**-11, 2e-5, "inputs are exact, sums float32 and s has 22 bits: one rounding of the result"
+    ),
+    ("lora_linear_base_rounded", torch.float32): Tolerance(1e-5, 2e-6, "as lora_linear"),
+    ("lora_linear_base_rounded", torch.bfloat16): Tolerance(
+        2**-7, 2**-8, "the base is rounded before the adapter is added, int8 weights to bfloat16"
+    ),
+    ("lora_linear_base_rounded", torch.float16): Tolerance(
+        2**-10, 2**-11, "the base is rounded before the adapter is added, int8 weights to float16"
+    ),
+    ("slot_head", torch.float32): Tolerance(
+        1e-5, 5e-6, "three tf32 products stand for one; sums of C products; exponentials take on their error"
+    ),
+    ("slot_head", torch.bfloat16): Tolerance(
+        1e-4, 1e-3, "a normed state that lies between two numbers of 8 bits may be rounded to the other"
+    ),
+    ("slot_head", torch.float16): Tolerance(
+        1e-4, 1e-3, "a normed state that lies between two numbers of 11 bits may be rounded to the other"
+    ),
+    ("slot_head_backward", torch.float32): Tolerance(
+        1e-5, 1e-5, "two products, one after the other, and differences of probability and target"
+    ),
+    ("slot_head_backward", torch.bfloat16): Tolerance(
+        2**-7, 1e-2, "normed states, the logits' gradient and the normed states' are rounded to 8 bits"
+    ),
+    ("slot_head_backward", torch.float16): Tolerance(
+        2**-10, 1.5e-3, "normed states, the logits' gradient and the normed states' are rounded to 11 bits"
     ),
 }
 

@@ -42,6 +42,19 @@ static Status ms_deform_attn_fused_backward_host_levels(
                                        value, on_host(shapes), on_host(starts), reference, offsets, logits,
                                        deterministic, execution);
 }
+// `value` [1, 1, H, D] is the last pixel of the last picture of a tensor [batch, pixels, H, D] with such strides, of which
+// nothing else is in memory.
+static Status ms_deform_attn_far(const TensorView& output, const TensorView& value, const TensorView& shapes,
+                                 const TensorView& starts, const TensorView& locations, const TensorView& attention,
+                                 std::int64_t batch, std::int64_t pixels, std::int64_t stride_b, std::int64_t stride_s,
+                                 const Execution& execution) {
+  TensorView far = value;
+  far.shape[0] = batch, far.shape[1] = pixels;
+  far.strides[0] = stride_b, far.strides[1] = stride_s;
+  far.data = reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(value.data) -
+                                     ((batch - 1) * stride_b + (pixels - 1) * stride_s) * element_size(value.dtype));
+  return ms_deform_attn(output, far, shapes, starts, locations, attention, execution);
+}
 }  // namespace visionllm
 #define VISIONLLM_DEFORM_FORWARD "value spatial_shapes level_start_index sampling_locations attention_weights"
 #define VISIONLLM_DEFORM_FUSED "value spatial_shapes level_start_index reference_points sampling_offsets attention_logits"
@@ -52,6 +65,7 @@ static Status ms_deform_attn_fused_backward_host_levels(
   VISIONLLM_DEFORM_FUSED
 VISIONLLM_OPERATOR(ms_deform_attn, ">output " VISIONLLM_DEFORM_FORWARD)
 VISIONLLM_OPERATOR(ms_deform_attn_host_levels, ">output " VISIONLLM_DEFORM_FORWARD)
+VISIONLLM_OPERATOR(ms_deform_attn_far, ">output " VISIONLLM_DEFORM_FORWARD)
 VISIONLLM_OPERATOR(ms_deform_attn_backward, VISIONLLM_DEFORM_BACKWARD)
 VISIONLLM_OPERATOR(ms_deform_attn_backward_host_levels, VISIONLLM_DEFORM_BACKWARD)
 VISIONLLM_OPERATOR(ms_deform_attn_fused, ">output " VISIONLLM_DEFORM_FUSED)

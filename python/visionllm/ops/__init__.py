@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from visionllm.ops.fusion_attention import fusion_attention, fusion_attention_reference
 from visionllm.ops.hugging_face import MultiScaleDeformableAttention, accelerate_hugging_face
+from visionllm.ops.lora_linear import lora_linear, lora_linear_reference
 from visionllm.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
+from visionllm.ops.ms_deform_attn_fused import ms_deform_attn_fused, ms_deform_attn_fused_reference
 from visionllm.ops.query_attention import query_attention, query_attention_reference
 from visionllm.ops.slot_head import SlotPrediction, slot_head_cross_entropy, slot_head_predict
 
@@ -21,7 +23,11 @@ __all__ = [
     "accelerate_hugging_face",
     "fusion_attention",
     "fusion_attention_reference",
+    "lora_linear",
+    "lora_linear_reference",
     "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "ms_deform_attn_fused_reference",
     "ms_deform_attn_reference",
     "query_attention",
     "query_attention_reference",

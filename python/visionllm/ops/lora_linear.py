@@ -1,0 +1,605 @@
+"""A linear layer with low-rank adapters as a torch operator (Hu et al., "LoRA", ICLR 2022).
+
+    s[t] = scale[a] * x[t] A[a]^T            with a = adapter_index[t]
+    y[t] = x[t] W^T + bias + s[t] B[a]^T
+
+The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/lora_linear.h``. On CUDA
+the operator runs the compiled kernels where the build has them; elsewhere, and in float64, the PyTorch
+reference below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from visionllm import _core
+from visionllm.ops import fallback, native
+
+__all__ = ["SampleInputs", "lora_linear", "lora_linear_reference", "sample_inputs"]
+
+MAX_RANK = 128
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    adapter_index: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias + scale * (x A^T) B^T; differentiable in x, A and B. The base is frozen.
+
+    Args:
+        x: [..., K] float32, bfloat16 or float16 (float64 takes the slow reference).
+        weight: [N, K] of x's type, or int8 with ``weight_scale``.
+        bias: [N] of x's type.
+        lora_a: [E, R, K] of x's type, one A for each of E adapters of rank R (1 to 128); [R, K] for a single
+            one. Without ``lora_a`` and ``lora_b`` this is a plain linear layer.
+        lora_b: [E, N, R], or [N, R], likewise.
+        scale: of the adapters' output, usually alpha / rank; [E] float32 gives each adapter its own.
+        adapter_index: int64, the adapter of each row: x's shape without its last dimension. Any order goes;
+            a number outside 0 .. E - 1, -1 by convention, is a row without adapter. None: adapter 0
+            everywhere.
+        weight_scale: [N] float32: row n of the base is ``weight_scale[n] * weight[n]``. Only with int8.
+
+    Returns:
+        [..., N] of x's type. Forward and backward are deterministic. Under autocast x, a floating-point
+        weight, bias, A and B are converted as for ``torch.nn.functional.linear``.
+
+    Raises:
+        ValueError: a shape or type does not fit, or the base or the scales require a gradient, which this
+            operator does not compute.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        weight = weight.to(dtype) if weight.is_floating_point() else weight
+        bias = None if bias is None else bias.to(dtype)
+        lora_a = None if lora_a is None else lora_a.to(dtype)
+        lora_b = None if lora_b is None else lora_b.to(dtype)
+    scales = scale if isinstance(scale, Tensor) else None
+    if torch.is_grad_enabled():
+        for name, frozen in (
+            ("weight", weight),
+            ("bias", bias),
+            ("scale", scales),
+            ("weight_scale", weight_scale),
+        ):
+            if frozen is not None and frozen.requires_grad:
+                raise ValueError(
+                    f"lora_linear: {name} must not require gradients, since base and scales are frozen: call "
+                    f"{name}.requires_grad_(False) or pass {name}.detach()"
+                )
+    if lora_a is not None and lora_a.dim() == 2:
+        lora_a = lora_a[None]
+    if lora_b is not None and lora_b.dim() == 2:
+        lora_b = lora_b[None]
+    if x.dim() == 0:
+        raise ValueError("lora_linear: x must have shape [..., K], got []")
+    rows = x.shape[:-1]
+    if adapter_index is not None and adapter_index.shape != rows:
+        raise ValueError(
+            f"lora_linear: adapter_index must have x's shape without its last dimension = {list(rows)}, got "
+            f"{list(adapter_index.shape)}"
+        )
+    output, _ = torch.ops.visionllm.lora_linear(
+        x.reshape(rows.numel(), x.shape[-1]),
+        weight,
+        weight_scale,
+        bias,
+        lora_a,
+        lora_b,
+        scales,
+        None if adapter_index is None else adapter_index.reshape(-1),
+        1.0 if isinstance(scale, Tensor) else float(scale),
+    )
+    return output.view(*rows, weight.shape[0])
+
+
+# ---- the PyTorch reference --------------------------------------------------------------------------------
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scale: Tensor | None = None,
+    adapter_index: Tensor | None = None,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The operator in plain PyTorch on any device: y [T, N], and s [T, R] in float32 or wider.
+
+    Takes the arguments of the C++ header, in its order. The base is multiplied in x's precision, the adapters
+    in float32 or wider. Every other implementation is held against this one in float64. Each adapter is
+    applied to all rows, so that memory and time grow with their number.
+
+    Raises:
+        ValueError: a shape or type does not fit, with the compiled operator's message.
+    """
+    _check_arguments("lora_linear", x, weight, weight_scale, bias, lora_a, lora_b, scale, adapter_index)
+    output = functional.linear(x, _base(x, weight, weight_scale), bias)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if lora_a is None or lora_b is None:
+        return output, x.new_zeros((x.shape[0], 0), dtype=wide)
+    low_rank = x.new_zeros((x.shape[0], lora_a.shape[1]), dtype=wide)
+    term = torch.zeros_like(output, dtype=wide)
+    for adapter, factor, chosen in _adapters(lora_a, scale, adapter_index, scaling):
+        mine = functional.linear(x.to(wide), lora_a[adapter].to(wide)) * factor
+        # Selected, not multiplied by zero: NaN in an adapter stays with the rows that take it.
+        low_rank = torch.where(chosen, mine, low_rank)
+        term = torch.where(chosen, functional.linear(mine, lora_b[adapter].to(wide)), term)
+    return (output + term).to(x.dtype), low_rank
+
+
+def lora_linear_backward_reference(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scale: Tensor | None,
+    adapter_index: Tensor | None,
+    low_rank: Tensor,
+    scaling: float,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, A and B in plain PyTorch; an empty tensor for each that is not needed.
+
+    Raises:
+        ValueError: as ``lora_linear_reference``.
+    """
+    operator = "lora_linear_backward"
+    _check_arguments(operator, x, weight, weight_scale, None, lora_a, lora_b, scale, adapter_index)
+    shape = (x.shape[0], weight.shape[0])
+    fallback.check_shape(operator, "grad_output", grad_output, "[T, N]", shape)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grad_x, grad_a, grad_b = (x.new_empty(0) for _ in range(3))
+    if needs_x:
+        grad_x = (grad_output @ _base(x, weight, weight_scale)).to(wide)
+    if lora_a is None or lora_b is None:
+        return grad_x.to(x.dtype), grad_a, grad_b
+    grad, inputs = grad_output.to(wide), x.to(wide)
+    term = torch.zeros_like(inputs)
+    grads_a, grads_b = [], []
+    for adapter, factor, chosen in _adapters(lora_a, scale, adapter_index, scaling):
+        mine = torch.where(chosen, grad, 0.0)
+        grad_low_rank = mine @ lora_b[adapter].to(wide) * factor  # [T, R]
+        # A NaN in one adapter's B must not reach the rows of the others.
+        grad_low_rank = torch.where(chosen, grad_low_rank, 0.0)
+        if needs_x:
+            term = torch.where(chosen, grad_low_rank @ lora_a[adapter].to(wide), term)
+        grads_a.append(grad_low_rank.T @ torch.where(chosen, inputs, 0.0))
+        grads_b.append(mine.T @ torch.where(chosen, low_rank.to(wide), 0.0))
+    if needs_x:
+        grad_x = grad_x + term
+    if needs_a:
+        grad_a = torch.stack(grads_a).to(lora_a.dtype)
+    if needs_b:
+        grad_b = torch.stack(grads_b).to(lora_b.dtype)
+    return grad_x.to(x.dtype), grad_a, grad_b
+
+
+def _base(x: Tensor, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
+    """W in x's type."""
+    if weight_scale is None:
+        return weight
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (weight.to(wide) * weight_scale.to(wide)[:, None]).to(x.dtype)
+
+
+def _adapters(
+    lora_a: Tensor, scale: Tensor | None, adapter_index: Tensor | None, scaling: float
+) -> list[tuple[int, Tensor | float, Tensor]]:
+    """Number, whole factor, and which rows take it [T, 1], of each adapter."""
+    everywhere = torch.ones((1, 1), dtype=torch.bool, device=lora_a.device)
+    count = lora_a.shape[0] if adapter_index is not None else min(lora_a.shape[0], 1)
+    return [
+        (
+            adapter,
+            scaling if scale is None else scaling * scale[adapter],
+            everywhere if adapter_index is None else (adapter_index == adapter)[:, None],
+        )
+        for adapter in range(count)
+    ]
+
+
+def _check_arguments(
+    operator: str,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scale: Tensor | None,
+    adapter_index: Tensor | None,
+) -> None:
+    """What ``cpp/lora_linear.cpp`` checks for the kernels, with the same words."""
+    fallback.check_rank(operator, "x", x, "[T, K]")
+    fallback.check_rank(operator, "weight", weight, "[N, K]")
+    if not x.is_floating_point():
+        raise ValueError(f"{operator}: x must be float32, bfloat16 or float16, got {fallback.type_name(x)}")
+    fallback.check_shape(operator, "weight", weight, "[N, K]", (weight.shape[0], x.shape[1]))
+    outputs, inputs = weight.shape
+    if weight.dtype == torch.int8:
+        if weight_scale is None:
+            raise ValueError(f"{operator}: weight_scale must be given with an int8 weight, got none")
+        fallback.check_shape(operator, "weight_scale", weight_scale, "[N]", (outputs,))
+    elif weight_scale is not None:
+        raise ValueError(
+            f"{operator}: weight_scale must be absent unless weight is int8, got weight of type "
+            f"{fallback.type_name(weight)}"
+        )
+    else:
+        _check_type(operator, "weight", weight, x.dtype)
+    if bias is not None:
+        fallback.check_shape(operator, "bias", bias, "[N]", (outputs,))
+        _check_type(operator, "bias", bias, x.dtype)
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError(f"{operator}: lora_a and lora_b must be given together, got one of them")
+    if lora_a is None or lora_b is None:
+        for name, tensor in (("scale", scale), ("adapter_index", adapter_index)):
+            if tensor is not None:
+                raise ValueError(
+                    f"{operator}: {name} must be absent without adapters, got {list(tensor.shape)}"
+                )
+    else:
+        fallback.check_rank(operator, "lora_a", lora_a, "[E, R, K]")
+        adapters, rank, _ = lora_a.shape
+        fallback.check_shape(operator, "lora_a", lora_a, "[E, R, K]", (adapters, rank, inputs))
+        fallback.check_shape(operator, "lora_b", lora_b, "[E, N, R]", (adapters, outputs, rank))
+        _check_type(operator, "lora_a", lora_a, x.dtype)
+        _check_type(operator, "lora_b", lora_b, x.dtype)
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"{operator}: the rank R must be 1 to {MAX_RANK}, got {rank}")
+        if scale is not None:
+            fallback.check_shape(operator, "scale", scale, "[E]", (adapters,))
+        if adapter_index is not None:
+            fallback.check_shape(operator, "adapter_index", adapter_index, "[T]", (x.shape[0],))
+            _check_type(operator, "adapter_index", adapter_index, torch.int64)
+        elif adapters == 0:
+            raise ValueError(
+                f"{operator}: lora_a must have at least one adapter without adapter_index, got none"
+            )
+    for name, other in (
+        ("weight", weight),
+        ("weight_scale", weight_scale),
+        ("bias", bias),
+        ("lora_a", lora_a),
+        ("lora_b", lora_b),
+        ("scale", scale),
+        ("adapter_index", adapter_index),
+    ):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{operator}: {name} must be on x's device {x.device}, got {other.device}")
+
+
+def _check_type(operator: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        expected = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{operator}: {name} must be {expected}, got {fallback.type_name(tensor)}")
+
+
+@dataclass(frozen=True)
+class SampleInputs:
+    """Arguments of ``lora_linear`` in order; the tests, opcheck and the bench take theirs from here."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scale: float | Tensor
+    adapter_index: Tensor | None
+    weight_scale: Tensor | None
+
+    def args(
+        self,
+    ) -> tuple[
+        Tensor,
+        Tensor,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        float | Tensor,
+        Tensor | None,
+        Tensor | None,
+    ]:
+        return (
+            self.x,
+            self.weight,
+            self.bias,
+            self.lora_a,
+            self.lora_b,
+            self.scale,
+            self.adapter_index,
+            self.weight_scale,
+        )
+
+    def operator_args(self) -> tuple[Tensor | float | None, ...]:
+        """The same as ``torch.ops.visionllm.lora_linear`` takes them (x [T, K])."""
+        tensor = isinstance(self.scale, Tensor)
+        return (
+            self.x,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            self.lora_a,
+            self.lora_b,
+            self.scale if tensor else None,
+            self.adapter_index,
+            1.0 if tensor else float(self.scale),
+        )
+
+
+def sample_inputs(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    rows: int = 37,
+    inputs: int = 48,
+    outputs: int = 40,
+    rank: int = 8,
+    adapters: int = 1,
+    indexed: bool = False,
+    bias: bool = True,
+    int8: bool = False,
+    requires_grad: bool = False,
+    seed: int = 0,
+) -> SampleInputs:
+    """Random inputs whose outputs are about 1; the adapters add as much as the base.
+
+    With ``indexed`` each row draws its adapter, or none, at random, and each adapter has a scale of its own.
+    ``adapters=0`` is a plain linear layer.
+    """
+    random = torch.Generator().manual_seed(seed)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw(*shape: int, fan_in: int = 1) -> Tensor:
+        return (torch.randn(*shape, generator=random, dtype=real) / max(fan_in, 1) ** 0.5).to(dtype)
+
+    x = draw(rows, inputs)
+    weight = draw(outputs, inputs, fan_in=inputs)
+    weight_scale = None
+    if int8:
+        weight_scale = weight.to(real).abs().amax(1) / 127 if inputs else torch.ones(outputs, dtype=real)
+        weight = (weight.to(real) / weight_scale[:, None]).round().to(torch.int8)
+    lora_a = draw(adapters, rank, inputs, fan_in=inputs) if adapters else None
+    lora_b = draw(adapters, outputs, rank, fan_in=rank) if adapters else None
+    scale: float | Tensor = 0.75 if adapters else 1.0
+    index = None
+    if indexed:
+        scale = torch.rand(adapters, generator=random, dtype=real) + 0.5
+        index = torch.randint(-1, adapters, (rows,), generator=random)
+    learnt = [x, lora_a, lora_b]
+    x, lora_a, lora_b = (None if t is None else t.to(device).requires_grad_(requires_grad) for t in learnt)
+    rest = [weight, draw(outputs) if bias else None, weight_scale, index]
+    weight, bias_values, weight_scale, index = (None if t is None else t.to(device) for t in rest)
+    scale = scale.to(device) if isinstance(scale, Tensor) else scale
+    assert x is not None and weight is not None
+    return SampleInputs(x, weight, bias_values, lora_a, lora_b, scale, index, weight_scale)
+
+
+# ---- the kernels ------------------------------------------------------------------------------------------
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    """[rows, columns] with the elements of a row side by side; the rows themselves may lie anywhere."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _adapter_arguments(
+    lora_a: Tensor | None, lora_b: Tensor | None, scale: Tensor | None, adapter_index: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return (
+        None if lora_a is None else lora_a.contiguous(),
+        None if lora_b is None else lora_b.contiguous(),
+        None if scale is None else scale.float().contiguous(),
+        None if adapter_index is None else adapter_index.contiguous(),
+    )
+
+
+def _workspace(like: Tensor, bytes_needed: int) -> Tensor | None:
+    return like.new_empty(bytes_needed, dtype=torch.uint8) if bytes_needed else None
+
+
+def _forward_cuda(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scale: Tensor | None,
+    adapter_index: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    _check_arguments("lora_linear", x, weight, weight_scale, bias, lora_a, lora_b, scale, adapter_index)
+    rank = 0 if lora_a is None else lora_a.shape[1]
+    output = x.new_empty(x.shape[0], weight.shape[0])
+    low_rank = x.new_empty(x.shape[0], rank, dtype=torch.float32)
+    sizes = (x.shape[0], x.shape[1], weight.shape[0], rank, x.element_size())
+    native.call(
+        "lora_linear",
+        output,
+        low_rank if rank else None,
+        _workspace(x, _core.lora_linear_workspace_bytes(*sizes)),
+        _rows_contiguous(x),
+        _rows_contiguous(weight),
+        None if weight_scale is None else weight_scale.float().contiguous(),
+        None if bias is None else bias.contiguous(),
+        *_adapter_arguments(lora_a, lora_b, scale, adapter_index),
+        scaling,
+    )
+    return output, low_rank
+
+
+def _backward_cuda(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scale: Tensor | None,
+    adapter_index: Tensor | None,
+    low_rank: Tensor,
+    scaling: float,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    operator = "lora_linear_backward"
+    _check_arguments(operator, x, weight, weight_scale, None, lora_a, lora_b, scale, adapter_index)
+    rank = 0 if lora_a is None else lora_a.shape[1]
+    needs_a, needs_b = needs_a and rank > 0, needs_b and rank > 0
+    grads = (
+        x.new_empty(x.shape) if needs_x else x.new_empty(0),
+        torch.empty_like(lora_a, memory_format=torch.contiguous_format)
+        if needs_a and lora_a is not None
+        else x.new_empty(0),
+        torch.empty_like(lora_b, memory_format=torch.contiguous_format)
+        if needs_b and lora_b is not None
+        else x.new_empty(0),
+    )
+    sizes = (x.shape[0], x.shape[1], weight.shape[0], rank, x.element_size())
+    wanted = (needs_x, needs_a, needs_b)
+    if any(wanted):
+        native.call(
+            operator,
+            *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
+            _workspace(x, _core.lora_linear_backward_workspace_bytes(*sizes)),
+            _rows_contiguous(grad_output),
+            _rows_contiguous(x),
+            _rows_contiguous(weight),
+            None if weight_scale is None else weight_scale.float().contiguous(),
+            *_adapter_arguments(lora_a, lora_b, scale, adapter_index),
+            low_rank if rank else None,
+            scaling,
+        )
+    return grads
+
+
+# ---- registration -----------------------------------------------------------------------------------------
+
+_library = torch.library.Library("visionllm", "FRAGMENT")
+_library.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, Tensor? lora_a, "
+    "Tensor? lora_b, Tensor? scale, Tensor? adapter_index, float scaling) -> (Tensor, Tensor)"
+)
+_library.define(
+    "lora_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor? weight_scale, Tensor? lora_a, "
+    "Tensor? lora_b, Tensor? scale, Tensor? adapter_index, Tensor low_rank, float scaling, bool needs_x, "
+    "bool needs_a, bool needs_b) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _forward_gpu(x: Tensor, *rest: Tensor | float | None) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.float64:
+        return lora_linear_reference(x, *rest)
+    return _forward_cuda(x, *rest) if native.has_cuda_kernels() else _forward_elsewhere(x, *rest)
+
+
+def _backward_gpu(
+    grad_output: Tensor, x: Tensor, *rest: Tensor | float | bool | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dtype == torch.float64 or not native.has_cuda_kernels():
+        return lora_linear_backward_reference(grad_output, x, *rest)
+    return _backward_cuda(grad_output, x, *rest)
+
+
+def _forward_elsewhere(x: Tensor, *rest: Tensor | float | None) -> tuple[Tensor, Tensor]:
+    """Devices that this build has no kernels for."""
+    outputs = lora_linear_reference(x, *rest)
+    fallback.warn_of_reference("lora_linear", x.device.type)
+    return outputs
+
+
+# On the CPU the reference is the implementation: two or three matrix products of torch's own.
+for _key, _forward, _backward in (
+    ("CPU", lora_linear_reference, lora_linear_backward_reference),
+    ("CUDA", _forward_gpu, _backward_gpu),
+    ("CompositeExplicitAutograd", _forward_elsewhere, lora_linear_backward_reference),
+):
+    _library.impl("lora_linear", _forward, _key)
+    _library.impl("lora_linear_backward", _backward, _key)
+
+
+@torch.library.register_fake("visionllm::lora_linear", lib=_library)
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scale: Tensor | None,
+    adapter_index: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    _check_arguments("lora_linear", x, weight, weight_scale, bias, lora_a, lora_b, scale, adapter_index)
+    rank = 0 if lora_a is None else lora_a.shape[1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], rank, dtype=wide)
+
+
+@torch.library.register_fake("visionllm::lora_linear_backward", lib=_library)
+def _backward_fake(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scale: Tensor | None,
+    adapter_index: Tensor | None,
+    low_rank: Tensor,
+    scaling: float,
+    needs_x: bool,
+    needs_a: bool,
+    needs_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape) if needs_x else x.new_empty(0),
+        x.new_empty(lora_a.shape) if needs_a and lora_a is not None else x.new_empty(0),
+        x.new_empty(lora_b.shape) if needs_b and lora_b is not None else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, weight_scale, _, lora_a, lora_b, scale, adapter_index, scaling = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, weight_scale, lora_a, lora_b, scale, adapter_index, output[1])
+    ctx.scaling = scaling
+
+
+def _autograd_backward(ctx, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    needs = tuple(ctx.needs_input_grad[i] for i in (0, 4, 5))
+    grads = torch.ops.visionllm.lora_linear_backward(grad_output, *ctx.saved_tensors, ctx.scaling, *needs)
+    grad_x, grad_a, grad_b = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return grad_x, None, None, None, grad_a, grad_b, None, None, None
+
+
+torch.library.register_autograd(
+    "visionllm::lora_linear", _autograd_backward, setup_context=_setup_context, lib=_library
+)
+
+
+def _no_second_derivative(ctx, *grads: Tensor) -> tuple[None, ...]:
+    raise NotImplementedError("lora_linear_backward: second derivatives are not implemented")
+
+
+torch.library.register_autograd("visionllm::lora_linear_backward", _no_second_derivative, lib=_library)
