@@ -1,4 +1,4 @@
-"""The CUDA kernels of query_attention against the float64 reference: emulated, and on a GPU if there is one."""
+"""CUDA kernels of query_attention against the float64 reference: emulated, and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from visionllm.ops.query_attention import SampleInputs, rope_table, sample_input
 # visionllm.ops.query_attention names the function.
 module = sys.modules[SampleInputs.__module__]
 
-# Blocks have 128 query rows (float32: 64) and tiles of 64 keys (32); backward: 64 keys, tiles of 32 rows (16).
+# Blocks have 128 query rows (float32: 64), tiles of 64 keys (32); backward: 64 keys, tiles of 32 rows (16).
 ONE_HEAD = dict(heads=1, kv_heads=1)
 CASES = {
-    "smallest": dict(groups=1, slots=1, prefix=0, lengths=(0,), channels=8, **ONE_HEAD),
+    "smallest": dict(groups=1, slots=2, prefix=0, lengths=(0,), channels=8, **ONE_HEAD),
     "one_slot": dict(groups=100, slots=1, prefix=65, lengths=(65,), **ONE_HEAD),
     "boxes": dict(groups=7, slots=5, prefix=300, lengths=(300,), heads=2, kv_heads=1),
     "many_groups": dict(groups=100, slots=5, prefix=1, lengths=(1,), **ONE_HEAD),
