@@ -53,24 +53,28 @@ say() { echo "$*" | tee -a "$SUMMARY"; }
 
 # run PART SECONDS NAME command...: its output goes to PART.log; says what came of it.
 run() {
-  local part=$1 limit=$2 name=$3 start=$SECONDS code
+  local part=$1 limit=$2 name=$3 start=$SECONDS code output
   shift 3
-  {
-    echo "== $name: $*"
-    timeout --kill-after=5 "$limit" "$@"
-    code=$?
-    echo "== $name gave $code"
-  } >> "$OUT/$part.log" 2>&1
+  output=$(mktemp)
+  timeout --kill-after=5 "$limit" "$@" > "$output" 2>&1
+  code=$?
+  { echo "== $name: $*"; cat "$output"; echo "== $name gave $code"; } >> "$OUT/$part.log"
   if [ $code -eq 124 ] || [ $code -eq 137 ]; then
     say "$part: $name FAILED: not finished after $limit s ($OUT/$part.log)"
-    FAILED=1
   elif [ $code -ne 0 ]; then
     say "$part: $name FAILED with exit code $code ($OUT/$part.log)"
-    tail -n 25 "$OUT/$part.log"
-    FAILED=1
+  elif [ -n "$GPU" ] && grep -q '^skipped: ' "$output"; then
+    # There is a GPU, and yet a program found none that it can use.
+    say "$part: $name FAILED: $(grep -m1 '^skipped: ' "$output")"
+    code=1
   else
     say "$part: $name ok, $((SECONDS - start)) s"
   fi
+  if [ $code -ne 0 ]; then
+    tail -n 25 "$output"
+    FAILED=1
+  fi
+  rm -f "$output"
   return $code
 }
 
@@ -105,12 +109,12 @@ part_tests() {
   local files=() name file select=()
   for name in $OPERATORS; do
     for file in tests/test_"$name"*.py; do
-      # The kernels under emulation are `make test`'s business; here they run on the device.
       [ -f "$file" ] && files+=("$file")
     done
   done
-  select=(-k "not emulated and not sanitized and not more_than_2_to_31")
-  [ -n "$QUICK" ] && select=(-k "not emulated and not sanitized and signature")
+  # The kernels under emulation are `make test`'s business; of the files for CUDA only what runs on a device is run here.
+  select=(-k "(device or not cuda.py) and not more_than_2_to_31")
+  [ -n "$QUICK" ] && select=(-k "not cuda.py and signature")
   [ -n "$GPU" ] || say "tests: skipped: those on a device (no GPU)"
   local parallel=()
   if [ -n "$GPU" ] && "$PYTHON" -c "import xdist" 2>/dev/null; then parallel=(-n 6); fi
