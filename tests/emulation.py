@@ -31,7 +31,8 @@ from torch import Tensor
 from visionllm.ops import native
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "emulation"
+# Another folder lets two people build at a time: each folder has one lock.
+BUILD = Path(os.environ.get("VISIONLLM_EMULATION_BUILD", ROOT / "build" / "emulation"))
 ORDERS = {"seeded": 0, "forward": 1, "reversed": 2}
 MAX_SHARED_BYTES = 101376  # of a block on sm_89 and sm_120, the least of the GPUs aimed at
 
@@ -101,7 +102,9 @@ def call(emulation: Emulation, name: str, *arguments: native.Argument) -> None:
         elif emulation.deterministic:
             for number, data in outputs.items():
                 if data != first[number]:
-                    _raise_difference(name, tensors[number], number, first[number], data, emulation.seed, seed)
+                    _raise_difference(
+                        name, tensors[number], number, first[number], data, emulation.seed, seed
+                    )
     for number, data in outputs.items():
         tensor = tensors[number]
         assert tensor is not None
@@ -177,7 +180,11 @@ def build(operator: str, sanitize: bool) -> Path:
 
 def _run(*command: str | Path) -> None:
     result = subprocess.run(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, f"{' '.join(map(str, command))} failed:\n{result.stdout}"
 
@@ -287,9 +294,7 @@ class Driver:
         return own.sub(lambda m: line(re.match(r"(0x[0-9a-f]+)", m[2])), message)  # type: ignore[arg-type]
 
 
-def _encode(
-    emulation: Emulation, seed: int, name: str, arguments: tuple[native.Argument, ...]
-) -> bytes:
+def _encode(emulation: Emulation, seed: int, name: str, arguments: tuple[native.Argument, ...]) -> bytes:
     """The call as cuda/emulation/driver.cpp reads it."""
     parts = [
         struct.pack("<I", len(name)),

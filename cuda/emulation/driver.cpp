@@ -149,8 +149,10 @@ std::string unwritten(const Region& region) {
     if (untouched && count++ == 0) first = i;
   }
   if (count == 0) return {};
-  return "leaves " + std::to_string(count) + " of " + std::to_string(elements) + " elements of output " +
-         region.name + " unwritten, the first at " + region.place(first * region.item_bytes);
+  return std::to_string(count) + " of " + std::to_string(elements) + " elements of output " + region.name +
+         " are as before the call, not written or copied from memory that nothing has written, the first "
+         "at " +
+         region.place(first * region.item_bytes);
 }
 
 void serve() {
