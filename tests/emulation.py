@@ -119,15 +119,15 @@ def _view(like: Tensor, data: bytes) -> Tensor:
 
 
 def _raise_difference(
-    name: str, tensor: Tensor | None, number: int, first: bytes, second: bytes, seed_1: int, seed_2: int
+    name: str, tensor: Tensor | None, number: int, first: bytes, second: bytes, seeds: tuple[int, int]
 ) -> None:
     assert tensor is not None
     a, b = _view(tensor, first), _view(tensor, second)
     differ = (a != b) & ~((a != a) & (b != b))
     place = differ.nonzero()[0].tolist() if differ.any() else "sign or payload bits"
     raise EmulationError(
-        f"{name}: tensor {number} depends on the order in which blocks and threads run: seeds {seed_1} and "
-        f"{seed_2} differ in {int(differ.sum())} of {tensor.numel()} elements, the first at {place}"
+        f"{name}: tensor {number} depends on the order in which blocks and threads run: seeds {seeds[0]} and "
+        f"{seeds[1]} differ in {int(differ.sum())} of {tensor.numel()} elements, the first at {place}"
     )
 
 
@@ -157,12 +157,13 @@ def build(operator: str, sanitize: bool) -> Path:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
     assert cmake and ninja, (
-        "CUDA kernels are tested by compiling them for the CPU: cmake and ninja, which are among the package's "
-        "test requirements, are not installed"
+        "CUDA kernels are tested by compiling them for the CPU: cmake and ninja, which are test requirements "
+        "of the package, are not installed"
     )
     compiler = os.environ.get("CXX", "g++")
     assert shutil.which(compiler), (
-        f"CUDA kernels are tested by compiling them for the CPU: the C++ compiler '{compiler}' is not installed"
+        "CUDA kernels are tested by compiling them for the CPU: the C++ compiler "
+        f"'{compiler}' is not installed"
     )
     BUILD.mkdir(parents=True, exist_ok=True)
     target = f"{operator}-{'sanitized' if sanitize else 'plain'}"

@@ -1,4 +1,4 @@
-"""The emulator of CUDA kernels: each bug that it is to find, seeded on purpose, and its operations against PyTorch.
+"""The emulator of CUDA kernels: each bug it is to find, seeded on purpose; its operations against PyTorch.
 
 The kernels are in ``tests/cuda_bugs``: ``bugs.cu`` has a wrong one and its correct twin for each kind of bug.
 """
@@ -18,69 +18,77 @@ from visionllm.ops import native
 
 N = 64
 
+THREAD = r"thread \(\d+, 0, 0\)"
+TILE = r"shared array 'tile' byte \d+ of \d+"
+ELEMENT = r"element \d+ \[\d+\]"
+RACE = rf"(reads|writes) {TILE}, which {THREAD} has (written|read) without "
+
+
+def at(what: str) -> str:
+    """How a message names a barrier or shuffle in bugs.cu."""
+    return rf"{what} \(.*bugs.cu:\d+\)"
+
+
 # What the message of the plain driver says, after the position that every message begins with.
 FOUND_BY_RECORDS = {
-    "shared_overrun": r"writes 4 bytes from byte 256 of shared array 'tile', which has 256: out of bounds",
-    "dynamic_overrun": r"reads 4 bytes from byte 256 of shared array 'bytes', which has 256: out of bounds",
-    "uninitialised_shared": r"reads shared array 'tile' byte 252 of 256, which nothing has written",
-    "missing_barrier": r"(reads|writes) shared array 'tile' byte \d+ of 256, which (thread \(\d+, 0, 0\) has "
-    r"(written|read) without __syncthreads between|nothing has written)",
-    "missing_barrier_in_loop": r"(reads|writes) shared array 'tile' byte \d+ of 256, which thread \(\d+, 0, 0\)"
-    r" has (written|read) without __syncthreads between",
-    "missing_warp_barrier": r"(reads|writes) shared array 'tile' byte \d+ of 256, which thread \(\d+, 0, 0\) has "
-    r"(written|read) without __syncwarp or __syncthreads between",
-    "return_before_barrier": r"divergent barrier: thread \(\d+, 0, 0\) waits at __syncthreads \(.*bugs.cu:\d+\), "
-    r"which thread \(\d+, 0, 0\) never reaches: it has returned from the kernel",
-    "two_barriers": r"divergent barrier: thread \(\d+, 0, 0\) waits at __syncthreads \(.*bugs.cu:\d+\), "
-    r"thread \(\d+, 0, 0\) at __syncthreads \(.*bugs.cu:\d+\)",
-    "barrier_against_warp_barrier": r"divergent warp: thread \(\d+, 0, 0\) waits at __syncwarp \(.*bugs.cu:\d+\) "
-    r"with mask 0xffffffff, which thread \(\d+, 0, 0\) never reaches: it waits at __syncthreads",
-    "shuffle_in_branch": r"divergent warp: thread \(\d+, 0, 0\) waits at __shfl_xor_sync \(.*bugs.cu:\d+\) "
-    r"with mask 0xffffffff, which thread \(\d+, 0, 0\) never reaches: it has returned",
-    "shuffles_in_two_branches": r"divergent warp: thread \(\d+, 0, 0\) waits at __shfl_xor_sync \(.*bugs.cu:\d+\)"
-    r" with mask 0xffffffff, thread \(\d+, 0, 0\) at __shfl_xor_sync \(.*bugs.cu:\d+\)",
-    "shuffle_from_missing_lane": r"a shuffle in which lane 0 reads lane 16, which does not take part in it",
-    "vote_without_own_lane": r"calls __any_sync \(.*bugs.cu:\d+\) with mask 0xfffffffe, which lacks its own lane 0",
-    "returned_lane": r"divergent warp: thread \(\d+, 0, 0\) waits at __shfl_xor_sync .* it has returned",
+    "shared_overrun": "writes 4 bytes from byte 256 of shared array 'tile', which has 256: out of bounds",
+    "dynamic_overrun": "reads 4 bytes from byte 256 of shared array 'bytes', which has 256: out of bounds",
+    "uninitialised_shared": "reads shared array 'tile' byte 252 of 256, which nothing has written",
+    "missing_barrier": rf"{RACE}__syncthreads between|reads {TILE}, which nothing has written",
+    "missing_barrier_in_loop": rf"{RACE}__syncthreads between",
+    "missing_warp_barrier": rf"{RACE}__syncwarp or __syncthreads between",
+    "return_before_barrier": rf"divergent barrier: {THREAD} waits at {at('__syncthreads')}, "
+    rf"which {THREAD} never reaches: it has returned from the kernel",
+    "two_barriers": rf"divergent barrier: {THREAD} waits at {at('__syncthreads')}, "
+    rf"{THREAD} at {at('__syncthreads')}",
+    "barrier_against_warp_barrier": rf"divergent warp: {THREAD} waits at {at('__syncwarp')} "
+    rf"with mask 0xffffffff, which {THREAD} never reaches: it waits at {at('__syncthreads')}",
+    "shuffle_in_branch": rf"divergent warp: {THREAD} waits at {at('__shfl_xor_sync')} "
+    rf"with mask 0xffffffff, which {THREAD} never reaches: it has returned",
+    "shuffles_in_two_branches": rf"divergent warp: {THREAD} waits at {at('__shfl_xor_sync')}"
+    rf" with mask 0xffffffff, {THREAD} at {at('__shfl_xor_sync')}",
+    "shuffle_from_missing_lane": "a shuffle in which lane 0 reads lane 16, which does not take part in it",
+    "vote_without_own_lane": rf"{at('__any_sync')} with mask 0xfffffffe, which lacks its own lane 0",
+    "returned_lane": rf"divergent warp: {THREAD} waits at __shfl_xor_sync .* it has returned",
     "read_out_of_bounds": r"reads 4 bytes from byte \d+ of 'input', which has 256: out of bounds",
-    "write_out_of_bounds": r"writes 4 bytes from byte 256 of 'output', which has 256: out of bounds",
-    "write_to_input": r"writes 'input' element \d+ \[\d+\], an input",
-    "unwritten_output": r"1 of 64 elements of output 'output' are as before the call, not written or copied from "
-    r"memory that nothing has written, the first at 'output' element 32",
-    "uninitialised_output": r"reads 'output' element \d+ \[\d+\], which nothing has written",
-    "uninitialised_workspace": r"atomically updates 'workspace' element \d+ \[\d+\], which nothing has written",
-    "sum_over_blocks": r"(reads|writes) 'output' element \d+ \[\d+\], which block \(\d, 0, 0\) has written in the "
-    r"same launch: blocks may share an element only by atomics",
-    "two_threads_one_element": r"writes 'output' element \d+ \[\d+\], which thread \(\d+, 0, 0\) has written without"
-    r" __syncwarp or __syncthreads between",
-    "last_block": r"reads 'workspace' element \d \[\d\], which block \(\d, 0, 0\) has written in the same launch",
-    "copy_no_wait": r"reads shared array 'tile' byte \d+ of 512, to which an asynchronous copy of thread "
-    r"\(\d+, 0, 0\) is on its way: copy_async_wait must come first",
-    "copy_wait_for_too_few": r"asynchronous copy of thread \(\d+, 0, 0\) is on its way: copy_async_wait must come",
-    "copy_no_barrier": r"(reads|asynchronously copies to) shared array 'tile' byte \d+ of 512, (which thread "
-    r"\(\d+, 0, 0\)( and others)? has (written|read) without|to which an asynchronous copy of|which nothing has)",
-    "copy_refill": r"(asynchronously copies to|reads) shared array 'tile' byte \d+ of 512, (which thread .* has read "
-    r"without __syncthreads|which thread .* has (read|written) without|to which an asynchronous copy of)",
-    "copy_misaligned": r"copy_async_16 \(.*bugs.cu:\d+\) copies to a shared address that is no multiple of 16",
+    "write_out_of_bounds": "writes 4 bytes from byte 256 of 'output', which has 256: out of bounds",
+    "write_to_input": rf"writes 'input' {ELEMENT}, an input",
+    "unwritten_output": "1 of 64 elements of output 'output' are as before the call, .* the first at "
+    "'output' element 32",
+    "uninitialised_output": rf"reads 'output' {ELEMENT}, which nothing has written",
+    "uninitialised_workspace": rf"atomically updates 'workspace' {ELEMENT}, which nothing has written",
+    "sum_over_blocks": rf"(reads|writes) 'output' {ELEMENT}, which block \(\d, 0, 0\) has written in the "
+    "same launch: blocks may share an element only by atomics",
+    "two_threads_one_element": rf"writes 'output' {ELEMENT}, which {THREAD} has written without"
+    " __syncwarp or __syncthreads between",
+    "last_block": rf"reads 'workspace' {ELEMENT}, which block \(\d, 0, 0\) has written in the same launch",
+    "copy_no_wait": rf"reads {TILE}, to which an asynchronous copy of {THREAD} is on its way: "
+    "copy_async_wait must come first",
+    "copy_wait_for_too_few": rf"asynchronous copy of {THREAD} is on its way: copy_async_wait must come",
+    "copy_no_barrier": rf"{TILE}, (which {THREAD}( and others)? has (written|read) without"
+    "|to which an asynchronous copy of|which nothing has)",
+    "copy_refill": rf"{TILE}, (which .* has (written|read) without|to which an asynchronous copy of)",
+    "copy_misaligned": f"{at('copy_async_16')} copies to a shared address that is no multiple of 16",
     "misaligned_matrix": r"lane \d+'s row of ldmatrix is not aligned to 16 bytes",
-    "stack_overflow": r"(?s)signal 11 .*the stack of a CUDA thread overflowed.*kernel 'stack_overflow_kernel', "
-    r"block \(0, 0, 0\), thread \(\d+, 0, 0\)",
-    "too_many_threads": r"kernel 'unwritten_output_kernel': launched with a block of \(1088, 1, 1\) threads: at most",
-    "empty_grid": r"kernel 'unwritten_output_kernel': launched with a grid of \(0, 1, 1\) blocks: none may be 0",
-    "too_much_shared_memory": r"kernel 'dynamic_overrun_kernel': launched with 101377 bytes of dynamic shared memory: "
-    r"the device has 101376 for a block",
-    "host_reads_device_memory": r"host code reads device memory",
+    "stack_overflow": "(?s)signal 11 .*the stack of a CUDA thread overflowed.*"
+    rf"kernel 'stack_overflow_kernel', block \(0, 0, 0\), {THREAD}",
+    "too_many_threads": r"_kernel': launched with a block of \(1088, 1, 1\) threads: at most 1024",
+    "empty_grid": r"'unwritten_output_kernel': launched with a grid of \(0, 1, 1\) blocks: none may be 0",
+    "too_much_shared_memory": "_kernel': launched with 101377 bytes of dynamic shared memory: "
+    "the device has 101376 for a block",
+    "host_reads_device_memory": "host code reads device memory",
 }
 
 # The same of the sanitized driver: the compiler's report, and the emulator's line with the position.
+UNDEFINED = r"bugs.cu:\d+:\d+: runtime error: "
 FOUND_BY_SANITIZERS = {
-    "shared_overrun": r"AddressSanitizer: use-after-poison",
-    "dynamic_overrun": r"AddressSanitizer: use-after-poison",
-    "read_out_of_bounds": r"AddressSanitizer: heap-buffer-overflow",
-    "write_out_of_bounds": r"AddressSanitizer: heap-buffer-overflow",
-    "misaligned": r"bugs.cu:\d+:\d+: runtime error: .* misaligned address .* requires 8 byte alignment",
-    "integer_overflow": r"bugs.cu:\d+:\d+: runtime error: signed integer overflow",
-    "register_array_overrun": r"bugs.cu:\d+:\d+: runtime error: index \d+ out of bounds for type 'float ?\[4\]'",
+    "shared_overrun": "AddressSanitizer: use-after-poison",
+    "dynamic_overrun": "AddressSanitizer: use-after-poison",
+    "read_out_of_bounds": "AddressSanitizer: heap-buffer-overflow",
+    "write_out_of_bounds": "AddressSanitizer: heap-buffer-overflow",
+    "misaligned": f"{UNDEFINED}.* misaligned address .* requires 8 byte alignment",
+    "integer_overflow": f"{UNDEFINED}signed integer overflow",
+    "register_array_overrun": rf"{UNDEFINED}index \d+ out of bounds for type 'float ?\[4\]'",
 }
 
 # Found in either driver, by the scheduler or by what the outputs hold.
@@ -378,9 +386,11 @@ def test_conversion_rounds_as_pytorch(dtype: torch.dtype) -> None:
     all_16 = torch.arange(-(2**15), 2**15, dtype=torch.int16)[::16].view(dtype).float()  # of every exponent
     anything = torch.randint(-(2**31), 2**31, (4096,), generator=random).to(torch.int32).view(torch.float32)
     ties = torch.cat([all_16 * (1 + 2.0**-e) for e in (8, 9, 11, 12)])
-    edges = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65504, 65519.99, 65520, 65536, 2**-24, 2**-25,
-                          3 * 2**-26, 2**-126, 2**-149, 3.4e38, 1.0])  # fmt: skip
-    values = torch.cat([all_16, anything, ties, edges])
+    edges = torch.tensor(
+        [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65504, 65519.99, 65520, 65536, 3.4e38]
+        + [m * 2.0**e for m in (1, 3) for e in (-24, -25, -26, -126, -149)]
+    )
+    values = torch.cat([all_16, anything, ties, edges, torch.zeros(4)])  # a multiple of 8
     output, back = torch.empty(len(values), dtype=dtype), torch.empty(len(values))
     operate("convert", output, back, values)
     expected_output = values.to(dtype)
