@@ -199,7 +199,6 @@ Status query_attention(const TensorView& output, const TensorView& logsumexp, co
                                        &device));
   if (device == Device::cpu) return no_cpu_kernel(op);
 #ifdef VISIONLLM_HAVE_CUDA
-  VISIONLLM_RETURN_IF_BAD(check_cuda_device(op));
   if (output.size() == 0) return {};
   cuda::QueryAttentionParams params =
       make_params(q, k, v, prefix_k, prefix_v, prefix_length, cosine, sine, output, logsumexp, n);
@@ -264,7 +263,6 @@ Status query_attention_backward(const TensorView& grad_q, const TensorView& grad
                                        &device));
   if (device == Device::cpu) return no_cpu_kernel(op);
 #ifdef VISIONLLM_HAVE_CUDA
-  VISIONLLM_RETURN_IF_BAD(check_cuda_device(op));
   if (output.size() == 0 && grad_prefix_k.size() == 0) return {};
   cuda::QueryAttentionBackwardParams params{};
   params.forward =
