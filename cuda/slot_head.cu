@@ -35,17 +35,16 @@ namespace {
 constexpr int kNormThreads = 128;
 constexpr int kMergeWarps = 8;
 
-template <int Tile>
-constexpr int kLogitsThreads = Tile == 128 ? 256 : 128;
-template <int Tile>
-constexpr int kLogitsStages = Tile == 128 ? 3 : 4;
+// Two warps share a tile's slots, and each warp has 32 of its rows.
+template <int Rows>
+constexpr int kLogitsThreads = 2 * kWarpSize * (Rows / kStepLines);
+template <int Slots>
+constexpr int kLogitsStages = Slots == 128 ? 3 : 4;
+template <int Slots, int Rows>
+constexpr int kLogitsSharedBytes = kLogitsStages<Slots> * (Slots + Rows) * kLineBytes;
 // Of a multiprocessor: what the registers let in, and for 16-bit types the 227 KiB of shared memory too.
-template <typename T, int Tile>
-constexpr int kLogitsBlocks = sizeof(T) == 4 ? 1
-                              : Tile == 128  ? 2
-                                             : 3;
-template <int Tile>
-constexpr int kLogitsSharedBytes = kLogitsStages<Tile> * 2 * Tile * kLineBytes;
+template <typename T, int Rows>
+constexpr int kLogitsBlocks = sizeof(T) == 4 ? 1 : (Rows == 128 ? 2 : 3);
 
 __device__ __forceinline__ bool is_finite(float x) { return x - x == 0.0f; }
 __device__ __forceinline__ float finite_or_zero(float x) { return is_finite(x) ? x : 0.0f; }
@@ -94,11 +93,11 @@ __global__ __launch_bounds__(kNormThreads) void normalise_kernel(T* normed, floa
 // ---- logits ---------------------------------------------------------------------------------------------
 
 // A block's tile, after the product: logits of `slots` slots and `rows` rows in shared memory.
-template <int Tile>
+template <int Slots, int Rows>
 struct LogitsTile {
-  static constexpr int kColumns = Tile / kWarpSize;  // rows of a lane: lane, lane + 32, ...
-  static constexpr int kPitch = Tile + 1;            // reading along slots meets all banks too
-  float* logits;                                     // [Tile, kPitch]
+  static constexpr int kColumns = Rows / kWarpSize;  // rows of a lane: lane, lane + 32, ...
+  static constexpr int kPitch = Rows + 1;            // reading along slots meets all banks too
+  float* logits;                                     // [Slots, kPitch]
   std::int64_t set, first_slot, first_row;           // the first slot counted in its set
   std::int64_t row_tile;
   int slots, rows;
@@ -121,13 +120,13 @@ __device__ __forceinline__ float target_exponent(const SlotHeadTarget& target, s
 }
 
 // Prediction and cross-entropy: one warp per slot writes its partial.
-template <int Tile>
-__device__ void reduce_slot(const LogitsParams& p, const LogitsTile<Tile>& t, int local, int lane) {
-  constexpr int kColumns = LogitsTile<Tile>::kColumns;
+template <int Slots, int Rows>
+__device__ void reduce_slot(const LogitsParams& p, const LogitsTile<Slots, Rows>& t, int local, int lane) {
+  constexpr int kColumns = LogitsTile<Slots, Rows>::kColumns;
   const std::int64_t slot = t.set * p.set_slots + t.first_slot + local;
   const std::int64_t place = slot * p.row_tiles + t.row_tile;
   SlotHeadPartial partial{-INFINITY, 0.0f, -INFINITY, 0.0f, 0.0f, -1};
-  int best = Tile;  // beyond all
+  int best = Rows;  // beyond all
   float x[kColumns];
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
@@ -145,7 +144,7 @@ __device__ void reduce_slot(const LogitsParams& p, const LogitsTile<Tile>& t, in
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) partial.sum += expf(x[j] - shift);  // NaN stays
   partial.sum = warp_sum(partial.sum);
-  if (best < Tile) partial.best = static_cast<int>(t.first_row) + best;
+  if (best < Rows) partial.best = static_cast<int>(t.first_row) + best;
 
   if (p.mode == LogitsMode::cross_entropy) {
     float e[kColumns];
@@ -175,10 +174,10 @@ __device__ void reduce_slot(const LogitsParams& p, const LogitsTile<Tile>& t, in
     const int w = p.window, count = 4 * w + 1;
     for (int i = lane; i < count; i += kWarpSize) {
       // The first w rows of the tile, its last w, and those around its best.
-      const int row = i < w ? i : i < 2 * w ? Tile - 2 * w + i : best - 3 * w + i;
-      const bool there = row >= 0 && row < t.rows && (i < 2 * w || best < Tile) &&
+      const int row = i < w ? i : i < 2 * w ? Rows - 2 * w + i : best - 3 * w + i;
+      const bool there = row >= 0 && row < t.rows && (i < 2 * w || best < Rows) &&
                          (p.valid == nullptr || p.valid[t.set * p.valid_stride + t.first_row + row] != 0);
-      p.near[place * count + i] = there ? t.logits[local * LogitsTile<Tile>::kPitch + row] : -INFINITY;
+      p.near[place * count + i] = there ? t.logits[local * LogitsTile<Slots, Rows>::kPitch + row] : -INFINITY;
     }
   }
   if (p.probabilities != nullptr) {
@@ -192,12 +191,12 @@ __device__ void reduce_slot(const LogitsParams& p, const LogitsTile<Tile>& t, in
 
 // Gradient of the loss with respect to normed . row: factor * (probability - target) * scale. Lines beyond
 // the end of slots and of rows become zeros, which the products read up to a multiple of 16 bytes.
-template <typename T, int Tile>
-__device__ void gradient_tile(const LogitsParams& p, const LogitsTile<Tile>& t, int warp, int lane) {
-  constexpr int kColumns = LogitsTile<Tile>::kColumns, kPitch = LogitsTile<Tile>::kPitch;
-  constexpr int kWarps = kLogitsThreads<Tile> / kWarpSize;
+template <typename T, int Slots, int Rows>
+__device__ void gradient_tile(const LogitsParams& p, const LogitsTile<Slots, Rows>& t, int warp, int lane) {
+  constexpr int kColumns = LogitsTile<Slots, Rows>::kColumns, kPitch = LogitsTile<Slots, Rows>::kPitch;
+  constexpr int kWarps = kLogitsThreads<Rows> / kWarpSize;
   const std::int64_t first_in_chunk = t.first_slot - p.first;
-  for (int local = warp; local < Tile; local += kWarps) {
+  for (int local = warp; local < Slots; local += kWarps) {
     const std::int64_t slot = t.set * p.set_slots + t.first_slot + local;
     const bool active = local < t.slots && p.active[slot] != 0;
     T* const line =
@@ -222,47 +221,54 @@ __device__ void gradient_tile(const LogitsParams& p, const LogitsTile<Tile>& t, 
     T* const line =
         static_cast<T*>(p.gradient_by_row) + (t.set * p.V + t.first_row + row) * p.chunk + first_in_chunk;
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
+    for (int j = 0; j < Slots / kWarpSize; ++j) {
       const int local = lane + j * kWarpSize;
       line[local] = from_float<T>(t.logits[local * kPitch + row]);
     }
   }
 }
 
-template <typename T, int Tile>
-__global__ __launch_bounds__(kLogitsThreads<Tile>,
-                             kLogitsBlocks<T, Tile>) void logits_kernel(LogitsParams p) {
-  constexpr int kThreads = kLogitsThreads<Tile>, kStages = kLogitsStages<Tile>;
+template <typename T, int Slots, int Rows>
+__global__ __launch_bounds__(kLogitsThreads<Rows>,
+                             kLogitsBlocks<T, Rows>) void logits_kernel(LogitsParams p) {
+  constexpr int kThreads = kLogitsThreads<Rows>, kStages = kLogitsStages<Slots>;
   constexpr int kElements = kLineElements<T>, kChunk = 16 / static_cast<int>(sizeof(T));
-  constexpr int kLinesPerPass = kThreads / 8, kPasses = Tile / kLinesPerPass;
-  constexpr int kStageBytes = 2 * Tile * kLineBytes;
-  constexpr int M = Tile / 32;  // mma rows of a warp; two warps share the slots, Tile / 32 the rows
-  static_assert(Tile * (Tile + 1) * 4 <= kLogitsSharedBytes<Tile>, "logits take the pipeline's memory");
+  constexpr int kLinesPerPass = kThreads / 8;
+  constexpr int kLeftPasses = Slots / kLinesPerPass, kRightPasses = Rows / kLinesPerPass;
+  constexpr int kLeftBytes = Slots * kLineBytes, kStageBytes = kLeftBytes + Rows * kLineBytes;
+  constexpr int M = Slots / 32;  // mma above each other in a warp
+  constexpr int kAtOnce = kStepsAtOnce<T>;
+  static_assert(Slots * (Rows + 1) * 4 <= kLogitsSharedBytes<Slots, Rows>,
+                "logits take the pipeline's memory");
   VISIONLLM_DYNAMIC_SHARED(shared);
 
-  LogitsTile<Tile> tile;
+  LogitsTile<Slots, Rows> tile;
   tile.row_tile = blockIdx.x % p.row_tiles;  // neighbours in time share slots, and all rows stay in L2
   const std::int64_t rest = blockIdx.x / p.row_tiles;
   const std::int64_t slot_tile = rest % p.slot_tiles;
   tile.set = rest / p.slot_tiles;
-  tile.first_slot = p.first + slot_tile * Tile;
-  tile.first_row = tile.row_tile * Tile;
+  tile.first_slot = p.first + slot_tile * Slots;
+  tile.first_row = tile.row_tile * Rows;
   const std::int64_t slots_left = p.first + p.count - tile.first_slot, rows_left = p.V - tile.first_row;
-  tile.slots = static_cast<int>(slots_left < Tile ? slots_left : Tile);
-  tile.rows = static_cast<int>(rows_left < Tile ? rows_left : Tile);
+  tile.slots = static_cast<int>(slots_left < Slots ? slots_left : Slots);
+  tile.rows = static_cast<int>(rows_left < Rows ? rows_left : Rows);
 
   // Thread i copies chunk i % 8 of lines i / 8, i / 8 + kLinesPerPass, ... of slots and of rows.
   const int chunk = threadIdx.x % 8, line = threadIdx.x / 8;
   const std::uint8_t* const valid =
       p.valid == nullptr ? nullptr : p.valid + tile.set * p.valid_stride + tile.first_row;
-  const T* left[kPasses];
-  const T* right[kPasses];
-  bool left_there[kPasses], right_there[kPasses];
+  const T* left[kLeftPasses];
+  const T* right[kRightPasses];
+  bool left_there[kLeftPasses], right_there[kRightPasses];
 #pragma unroll
-  for (int i = 0; i < kPasses; ++i) {
+  for (int i = 0; i < kLeftPasses; ++i) {
     const int l = line + i * kLinesPerPass;
     left_there[i] = l < tile.slots;
     left[i] = p.states.at<T>(tile.set, static_cast<std::uint32_t>(tile.first_slot + (left_there[i] ? l : 0)));
+  }
+#pragma unroll
+  for (int i = 0; i < kRightPasses; ++i) {
+    const int l = line + i * kLinesPerPass;
     right_there[i] = l < tile.rows && (valid == nullptr || valid[l] != 0);
     right[i] = p.rows.at<T>(tile.set, static_cast<std::uint32_t>(tile.first_row + (right_there[i] ? l : 0)));
   }
@@ -271,16 +277,19 @@ __global__ __launch_bounds__(kLogitsThreads<Tile>,
     const std::int64_t c = first + chunk * kChunk;
     const bool inside = c < p.C;
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int l = line + i * kLinesPerPass;
-      copy_async_16(line_chunk(lines, l, chunk), left[i] + (inside ? c : 0), inside && left_there[i]);
-      copy_async_16(line_chunk(lines + Tile * kLineBytes, l, chunk), right[i] + (inside ? c : 0),
-                    inside && right_there[i]);
+    for (int i = 0; i < kLeftPasses; ++i) {
+      copy_async_16(line_chunk(lines, line + i * kLinesPerPass, chunk), left[i] + (inside ? c : 0),
+                    inside && left_there[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kRightPasses; ++i) {
+      copy_async_16(line_chunk(lines + kLeftBytes, line + i * kLinesPerPass, chunk),
+                    right[i] + (inside ? c : 0), inside && right_there[i]);
     }
   };
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int warp_slot = warp % 2 * (Tile / 2), warp_row = warp / 2 * kStepLines;
+  const int warp_slot = warp % 2 * (Slots / 2), warp_row = warp / 2 * kStepLines;
   const bool multiplies = warp_slot < tile.slots && warp_row < tile.rows;
   float sums[M][4][4] = {};
   const int count = static_cast<int>((p.C + kElements - 1) / kElements);
@@ -297,11 +306,11 @@ __global__ __launch_bounds__(kLogitsThreads<Tile>,
     copy_async_commit();
     if (multiplies) {
       unsigned char* const lines = shared + k % kStages * kStageBytes;
-#pragma unroll kStepsAtOnce < T>
+#pragma unroll kAtOnce
       for (int step = 0; step < kSteps; ++step) {
         std::uint32_t a[M][4], b[4][2];
         load_left(a, lines, warp_slot, step);
-        load_right(b, lines + Tile * kLineBytes, warp_row, step);
+        load_right(b, lines + kLeftBytes, warp_row, step);
         multiply<T>(sums, a, b);
       }
     }
@@ -310,7 +319,7 @@ __global__ __launch_bounds__(kLogitsThreads<Tile>,
   __syncthreads();
 
   tile.logits = reinterpret_cast<float*>(shared);
-  constexpr int kPitch = LogitsTile<Tile>::kPitch;
+  constexpr int kPitch = LogitsTile<Slots, Rows>::kPitch;
 #pragma unroll
   for (int i = 0; i < M; ++i) {
 #pragma unroll
@@ -324,16 +333,16 @@ __global__ __launch_bounds__(kLogitsThreads<Tile>,
     }
   }
 #pragma unroll
-  for (int j = 0; j < LogitsTile<Tile>::kColumns; ++j) {
+  for (int j = 0; j < LogitsTile<Slots, Rows>::kColumns; ++j) {
     const int row = lane + j * kWarpSize;
     tile.allowed[j] = row < tile.rows && (valid == nullptr || valid[row] != 0);
   }
   __syncthreads();
   if (p.mode == LogitsMode::gradient) {
-    gradient_tile<T, Tile>(p, tile, warp, lane);
+    gradient_tile<T, Slots, Rows>(p, tile, warp, lane);
   } else {
     for (int local = warp; local < tile.slots; local += kThreads / kWarpSize)
-      reduce_slot<Tile>(p, tile, local, lane);
+      reduce_slot<Slots, Rows>(p, tile, local, lane);
   }
 }
 
@@ -341,7 +350,7 @@ __global__ __launch_bounds__(kLogitsThreads<Tile>,
 
 struct MergeParams {
   std::int64_t slots, row_tiles;
-  int V, tile;
+  int V, tile_rows;
   const SlotHeadPartial* partials;  // [slots, row_tiles]
   float* logsumexp;                 // [slots], as the other outputs
   // prediction
@@ -410,16 +419,16 @@ __global__ __launch_bounds__(kMergeWarps* kWarpSize) void merge_kernel(MergePara
   }
   if (p.expectation != nullptr) {
     const int w = p.window, count = 4 * w + 1;
-    const std::int64_t own = best / p.tile;
+    const std::int64_t own = best / p.tile_rows;
     const float* const near = p.near + slot * p.row_tiles * count;
     float total = 0.0f, moment = 0.0f;
     for (int i = lane; finite && i < 2 * w + 1; i += kWarpSize) {
       const int row = best - w + i;
       if (row < 0 || row >= p.V) continue;
-      const std::int64_t t = row / p.tile;
+      const std::int64_t t = row / p.tile_rows;
       const int place = t == own  ? 2 * w + i
-                        : t > own ? row - static_cast<int>(t * p.tile)
-                                  : row - static_cast<int>((t + 1) * p.tile) + 2 * w;
+                        : t > own ? row - static_cast<int>(t * p.tile_rows)
+                                  : row - static_cast<int>((t + 1) * p.tile_rows) + 2 * w;
       const float weight = expf(near[t * count + place] - max);
       total += weight;
       moment += weight * static_cast<float>(i - w);
@@ -446,17 +455,20 @@ Status normalise(const SlotHeadInputs& in, const SlotHeadPlan& plan, float* inve
                 in.epsilon);
 }
 
+template <typename T, int Slots, int Rows>
+Status logits(const LogitsParams& params, dim3 grid, cudaStream_t stream) {
+  return launch("slot_head logits", logits_kernel<T, Slots, Rows>, grid, dim3(kLogitsThreads<Rows>),
+                kLogitsSharedBytes<Slots, Rows>, stream, params);
+}
+
 template <typename T>
 Status logits(const LogitsParams& params, const SlotHeadPlan& plan, cudaStream_t stream) {
   const std::int64_t blocks = plan.sets * params.slot_tiles * params.row_tiles;
   if (blocks == 0) return {};
   const dim3 grid(static_cast<unsigned>(blocks));
-  if (plan.tile == 128) {
-    return launch("slot_head logits", logits_kernel<T, 128>, grid, dim3(kLogitsThreads<128>),
-                  kLogitsSharedBytes<128>, stream, params);
-  }
-  return launch("slot_head logits", logits_kernel<T, 64>, grid, dim3(kLogitsThreads<64>),
-                kLogitsSharedBytes<64>, stream, params);
+  if (plan.tile_slots == 128) return logits<T, 128, 128>(params, grid, stream);
+  if (plan.tile_rows == 128) return logits<T, 64, 128>(params, grid, stream);
+  return logits<T, 64, 64>(params, grid, stream);
 }
 
 LogitsParams logits_params(const SlotHeadInputs& in, const SlotHeadPlan& plan, LogitsMode mode) {
@@ -475,7 +487,7 @@ LogitsParams logits_params(const SlotHeadInputs& in, const SlotHeadPlan& plan, L
 MergeParams merge_params(const SlotHeadInputs& in, const SlotHeadPlan& plan) {
   MergeParams params{};
   params.slots = in.B * in.G * in.S, params.row_tiles = plan.row_tiles;
-  params.V = static_cast<int>(in.V), params.tile = static_cast<int>(plan.tile);
+  params.V = static_cast<int>(in.V), params.tile_rows = static_cast<int>(plan.tile_rows);
   params.partials = reinterpret_cast<const SlotHeadPartial*>(in.workspace + plan.partials);
   return params;
 }

@@ -24,11 +24,11 @@ struct SlotHeadPartial {
 };
 
 // Slots that meet the same allowed rows are one set: a picture's, or all where neither rows nor valid are the
-// picture's own. Tiles of `tile` slots x `tile` rows lie within a set. Sections of the workspace begin at
+// picture's own. A tile lies within a set. Sections of the workspace begin at
 // these bytes; what a call has no use for is empty.
 struct SlotHeadPlan {
-  std::int64_t sets, set_slots;        // sets * set_slots == B * G * S
-  std::int64_t tile;                   // 64 or 128
+  std::int64_t sets, set_slots;  // sets * set_slots == B * G * S
+  std::int64_t tile_slots, tile_rows;
   std::int64_t slot_tiles, row_tiles;  // of a set
   std::int64_t normed;                 // [slots, C] of states' type
   std::int64_t partials;               // SlotHeadPartial [slots, row_tiles]
@@ -54,9 +54,10 @@ inline SlotHeadPlan slot_head_plan(SlotHeadCall call, std::int64_t B, std::int64
                                    bool masked, bool normed, std::int64_t window,
                                    std::int64_t slots_at_once) {
   const auto up = [](std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple; };
-  // The large tile reads half as much per product; the small one keeps more multiprocessors busy. 132 are an
-  // H100's.
-  constexpr std::int64_t kBlocksWanted = 132;
+  // A multiprocessor takes its tiles in turn, each at the pace at which the lines of its slots and rows come
+  // from L2: the tile with the fewest lines on the busiest of 132 multiprocessors, an H100's.
+  constexpr std::int64_t kMultiprocessors = 132;
+  constexpr std::int64_t kTiles[][2] = {{64, 64}, {64, 128}, {128, 128}};
   // Elements of the logits' gradient that are held at a time, in each of two layouts.
   constexpr std::int64_t kGradientElements = std::int64_t{1} << 25;
   SlotHeadPlan plan{};
@@ -64,9 +65,15 @@ inline SlotHeadPlan slot_head_plan(SlotHeadCall call, std::int64_t B, std::int64
   plan.sets = shared && !masked ? 1 : B;
   plan.set_slots = plan.sets == 0 ? 0 : slots / plan.sets;
   plan.row_pitch = up(V, 8) * 8;
-  plan.tile = plan.sets * up(plan.set_slots, 128) * up(V, 128) >= kBlocksWanted ? 128 : 64;
-  plan.slot_tiles = up(plan.set_slots, plan.tile);
-  plan.row_tiles = up(V, plan.tile);
+  std::int64_t least = 0;
+  for (const auto& tile : kTiles) {
+    const std::int64_t tiles = plan.sets * up(plan.set_slots, tile[0]) * up(V, tile[1]);
+    const std::int64_t lines = up(tiles, kMultiprocessors) * (tile[0] + tile[1]);
+    if (plan.tile_slots != 0 && lines >= least) continue;
+    least = lines, plan.tile_slots = tile[0], plan.tile_rows = tile[1];
+  }
+  plan.slot_tiles = up(plan.set_slots, plan.tile_slots);
+  plan.row_tiles = up(V, plan.tile_rows);
   const auto section = [&plan](std::int64_t* begin, std::int64_t bytes) {
     *begin = plan.bytes;
     plan.bytes += (bytes + 255) / 256 * 256;

@@ -112,7 +112,7 @@ __global__ __launch_bounds__(kThreads, 1) void product_kernel(ProductParams p) {
   constexpr int kDepth = kLineElements<T>, kChunk = 16 / static_cast<int>(sizeof(T));
   constexpr int kRightChunks = kTile / kChunk;          // of a line
   constexpr int kRightLines = kThreads / kRightChunks;  // of a pass
-  constexpr int kPasses = 4;
+  constexpr int kPasses = 4, kAtOnce = kStepsAtOnce<T>;
   static_assert(kPasses * kRightLines == kDepth && kPasses * (kThreads / 8) == kTile,
                 "the passes cover both tiles");
   VISIONLLM_DYNAMIC_SHARED(shared);
@@ -169,7 +169,7 @@ __global__ __launch_bounds__(kThreads, 1) void product_kernel(ProductParams p) {
     copy_async_commit();
     if (multiplies) {
       unsigned char* const lines = shared + k % kStages * kStageBytes;
-#pragma unroll kStepsAtOnce < T>
+#pragma unroll kAtOnce
       for (int step = 0; step < kSteps; ++step) {
         std::uint32_t a[4][4], b[4][2];
         load_left(a, lines, warp_row, step);
@@ -394,7 +394,7 @@ Status backward(const SlotHeadBackwardParams& params, cudaStream_t stream) {
   for (std::int64_t c = 0; c < plan.chunks; ++c) {
     logits.first = c * plan.chunk;
     logits.count = std::min(plan.chunk, plan.set_slots - logits.first);
-    logits.slot_tiles = tiles(logits.count, plan.tile);
+    logits.slot_tiles = tiles(logits.count, plan.tile_slots);
     if (Status status = launch_logits(logits, in.dtype, plan, stream); !status.ok()) return status;
     by_slot.rows = logits.count, by_slot.out_first = logits.first;
     if (Status status = product<T>(by_slot, plan.sets, stream); !status.ok()) return status;

@@ -46,6 +46,15 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("fusion_attention", torch.float16): Tolerance(
         2**-10, 1.5e-3, "normed, query, exponentials and attended are rounded to 11 bits on their way"
     ),
+    ("fusion_attention_backward", torch.float32): Tolerance(
+        1e-5, 1e-5, "up to four products in a row, of up to C, T or N float32 terms each"
+    ),
+    ("fusion_attention_backward", torch.bfloat16): Tolerance(
+        2**-6, 3e-2, "five tensors are rounded to 8 bits on their way, and gradients of scores cancel"
+    ),
+    ("fusion_attention_backward", torch.float16): Tolerance(
+        2**-9, 4e-3, "five tensors are rounded to 11 bits on their way, and gradients of scores cancel"
+    ),
     ("query_attention", torch.float32): Tolerance(
         1e-5, 5e-6, "float32 rotation, scores of size 5 and sums; the exponential takes on the scores' error"
     ),
@@ -63,6 +72,13 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ),
     ("lora_linear", torch.float16): Tolerance(
         2**-11, 2e-5, "inputs are exact, sums float32 and s has 22 bits: one rounding of the result"
+    ),
+    ("lora_linear_int8_grad_x", torch.float32): Tolerance(1e-5, 2e-6, "as lora_linear"),
+    ("lora_linear_int8_grad_x", torch.bfloat16): Tolerance(
+        2**-8, 2**-8, "the scaled int8 weight is rounded to 8 bits before it is multiplied"
+    ),
+    ("lora_linear_int8_grad_x", torch.float16): Tolerance(
+        2**-11, 2**-11, "the scaled int8 weight is rounded to 11 bits before it is multiplied"
     ),
     ("lora_linear_base_rounded", torch.float32): Tolerance(1e-5, 2e-6, "as lora_linear"),
     ("lora_linear_base_rounded", torch.bfloat16): Tolerance(
