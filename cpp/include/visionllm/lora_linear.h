@@ -20,8 +20,9 @@
 //                             -1 by convention, is a row without adapter
 //
 // Sums are in float32, in an order that depends on the sizes only: results are deterministic, and a row's
-// result does not depend on the other rows' adapters. s is kept to at least 16 bits of mantissa wherever it is a
-// factor; in float16 it has that type's range, as x has.
+// result does not depend on the other rows' adapters, as long as these are finite: on CUDA, infinity or NaN in
+// an adapter may reach rows without it that share a tile of 128 rows with its own. s is kept to at least 16 bits
+// of mantissa wherever it is a factor; in float16 it has that type's range, as x has.
 //
 // The base (weight, weight_scale, bias) is frozen: it has no gradient here.
 #pragma once
