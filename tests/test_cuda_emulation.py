@@ -82,7 +82,7 @@ FOUND_BY_RECORDS = {
 # The same of the sanitized driver: the compiler's report, and the emulator's line with the position.
 UNDEFINED = r"bugs.cu:\d+:\d+: runtime error: "
 FOUND_BY_SANITIZERS = {
-    "shared_overrun": "AddressSanitizer: use-after-poison",
+    "shared_overrun": rf"{UNDEFINED}index 64 out of bounds for type 'float ?\[64\]'",
     "dynamic_overrun": "AddressSanitizer: use-after-poison",
     "read_out_of_bounds": "AddressSanitizer: heap-buffer-overflow",
     "write_out_of_bounds": "AddressSanitizer: heap-buffer-overflow",
