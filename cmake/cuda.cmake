@@ -10,8 +10,7 @@
 set(VISIONLLM_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (where this machine has a GPU and nvcc), ON or OFF")
 set_property(CACHE VISIONLLM_CUDA PROPERTY STRINGS AUTO ON OFF)
 
-# 90a and the chips between have no other form of code; the PTX of plain 90 serves chips newer than those listed (PTX of 90a
-# would not: it is for that chip alone).
+# The PTX of plain 90 serves chips newer than those listed; PTX of 90a would not: it is for that chip alone.
 set(VISIONLLM_CUDA_RELEASE_ARCHITECTURES 80-real 87-real 90a-real 120-real 90-virtual)
 
 # The compute capabilities of this machine's GPUs as CMAKE_CUDA_ARCHITECTURES, empty when there is none.
@@ -77,6 +76,10 @@ elseif(VISIONLLM_CUDA)
   endif()
   set(VISIONLLM_HAVE_CUDA ON)
   set(default_architectures ${VISIONLLM_CUDA_RELEASE_ARCHITECTURES})
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE version_text)
+  if(version_text MATCHES "release ([0-9.]+)" AND CMAKE_MATCH_1 VERSION_LESS 12.8)
+    list(REMOVE_ITEM default_architectures 120-real) # nvcc 12.8 is the first to know it; the PTX serves it
+  endif()
 endif()
 
 if(VISIONLLM_HAVE_CUDA)
