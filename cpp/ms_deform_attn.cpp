@@ -330,7 +330,6 @@ void set_gradients(const TensorView& grad_locations, const TensorView& grad_atte
 Status run_on_cuda(const char* op, bool nothing_to_do, const cuda::MsDeformAttnParams& params,
                    const Execution& execution, bool backward) {
 #ifdef VISIONLLM_HAVE_CUDA
-  VISIONLLM_RETURN_IF_BAD(check_cuda_device(op));
   if (nothing_to_do) return {};
   return backward ? cuda::ms_deform_attn_backward(params, execution.stream)
                   : cuda::ms_deform_attn(params, execution.stream);

@@ -105,7 +105,7 @@ def _check(
 def _slopes(spatial_shapes: Tensor, reference_points: Tensor, sampling_offsets: Tensor) -> Tensor:
     """d location / d offset, which broadcasts to [B, Q, H, L, P, 2]."""
     if reference_points.shape[-1] == 4:
-        return reference_points[:, :, None, :, None, 2:] * (0.5 / sampling_offsets.shape[4])
+        return reference_points[:, :, None, :, None, 2:] * (0.5 / max(sampling_offsets.shape[4], 1))
     size = spatial_shapes.to(sampling_offsets.device).flip(-1)[:, None]  # [L, 1, 2] as (width, height)
     return size.to(sampling_offsets.dtype).reciprocal()
 
@@ -238,7 +238,7 @@ def _backward_composed(
     if reference_gradient:
         grad_reference = grad_locations.sum((2, 4))
         if reference.shape[-1] == 4:
-            by_size = torch.where(still, 0.0, grad_locations * offsets * (0.5 / offsets.shape[4]))
+            by_size = torch.where(still, 0.0, grad_locations * offsets * (0.5 / max(offsets.shape[4], 1)))
             grad_reference = torch.cat([grad_reference, by_size.sum((2, 4))], -1)
     return (
         grad_value,
