@@ -13,56 +13,61 @@ static TensorView on_host(TensorView view) {
   view.device = Device::cpu;
   return view;
 }
-static Status ms_deform_attn_host_levels(const TensorView& output, const TensorView& value, const TensorView& shapes,
-                                         const TensorView& starts, const TensorView& locations,
-                                         const TensorView& attention, const Execution& execution) {
+static Status ms_deform_attn_host_levels(const TensorView& output, const TensorView& value,
+                                         const TensorView& shapes, const TensorView& starts,
+                                         const TensorView& locations, const TensorView& attention,
+                                         const Execution& execution) {
   return ms_deform_attn(output, value, on_host(shapes), on_host(starts), locations, attention, execution);
 }
-static Status ms_deform_attn_backward_host_levels(const TensorView& grad_value, const TensorView& grad_locations,
-                                                  const TensorView& grad_attention, const TensorView& workspace,
-                                                  const TensorView& grad_output, const TensorView& value,
-                                                  const TensorView& shapes, const TensorView& starts,
-                                                  const TensorView& locations, const TensorView& attention,
-                                                  bool deterministic, const Execution& execution) {
+static Status ms_deform_attn_backward_host_levels(
+    const TensorView& grad_value, const TensorView& grad_locations, const TensorView& grad_attention,
+    const TensorView& workspace, const TensorView& grad_output, const TensorView& value,
+    const TensorView& shapes, const TensorView& starts, const TensorView& locations,
+    const TensorView& attention, bool deterministic, const Execution& execution) {
   return ms_deform_attn_backward(grad_value, grad_locations, grad_attention, workspace, grad_output, value,
-                                 on_host(shapes), on_host(starts), locations, attention, deterministic, execution);
+                                 on_host(shapes), on_host(starts), locations, attention, deterministic,
+                                 execution);
 }
 static Status ms_deform_attn_fused_host_levels(const TensorView& output, const TensorView& value,
                                                const TensorView& shapes, const TensorView& starts,
                                                const TensorView& reference, const TensorView& offsets,
                                                const TensorView& logits, const Execution& execution) {
-  return ms_deform_attn_fused(output, value, on_host(shapes), on_host(starts), reference, offsets, logits, execution);
+  return ms_deform_attn_fused(output, value, on_host(shapes), on_host(starts), reference, offsets, logits,
+                              execution);
 }
 static Status ms_deform_attn_fused_backward_host_levels(
     const TensorView& grad_value, const TensorView& grad_reference, const TensorView& grad_offsets,
-    const TensorView& grad_logits, const TensorView& workspace, const TensorView& grad_output, const TensorView& value,
-    const TensorView& shapes, const TensorView& starts, const TensorView& reference, const TensorView& offsets,
-    const TensorView& logits, bool deterministic, const Execution& execution) {
-  return ms_deform_attn_fused_backward(grad_value, grad_reference, grad_offsets, grad_logits, workspace, grad_output,
-                                       value, on_host(shapes), on_host(starts), reference, offsets, logits,
-                                       deterministic, execution);
+    const TensorView& grad_logits, const TensorView& workspace, const TensorView& grad_output,
+    const TensorView& value, const TensorView& shapes, const TensorView& starts, const TensorView& reference,
+    const TensorView& offsets, const TensorView& logits, bool deterministic, const Execution& execution) {
+  return ms_deform_attn_fused_backward(grad_value, grad_reference, grad_offsets, grad_logits, workspace,
+                                       grad_output, value, on_host(shapes), on_host(starts), reference,
+                                       offsets, logits, deterministic, execution);
 }
 // `value` [1, 1, H, D] is the last pixel of the last picture of a tensor [batch, pixels, H, D] with such strides, of which
 // nothing else is in memory.
 static Status ms_deform_attn_far(const TensorView& output, const TensorView& value, const TensorView& shapes,
-                                 const TensorView& starts, const TensorView& locations, const TensorView& attention,
-                                 std::int64_t batch, std::int64_t pixels, std::int64_t stride_b, std::int64_t stride_s,
-                                 const Execution& execution) {
+                                 const TensorView& starts, const TensorView& locations,
+                                 const TensorView& attention, std::int64_t batch, std::int64_t pixels,
+                                 std::int64_t stride_b, std::int64_t stride_s, const Execution& execution) {
   TensorView far = value;
   far.shape[0] = batch, far.shape[1] = pixels;
   far.strides[0] = stride_b, far.strides[1] = stride_s;
-  far.data = reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(value.data) -
-                                     ((batch - 1) * stride_b + (pixels - 1) * stride_s) * element_size(value.dtype));
+  far.data =
+      reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(value.data) -
+                              ((batch - 1) * stride_b + (pixels - 1) * stride_s) * element_size(value.dtype));
   return ms_deform_attn(output, far, shapes, starts, locations, attention, execution);
 }
 }  // namespace visionllm
 #define VISIONLLM_DEFORM_FORWARD "value spatial_shapes level_start_index sampling_locations attention_weights"
-#define VISIONLLM_DEFORM_FUSED "value spatial_shapes level_start_index reference_points sampling_offsets attention_logits"
-#define VISIONLLM_DEFORM_BACKWARD \
-  ">grad_value >grad_sampling_locations >grad_attention_weights ~workspace grad_output " VISIONLLM_DEFORM_FORWARD
-#define VISIONLLM_DEFORM_FUSED_BACKWARD                                                                              \
-  ">grad_value >grad_reference_points >grad_sampling_offsets >grad_attention_logits ~workspace grad_output " \
-  VISIONLLM_DEFORM_FUSED
+#define VISIONLLM_DEFORM_FUSED \
+  "value spatial_shapes level_start_index reference_points sampling_offsets attention_logits"
+#define VISIONLLM_DEFORM_BACKWARD                                            \
+  ">grad_value >grad_sampling_locations >grad_attention_weights ~workspace " \
+  "grad_output " VISIONLLM_DEFORM_FORWARD
+#define VISIONLLM_DEFORM_FUSED_BACKWARD                                                          \
+  ">grad_value >grad_reference_points >grad_sampling_offsets >grad_attention_logits ~workspace " \
+  "grad_output " VISIONLLM_DEFORM_FUSED
 VISIONLLM_OPERATOR(ms_deform_attn, ">output " VISIONLLM_DEFORM_FORWARD)
 VISIONLLM_OPERATOR(ms_deform_attn_host_levels, ">output " VISIONLLM_DEFORM_FORWARD)
 VISIONLLM_OPERATOR(ms_deform_attn_far, ">output " VISIONLLM_DEFORM_FORWARD)
@@ -112,8 +117,9 @@ VISIONLLM_OPERATOR(
 VISIONLLM_OPERATOR(slot_head_predict,
                    ">best >probability >logsumexp >expectation >probabilities ~workspace states rows valid "
                    "norm_weight")
-VISIONLLM_OPERATOR(slot_head_cross_entropy,
-                   ">loss >logsumexp >target_logsumexp ~workspace states rows target weight valid norm_weight")
+VISIONLLM_OPERATOR(
+    slot_head_cross_entropy,
+    ">loss >logsumexp >target_logsumexp ~workspace states rows target weight valid norm_weight")
 VISIONLLM_OPERATOR(slot_head_cross_entropy_backward,
                    ">grad_states >grad_rows >grad_norm_weight ~workspace grad_loss states rows target weight "
                    "valid norm_weight logsumexp target_logsumexp")
