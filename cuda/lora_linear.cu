@@ -16,7 +16,7 @@
 // products and sums (W 33.55 MB; x and y 8192 T bytes each; A and B 0.26 MB; s 64 T bytes, written and read):
 //
 //   T      bytes at least   bytes of the kernels, beyond L2       GFLOP at least   GFLOP of the kernels
-//   1      33.8 MB          33.8 MB                               0.034            0.27   (8 columns of a tile)
+//   1      33.8 MB          33.8 MB                               0.034            0.54   (16 rows of a tile)
 //   64     34.9 MB          34.9 MB + 8.4 MB of partial sums      2.16             2.17
 //   313    38.9 MB          39.0 MB                               10.6             10.8   (320 rows)
 //   500    42.0 MB          42.1 MB                               16.9             17.3   (512 rows)

@@ -210,6 +210,25 @@ def test_only_what_is_wanted_is_computed(dtype: str, place: str) -> None:
         assert "outer" not in launched[0] and "gemm" not in launched[1] and "low rank" not in launched[2]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_low_rank_state_is_more_than_16_bits_wide(dtype: str, place: str) -> None:
+    """Two ranks that all but cancel: rounded to the type, their difference would be noise."""
+    inputs = sample_inputs(dtype=DTYPES[dtype], rows=40, inputs=32, outputs=32, rank=2, bias=False)
+    lora_a, lora_b = inputs.lora_a, inputs.lora_b
+    assert lora_a is not None and lora_b is not None
+    lora_a[:, 1] = lora_a[:, 0]
+    lora_a[:, 1, 5] *= 1.0625
+    lora_b[:, :, 1] = -lora_b[:, :, 0]
+    inputs = replace(inputs, weight=torch.zeros_like(inputs.weight))
+    results, _ = run(inputs, place)
+    expected = expected_results(inputs)
+    for name, size in (("output", expected["low_rank"].abs().max()), ("grad_x", 1.0)):
+        error = (results[name].double() - expected[name]).abs()
+        # half a unit of the result's last place, and s to 16 bits
+        allowed = expected[name].abs() * torch.finfo(DTYPES[dtype]).eps / 2 + 2.0**-15 * size
+        assert (error <= allowed).all(), f"{name}: {float((error - allowed).max())} too much"
+
+
 def core_arguments(**options: object) -> dict[str, Tensor | float | None]:
     """What the core's lora_linear takes, by name."""
     x, weight, weight_scale, bias, lora_a, lora_b, scale, index, scaling = sample_inputs(
