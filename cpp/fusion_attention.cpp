@@ -118,10 +118,13 @@ Status check_limits(const char* op, const Sizes& n) {
   if (n.T > cuda::kFusionMaxTokens) {
     return unsupported("T up to " + std::to_string(cuda::kFusionMaxTokens) + ", got " + std::to_string(n.T));
   }
-  // A block takes at least 32 rows of x; there are no more than 2^31 - 1 blocks.
   constexpr std::int64_t kLargest = std::numeric_limits<std::int32_t>::max();
-  const std::int64_t tiles = n.N / 32 + 1;
-  if (n.B > 0 && (tiles > kLargest / n.B || n.C * (n.T + 1) > kLargest / n.B)) {
+  if (n.N > cuda::kFusionMaxPositions) {
+    return unsupported("N up to " + std::to_string(cuda::kFusionMaxPositions) + ", got " +
+                       std::to_string(n.N));
+  }
+  // A block takes at least 32 rows of x or 8 channels of a token; there are no more than 2^31 - 1 blocks.
+  if (n.B > 0 && (n.N / 32 + 1 > kLargest / n.B || n.C * (n.T + 1) > kLargest / n.B)) {
     return unsupported("B * N up to 2^36 and B * T * C up to 2^31, got x of [" + std::to_string(n.B) + ", " +
                        std::to_string(n.N) + ", " + std::to_string(n.C) + "] and T = " + std::to_string(n.T));
   }
@@ -130,10 +133,12 @@ Status check_limits(const char* op, const Sizes& n) {
 
 [[maybe_unused]] cuda::FusionAttentionParams make_params(const Inputs& in, const Sizes& n, double epsilon) {
   cuda::FusionAttentionParams params{};
-  params.batch = n.B, params.positions = n.N;
+  params.batch = n.B;
+  params.positions = static_cast<int>(n.N);
   params.channels = static_cast<int>(n.C);
   params.tokens = static_cast<int>(n.T);
   params.heads = static_cast<int>(n.H);
+  params.head_channels = static_cast<int>(n.D);
   params.dtype = in.x.dtype;
   params.epsilon = static_cast<float>(epsilon);
   params.x = in.x.data;

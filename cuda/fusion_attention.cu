@@ -38,8 +38,7 @@ struct Layout {
   int bias;     // floats: [T], rounded up to whole chunks
   int columns;  // of keys and of values, with padding
 
-  __host__ __device__ Layout(int channels, int tokens, int heads) {
-    const int head_channels = channels / heads;
+  __host__ __device__ Layout(int channels, int tokens, int head_channels) {
     columns = heads_at_once<T>(head_channels) * head_channels + kPadding;
     tile = Tile<T>::kRows * (channels + kPadding);
     const int slabs = kSlabs * slab_elements<T>(channels), keys = 2 * kKeys<T> * columns;
@@ -54,10 +53,10 @@ struct Layout {
 // The queries in the tile become what they attend to, `count` tokens of batch entry b.
 template <typename T>
 __device__ __forceinline__ void attend(T* tile, T* stage, const float* bias, int count,
-                                       const FusionAttentionParams& params, std::int64_t b, int columns) {
+                                       const FusionAttentionParams& params, int b, int columns) {
   using W = Tile<T>;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int head_channels = params.channels / params.heads, stride = params.channels + kPadding;
+  const int head_channels = params.head_channels, stride = params.channels + kPadding;
   const int at_once = heads_at_once<T>(head_channels);
   const int chunks = (count + kKeys<T> - 1) / kKeys<T>;
   const int total = (params.heads + at_once - 1) / at_once * chunks;
@@ -98,10 +97,7 @@ __device__ __forceinline__ void attend(T* tile, T* stage, const float* bias, int
     const int left = count - chunk * kKeys<T>;
     if (chunk == 0) {
       softmax.reset();
-#pragma unroll
-      for (int j = 0; j < kFusionMaxHeadChannels / 8; ++j) {
-        gathered[j][0] = gathered[j][1] = gathered[j][2] = gathered[j][3] = 0.0f;
-      }
+      clear(gathered);
     }
     float scores[kKeys<T> / 8][4];
     copy_async_wait<1>();
@@ -140,21 +136,23 @@ __device__ __forceinline__ void attend(T* tile, T* stage, const float* bias, int
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-    fusion_attention_kernel(const FusionAttentionParams params, std::int64_t tiles) {
+    fusion_attention_kernel(const FusionAttentionParams params, int tiles) {
   VISIONLLM_DYNAMIC_SHARED(shared);
   using W = Tile<T>;
   const int channels = params.channels, stride = channels + kPadding;
-  const Layout<T> layout(channels, params.tokens, params.heads);
+  const Layout<T> layout(channels, params.tokens, params.head_channels);
   T* const tile = reinterpret_cast<T*>(shared);
   T* const stage = tile + layout.tile;
   float* const bias = reinterpret_cast<float*>(stage + layout.stage);
   int* const text = reinterpret_cast<int*>(bias + layout.bias);
-  const std::int64_t b = blockIdx.x / tiles, first = (blockIdx.x - b * tiles) * W::kRows;
-  const std::int64_t entry = b * params.positions * channels;
+  const int b = static_cast<int>(blockIdx.x) / tiles,
+            first = (static_cast<int>(blockIdx.x) - b * tiles) * W::kRows;
+  const std::int64_t entry = static_cast<std::int64_t>(b) * params.positions * channels;
   const T* const x = static_cast<const T*>(params.x) + entry;
 
   start_projection<T, false, kSlabs>(stage, static_cast<const T*>(params.query_weight), channels);
-  const int count = read_mask(bias, text, params.mask + b * params.tokens, params.tokens, layout.bias);
+  const int count = read_mask(bias, text, params.mask + static_cast<std::int64_t>(b) * params.tokens,
+                              params.tokens, layout.bias);
   normalise_tile<T>(tile, nullptr, x, static_cast<const T*>(params.norm_weight),
                     static_cast<const T*>(params.norm_bias), first, params.positions, channels,
                     params.epsilon);
@@ -163,11 +161,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   project<T, false, kSlabs>(acc, tile, stage, static_cast<const T*>(params.query_weight), channels);
   __syncthreads();
   const T* const query_bias = static_cast<const T*>(params.query_bias);
-  const float scale = kLog2E / sqrtf(static_cast<float>(channels / params.heads));
-  for_each_pair<T>(acc, channels, [&](int row, int column, float first_one, float second) {
+  const float scale = kLog2E / sqrtf(static_cast<float>(params.head_channels));
+  for_each_pair<T>(acc, channels, [&](int place, int column, float left, float right) {
     const Vector<T, 2> add = load_vector<T, 2>(query_bias + column);
-    store_pair(tile + row * stride + column, (first_one + to_float(add[0])) * scale,
-               (second + to_float(add[1])) * scale);
+    store_pair(tile + place, (left + to_float(add[0])) * scale, (right + to_float(add[1])) * scale);
   });
 
   attend<T>(tile, stage, bias, count, params, b, layout.columns);
@@ -179,19 +176,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = threadIdx.x; i < W::kRows * vectors; i += kThreads) {
     const int row = i / vectors, column = (i - row * vectors) * W::kVector;
     const bool valid = first + row < params.positions;
-    copy_async_16(tile + row * stride + column, valid ? x + (first + row) * channels + column : x, valid);
+    copy_async_16(tile + row * stride + column,
+                  valid ? x + static_cast<std::int64_t>(first + row) * channels + column : x, valid);
   }
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
   const T* const output_bias = static_cast<const T*>(params.output_bias);
   const T* const gate = static_cast<const T*>(params.gate);
-  for_each_pair<T>(acc, channels, [&](int row, int column, float first_one, float second) {
+  for_each_pair<T>(acc, channels, [&](int place, int column, float left, float right) {
     const Vector<T, 2> add = load_vector<T, 2>(output_bias + column), g = load_vector<T, 2>(gate + column);
-    T* const pair = tile + row * stride + column;
-    const Vector<T, 2> residual = load_vector<T, 2>(pair);
-    store_pair(pair, to_float(residual[0]) + to_float(g[0]) * (first_one + to_float(add[0])),
-               to_float(residual[1]) + to_float(g[1]) * (second + to_float(add[1])));
+    const Vector<T, 2> residual = load_vector<T, 2>(tile + place);
+    store_pair(tile + place, to_float(residual[0]) + to_float(g[0]) * (left + to_float(add[0])),
+               to_float(residual[1]) + to_float(g[1]) * (right + to_float(add[1])));
   });
   __syncthreads();
   store_tile<T>(static_cast<T*>(params.output) + entry, tile, first, params.positions, channels);
@@ -199,8 +196,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <typename T>
 Status launch_forward(const FusionAttentionParams& params, cudaStream_t stream) {
-  const std::int64_t tiles = (params.positions + Tile<T>::kRows - 1) / Tile<T>::kRows;
-  const int bytes = Layout<T>(params.channels, params.tokens, params.heads).bytes();
+  const int tiles = (params.positions + Tile<T>::kRows - 1) / Tile<T>::kRows;
+  const int bytes = Layout<T>(params.channels, params.tokens, params.head_channels).bytes();
   return launch("fusion_attention_kernel", fusion_attention_kernel<T>,
                 dim3(static_cast<unsigned>(params.batch * tiles)), dim3(kThreads), bytes, stream, params,
                 tiles);

@@ -9,16 +9,18 @@
 
 namespace visionllm::cuda {
 
-constexpr int kFusionMaxChannels = 256;     // C
-constexpr int kFusionMaxHeadChannels = 64;  // D
-constexpr int kFusionMaxTokens = 512;       // T
+constexpr int kFusionMaxChannels = 256;          // C
+constexpr int kFusionMaxHeadChannels = 64;       // D
+constexpr int kFusionMaxTokens = 512;            // T
+constexpr int kFusionMaxPositions = 0x7fffff00;  // N: a tile further is still an int
 
 struct FusionAttentionParams {
   std::int64_t batch;        // B
-  std::int64_t positions;    // N
+  int positions;             // N, up to kFusionMaxPositions
   int channels;              // C, a multiple of 16 up to 256
   int tokens;                // T, up to 512
-  int heads;                 // H; C / H is a multiple of 8 up to 64
+  int heads;                 // H
+  int head_channels;         // D = C / H, a multiple of 8 up to 64
   DType dtype;               // of all tensors but the mask
   float epsilon;             // added to the variance
   const void* x;             // [B, N, C], contiguous as everything but key and value

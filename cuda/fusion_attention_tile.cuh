@@ -210,16 +210,6 @@ struct Tile {
   static constexpr int kRowGroups = kRows / 16;
   static constexpr int kHeadWarps = kWarps / kRowGroups;  // heads at a time
   using Accumulators = float[2][2 * kPairs][4];
-
-  // Where the warp's two elements of acc[i][j][2 k] lie in the tile.
-  static __device__ __forceinline__ int row(int i, int k) {
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    return warp % kWarpRows * 32 + i * 16 + k * 8 + lane / 4;
-  }
-  static __device__ __forceinline__ int column(int j) {
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    return (warp / kWarpRows + j / 2 * kWarpColumns) * 16 + j % 2 * 8 + lane % 4 * 2;
-  }
 };
 
 // Heads whose keys are in shared memory together.
@@ -240,12 +230,14 @@ __device__ __forceinline__ void copy_slab(T* slab, const T* weight, int step, in
   constexpr int kDepth = Product<T>::kDepth, kVector = Tile<T>::kVector;
   if (kTransposed) {  // element [k][n] at weight[k * C + n]
     const int vectors = channels / kVector;
+#pragma unroll 1
     for (int i = threadIdx.x; i < kDepth * vectors; i += kThreads) {
       const int k = i / vectors, n = (i - k * vectors) * kVector;
       copy_async_16(slab + k * (channels + kPadding) + n,
                     weight + static_cast<std::int64_t>(step * kDepth + k) * channels + n, true);
     }
   } else {  // element [k][n] at weight[n * C + k]
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * channels; i += kThreads) {
       const int n = i / 2, half = i % 2;
       copy_async_16(slab + n * kDepth + (half ^ n / 4 % 2) * kVector,
@@ -283,6 +275,7 @@ __device__ __forceinline__ void project(typename Tile<T>::Accumulators& acc, con
 #pragma unroll
     for (int j = 0; j < 2 * W::kPairs; ++j) acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.0f;
   }
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     copy_async_wait<kSlabs - 2>();
     __syncthreads();  // the slab is there, and nobody reads the one before it any more
@@ -317,18 +310,31 @@ __device__ __forceinline__ void project(typename Tile<T>::Accumulators& acc, con
   }
 }
 
-// f(row, column, first, second): the two neighbouring elements of the tile that a thread has.
+// x as a number of which the compiler knows nothing: it does not keep in registers what it computed from x
+// before, from one phase of a kernel to a later one.
+__device__ __forceinline__ int anew(int x) {
+#ifndef VISIONLLM_EMULATION
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// f(place, column, first, second): the two neighbouring elements of a tile that a thread has, and where.
 template <typename T, typename F>
 __device__ __forceinline__ void for_each_pair(typename Tile<T>::Accumulators& acc, int channels, const F& f) {
   using W = Tile<T>;
+  const int thread = anew(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
+  const int stride = channels + kPadding, row = warp % W::kWarpRows * 32 + lane / 4;
 #pragma unroll
   for (int j = 0; j < 2 * W::kPairs; ++j) {
-    const int column = W::column(j);
+    const int column = (warp / W::kWarpRows + j / 2 * W::kWarpColumns) * 16 + j % 2 * 8 + lane % 4 * 2;
     if (column < channels) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
-        for (int k = 0; k < 2; ++k) f(W::row(i, k), column, acc[i][j][2 * k], acc[i][j][2 * k + 1]);
+        for (int k = 0; k < 2; ++k) {
+          f((row + i * 16 + k * 8) * stride + column, column, acc[i][j][2 * k], acc[i][j][2 * k + 1]);
+        }
       }
     }
   }
@@ -378,20 +384,20 @@ __device__ __forceinline__ float normalise_row(float (&values)[8], int channels,
 // loaded at a time. Writes them to `normed` too unless it is null. Both point to the batch entry.
 template <typename T>
 __device__ __forceinline__ void normalise_tile(T* tile, T* normed, const T* x, const T* norm_weight,
-                                               const T* norm_bias, std::int64_t first, std::int64_t positions,
-                                               int channels, float epsilon) {
+                                               const T* norm_bias, int first, int positions, int channels,
+                                               float epsilon) {
   constexpr int kAtOnce = 4;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   float weight[8], bias[8];
   load_row(weight, norm_weight, channels, true);
   load_row(bias, norm_bias, channels, true);
-#pragma unroll
+#pragma unroll 1
   for (int start = 0; start < Tile<T>::kRows; start += kAtOnce * kWarps) {
     float values[kAtOnce][8];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const std::int64_t n = first + start + i * kWarps + warp;
-      load_row(values[i], x + n * channels, channels, n < positions);
+      const int n = first + start + i * kWarps + warp;
+      load_row(values[i], x + static_cast<std::int64_t>(n) * channels, channels, n < positions);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -402,7 +408,8 @@ __device__ __forceinline__ void normalise_tile(T* tile, T* normed, const T* x, c
         for (int j = 0; j < 8; ++j) values[i][j] = values[i][j] * weight[j] + bias[j];
         store_floats<T, 8>(tile + row * (channels + kPadding) + lane * 8, values[i]);
         if (normed != nullptr && first + row < positions) {
-          store_floats<T, 8>(normed + (first + row) * channels + lane * 8, values[i]);
+          store_floats<T, 8>(normed + static_cast<std::int64_t>(first + row) * channels + lane * 8,
+                             values[i]);
         }
       }
     }
@@ -411,14 +418,13 @@ __device__ __forceinline__ void normalise_tile(T* tile, T* normed, const T* x, c
 
 // Copies the tile's rows to memory, 16 bytes a thread. `rows` points to the batch entry.
 template <typename T>
-__device__ __forceinline__ void store_tile(T* rows, const T* tile, std::int64_t first, std::int64_t positions,
-                                           int channels) {
+__device__ __forceinline__ void store_tile(T* rows, const T* tile, int first, int positions, int channels) {
   constexpr int kVector = Tile<T>::kVector;
   const int vectors = channels / kVector;
   for (int i = threadIdx.x; i < Tile<T>::kRows * vectors; i += kThreads) {
     const int row = i / vectors, column = (i - row * vectors) * kVector;
     if (first + row < positions) {
-      store_vector<T, kVector>(rows + (first + row) * channels + column,
+      store_vector<T, kVector>(rows + static_cast<std::int64_t>(first + row) * channels + column,
                                load_vector<T, kVector>(tile + row * (channels + kPadding) + column));
     }
   }
@@ -449,6 +455,7 @@ __device__ __forceinline__ void copy_tokens(T* target, const T* source, std::int
                                             int heads_given, int head_channels) {
   constexpr int kVector = Tile<T>::kVector;
   const int head_vectors = head_channels / kVector, vectors = heads * head_vectors;
+#pragma unroll 1
   for (int i = threadIdx.x; i < kKeys * vectors; i += kThreads) {
     const int key = i / vectors, rest = i - key * vectors;
     const int head = rest / head_vectors, column = (rest - head * head_vectors) * kVector;
@@ -467,6 +474,7 @@ __device__ __forceinline__ void multiply_tokens(float (&c)[kKeys / 8][4], const 
   using P = Product<T>;
 #pragma unroll
   for (int j = 0; j < kKeys / 8; ++j) c[j][0] = c[j][1] = c[j][2] = c[j][3] = 0.0f;
+#pragma unroll 1
   for (int k = 0; k < head_channels; k += P::kDepth) {
     const bool half = k + P::kDepth > head_channels;
     typename P::Left left;
@@ -505,6 +513,14 @@ __device__ __forceinline__ void gather_tokens(float (&sum)[kFusionMaxHeadChannel
         }
       }
     }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void clear(T (&tiles)[kFusionMaxHeadChannels / 8][4]) {
+#pragma unroll
+  for (int j = 0; j < kFusionMaxHeadChannels / 8; ++j) {
+    tiles[j][0] = tiles[j][1] = tiles[j][2] = tiles[j][3] = 0.0f;
   }
 }
 
@@ -553,5 +569,16 @@ struct Softmax {
     }
   }
 };
+
+// ---- backward -------------------------------------------------------------------------------------------
+
+using Params = FusionAttentionBackwardParams;
+using Workspace = FusionAttentionWorkspace;
+
+constexpr int kSums = 4;  // of columns: see FusionAttentionWorkspace::column_sums
+
+// All sums over rows, after the row kernel; in fusion_attention_backward_sums.cu.
+template <typename T>
+Status launch_sums(const Params& params, const Workspace& layout, cudaStream_t stream);
 
 }  // namespace visionllm::cuda::fusion
