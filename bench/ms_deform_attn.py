@@ -1,9 +1,14 @@
 """Multi-scale deformable attention beside its peers, forward and with backward, at the paper's sizes.
 
     python bench/ms_deform_attn.py [--cases encoder decoder] [--threads 1 2] [--repeats 5]
+    python bench/ms_deform_attn.py --device cuda [--cases encoder] [--types bfloat16 float32]
 
 Peers: the module of Hugging Face's Deformable DETR, and our own grid_sample form, which adds up level by
-level and so needs less memory. Writes ``bench/results/ms_deform_attn_<n>_threads.json``.
+level and so needs less memory; on CUDA also the latter compiled by torch.compile, and mmcv, DCNv4 and
+msda-triton where they are installed. Peers that take one type only get float32, or all in value's type,
+converted before the time is taken. ``visionllm_fused`` begins with logits, offsets and reference points, as
+DCNv4 begins with logits. Writes ``bench/results/ms_deform_attn_<n>_threads.json``, on CUDA
+``..._<gpu>.json``.
 """
 
 from __future__ import annotations
@@ -13,11 +18,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from harness import Limits, Row, Work, compare, measure_limits, print_rows, write_results
+from harness import (
+    Limits,
+    Row,
+    Work,
+    add_device_option,
+    compare,
+    measure_limits,
+    print_rows,
+    require_device,
+    results_name,
+    write_results,
+)
 from torch import Tensor
 from torch.nn import functional
 
-from visionllm.ops import ms_deform_attn
+from visionllm.ops import ms_deform_attn, ms_deform_attn_fused
 from visionllm.ops.ms_deform_attn import SampleInputs, sample_inputs
 
 # An 800 x 1333 picture at strides 8, 16, 32, 64: 22223 pixels.
@@ -44,6 +60,12 @@ CASES = {
 def grid_sample_form(
     value: Tensor, spatial_shapes: Tensor, _: Tensor, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
+    return grid_sample_levels(value, spatial_shapes.tolist(), sampling_locations, attention_weights)
+
+
+def grid_sample_levels(
+    value: Tensor, levels: list[list[int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
     batch, _, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     by_head = value.permute(0, 2, 3, 1).flatten(0, 1)  # [B * H, D, S]
@@ -51,7 +73,7 @@ def grid_sample_form(
     weights = attention_weights.transpose(1, 2).flatten(0, 1)[:, None]  # [B * H, 1, Q, L, P]
     output = value.new_zeros(batch * heads, channels, queries)
     start = 0
-    for level, (height, width) in enumerate(spatial_shapes.tolist()):
+    for level, (height, width) in enumerate(levels):
         image = by_head[:, :, start : start + height * width].unflatten(2, (height, width))
         sampled = functional.grid_sample(image, grid[:, :, level], align_corners=False)  # [B * H, D, Q, P]
         output = output + (sampled * weights[:, :, :, level]).sum(-1)
@@ -76,13 +98,14 @@ def work(inputs: SampleInputs, backward: bool) -> Work:
     channels = value.shape[3]
     output = locations.shape[0] * locations.shape[1] * value.shape[2] * channels
     gathered = weights.numel() * 4 * channels
-    read_values = min(value.numel(), gathered)  # few queries cannot touch all pixels
-    points = locations.numel() + weights.numel()
-    elements = read_values + points + output
+    size = value.element_size()
+    read_values = min(value.numel(), gathered) * size  # few queries cannot touch all pixels
+    points = locations.numel() * locations.element_size() + weights.numel() * weights.element_size()
+    moved = read_values + points + output * size
     if backward:
-        elements += read_values + points + output  # read again
-        elements += value.numel() + points  # the gradients
-    return Work(elements * 4, gathered * 2 * (3 if backward else 1))
+        moved += read_values + points + output * size  # read again
+        moved += value.numel() * size + points  # the gradients
+    return Work(moved, gathered * 2 * (3 if backward else 1))
 
 
 def run_case(name: str, case: Case, forms: dict[str, Callable], limits: Limits, repeats: int) -> list[Row]:
@@ -113,6 +136,150 @@ def run_case(name: str, case: Case, forms: dict[str, Callable], limits: Limits, 
     return rows
 
 
+# ---- CUDA -------------------------------------------------------------------------------------------------
+
+# What a call needs beside its gradient leaves is made once, outside the time taken.
+Prepared = tuple[Callable[[], Tensor], list[Tensor]]
+
+
+def leaf(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return tensor.detach().to(dtype or tensor.dtype).clone().requires_grad_()
+
+
+def cuda_forms(inputs: SampleInputs) -> dict[str, Prepared]:
+    """Ours and each peer that is installed, with inputs as it wants them; others are named and left out."""
+    value, shapes, starts, locations, weights = inputs.args()
+    host = shapes.cpu(), starts.cpu()
+    forms: dict[str, Prepared] = {}
+
+    def add(name: str, make: Callable[[], Prepared]) -> None:
+        try:
+            forms[name] = make()
+        except Exception as error:  # not installed, or not for this size, type or GPU
+            reason = str(error).splitlines()[0] if str(error) else ""
+            print(f"  without {name}: {type(error).__name__}: {reason}", flush=True)
+
+    def ours() -> Prepared:
+        args = leaf(value), leaf(locations), leaf(weights)
+        return lambda: ms_deform_attn(args[0], *host, args[1], args[2]), list(args)
+
+    def ours_fused() -> Prepared:
+        cells = shapes.flip(-1)[:, None].to(locations.dtype)
+        centre = locations.mean(4).mean(2)  # [B, Q, L, 2]
+        offsets = (locations - centre[:, :, None, :, None]) * cells
+        args = leaf(value), leaf(centre), leaf(offsets), leaf(weights.float().log())
+        return lambda: ms_deform_attn_fused(args[0], *host, *args[1:]), [args[0], *args[2:]]
+
+    def plain(form: Callable[..., Tensor], dtype: torch.dtype | None = None) -> Prepared:
+        """Peers that want all in one type."""
+        args = leaf(value, dtype), leaf(locations, dtype or value.dtype), leaf(weights, dtype)
+        return lambda: form(args[0], shapes, starts, args[1], args[2]), list(args)
+
+    def compiled() -> Prepared:
+        levels = shapes.tolist()
+
+        def form(v: Tensor, _: Tensor, s: Tensor, points: Tensor, w: Tensor) -> Tensor:
+            return grid_sample_levels(v, levels, points, w)
+
+        return plain(torch.compile(form))
+
+    def mmcv() -> Prepared:
+        from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+
+        return plain(lambda *a: MultiScaleDeformableAttnFunction.apply(*a, 64), torch.float32)
+
+    def dcnv4() -> Prepared:
+        from DCNv4.functions import FlashDeformAttnFunction
+
+        packed = torch.cat([locations.flatten(3), weights.float().log().flatten(3)], -1)
+        args = leaf(value), leaf(packed, value.dtype)
+        points = weights.shape[-1]
+        return lambda: FlashDeformAttnFunction.apply(args[0], shapes, starts, args[1], 64, points), list(args)
+
+    def msda_triton() -> Prepared:
+        from msda_triton import multiscale_deformable_attention
+
+        def form(v: Tensor, s: Tensor, _: Tensor, points: Tensor, w: Tensor) -> Tensor:
+            return multiscale_deformable_attention(
+                v, s, points, w, padding_mode="zeros", align_corners=False
+            ).flatten(-2)
+
+        return plain(form, torch.float32)
+
+    add("visionllm", ours)
+    add("visionllm_fused", ours_fused)
+    add("grid_sample", lambda: plain(grid_sample_form))
+    add("grid_sample_compiled", compiled)
+    add("hugging_face", lambda: plain(hugging_face_form()))
+    add("mmcv", mmcv)
+    add("dcnv4", dcnv4)
+    add("msda_triton", msda_triton)
+    return forms
+
+
+def run_cuda_case(name: str, case: Case, dtype: torch.dtype, limits: Limits, repeats: int) -> list[Row]:
+    inputs = sample_inputs("cuda", dtype, **case.options)
+    forms = cuda_forms(inputs)
+    expected = forms["visionllm"][0]().detach().float()
+    scale = float(expected.abs().max())
+    for form, (call, leaves) in list(forms.items()):
+        try:
+            output = call()
+            error = float((output.detach().float() - expected).abs().max()) / scale
+            torch.autograd.grad(output, leaves, torch.ones_like(output))
+        except Exception as problem:
+            print(f"  without {form}: {type(problem).__name__}: {str(problem).splitlines()[0]}", flush=True)
+            del forms[form]
+            continue
+        # Peers that round locations to 8 bits are off by a third of a pixel: said, and left in.
+        print(f"  {form}: differs from visionllm by {error:.1e} of the largest output", flush=True)
+
+    def forward(call: Callable[[], Tensor]) -> Callable[[], object]:
+        def run() -> object:
+            with torch.no_grad():
+                return call()
+
+        return run
+
+    def both(call: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
+        grad_output = torch.randn_like(call())
+        return lambda: torch.autograd.grad(call(), leaves, grad_output)
+
+    label = str(dtype).removeprefix("torch.")
+    rows = []
+    calls = {form: forward(call) for form, (call, _) in forms.items()}
+    counts = {form: repeats if form.startswith("visionllm") else min(repeats, 9) for form in forms}
+    rows += compare(f"{name} {label} forward", calls, work(inputs, False), limits, counts, "cuda")
+    calls = {form: both(*prepared) for form, prepared in forms.items()}
+
+    def deterministic() -> object:
+        torch.use_deterministic_algorithms(True)
+        try:
+            return calls["visionllm"]()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    # Else torch fills what it allocates with NaN, which is no part of the operator.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    calls["visionllm_deterministic"] = deterministic
+    counts["visionllm_deterministic"] = repeats
+    rows += compare(f"{name} {label} forward+backward", calls, work(inputs, True), limits, counts, "cuda")
+    return rows
+
+
+def run_on_cuda(options: argparse.Namespace, device: torch.device) -> None:
+    rows, limits = [], {}
+    for type_name in options.types:
+        dtype = getattr(torch, type_name)
+        limits[type_name] = measure_limits(device, dtype)
+        for name in options.cases:
+            new = run_cuda_case(name, CASES[name], dtype, limits[type_name], options.repeats)
+            print_rows(new)
+            rows += new
+            torch.cuda.empty_cache()
+    print(f"written to {write_results(results_name(options.name, device), rows, limits, device)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -121,7 +288,16 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=9, help="calls of the fast ones (default %(default)s)")
     parser.add_argument("--name", default="ms_deform_attn", help="how the files in bench/results begin")
+    parser.add_argument(
+        "--types", nargs="+", choices=("float32", "bfloat16", "float16"), default=["bfloat16", "float32"],
+        help="of value, on CUDA",
+    )  # fmt: skip
+    add_device_option(parser)
     options = parser.parse_args()
+    device = require_device(options.device)
+    if device.type == "cuda":
+        run_on_cuda(options, device)
+        return
     forms = {
         "visionllm": ms_deform_attn,
         "hugging_face": hugging_face_form(),

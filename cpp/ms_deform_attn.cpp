@@ -212,8 +212,8 @@ Status check_gradients(const char* op, const Names& names, const TensorView& gra
   VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_value", grad_value, "[B, S, H, D]", {n.B, n.S, n.H, n.D}));
   VISIONLLM_RETURN_IF_BAD(check_shape(op, locations_name.c_str(), grad_locations, "[B, Q, H, L, P, 2]",
                                       {n.B, n.Q, n.H, n.L, n.P, 2}));
-  VISIONLLM_RETURN_IF_BAD(check_shape(op, attention_name.c_str(), grad_attention, "[B, Q, H, L, P]",
-                                      {n.B, n.Q, n.H, n.L, n.P}));
+  VISIONLLM_RETURN_IF_BAD(
+      check_shape(op, attention_name.c_str(), grad_attention, "[B, Q, H, L, P]", {n.B, n.Q, n.H, n.L, n.P}));
   VISIONLLM_RETURN_IF_BAD(check_dtype(op, "grad_output", grad_output, value.dtype));
   VISIONLLM_RETURN_IF_BAD(check_dtype(op, "grad_value", grad_value, value.dtype));
   VISIONLLM_RETURN_IF_BAD(check_dtype(op, locations_name.c_str(), grad_locations, DType::float32));
@@ -225,8 +225,8 @@ Status check_gradients(const char* op, const Names& names, const TensorView& gra
 }
 
 // Both on one device: on the CPU, or where the rest of the call is.
-Status check_level_device(const char* op, const TensorView& spatial_shapes, const TensorView& level_start_index,
-                          Device device) {
+Status check_level_device(const char* op, const TensorView& spatial_shapes,
+                          const TensorView& level_start_index, Device device) {
   Device levels;
   VISIONLLM_RETURN_IF_BAD(check_device(
       op, {{"spatial_shapes", &spatial_shapes}, {"level_start_index", &level_start_index}}, &levels));
@@ -260,7 +260,8 @@ Status run_on_cpu(const char* op, const TensorView& output, const TensorView& va
   return {};
 }
 
-Status run_backward_on_cpu(const char* op, const TensorView& grad_value, const TensorView& grad_sampling_locations,
+Status run_backward_on_cpu(const char* op, const TensorView& grad_value,
+                           const TensorView& grad_sampling_locations,
                            const TensorView& grad_attention_weights, const TensorView& grad_output,
                            const TensorView& value, const TensorView& spatial_shapes,
                            const TensorView& level_start_index, const TensorView& sampling_locations,
@@ -364,8 +365,8 @@ Status ms_deform_attn(const TensorView& output, const TensorView& value, const T
     params.output = output.data;
     return run_on_cuda(op, output.size() == 0, params, execution, false);
   }
-  return run_on_cpu(op, output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
-                    n, execution);
+  return run_on_cpu(op, output, value, spatial_shapes, level_start_index, sampling_locations,
+                    attention_weights, n, execution);
 }
 
 Status ms_deform_attn_backward(const TensorView& grad_value, const TensorView& grad_sampling_locations,
@@ -400,15 +401,15 @@ Status ms_deform_attn_backward(const TensorView& grad_value, const TensorView& g
     set_gradients(grad_sampling_locations, grad_attention_weights, grad_output, &params);
     return run_on_cuda(op, false, params, execution, true);
   }
-  return run_backward_on_cpu(op, grad_value, grad_sampling_locations, grad_attention_weights, grad_output, value,
-                             spatial_shapes, level_start_index, sampling_locations, attention_weights, n,
-                             execution);
+  return run_backward_on_cpu(op, grad_value, grad_sampling_locations, grad_attention_weights, grad_output,
+                             value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
+                             n, execution);
 }
 
-Status ms_deform_attn_fused(const TensorView& output, const TensorView& value, const TensorView& spatial_shapes,
-                            const TensorView& level_start_index, const TensorView& reference_points,
-                            const TensorView& sampling_offsets, const TensorView& attention_logits,
-                            const Execution& execution) {
+Status ms_deform_attn_fused(const TensorView& output, const TensorView& value,
+                            const TensorView& spatial_shapes, const TensorView& level_start_index,
+                            const TensorView& reference_points, const TensorView& sampling_offsets,
+                            const TensorView& attention_logits, const Execution& execution) {
   constexpr const char* op = "ms_deform_attn_fused";
   Sizes n;
   VISIONLLM_RETURN_IF_BAD(check_inputs(op, kFusedNames, value, spatial_shapes, level_start_index,
@@ -449,8 +450,8 @@ Status ms_deform_attn_fused_backward(const TensorView& grad_value, const TensorV
   VISIONLLM_RETURN_IF_BAD(check_gradients(op, kFusedNames, grad_value, grad_sampling_offsets,
                                           grad_attention_logits, grad_output, value, attention_logits, n));
   if (!grad_reference_points.absent()) {
-    VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_reference_points", grad_reference_points, "reference_points'",
-                                        {n.B, n.Q, n.L, reference_points.shape[3]}));
+    VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_reference_points", grad_reference_points,
+                                        "reference_points'", {n.B, n.Q, n.L, reference_points.shape[3]}));
     VISIONLLM_RETURN_IF_BAD(check_dtype(op, "grad_reference_points", grad_reference_points, DType::float32));
     VISIONLLM_RETURN_IF_BAD(check_contiguous(op, "grad_reference_points", grad_reference_points));
   }

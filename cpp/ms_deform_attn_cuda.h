@@ -1,5 +1,5 @@
-// From the checked arguments of multi-scale deformable attention to its launch on CUDA: what ms_deform_attn.cpp and its
-// fused form have in common.
+// From the checked arguments of multi-scale deformable attention to its launch on CUDA: what
+// ms_deform_attn.cpp and its fused form have in common.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +21,10 @@ inline bool level_fits(std::int64_t height, std::int64_t width, std::int64_t sta
 
 inline Status bad_level(const char* op, std::int64_t level, std::int64_t height, std::int64_t width,
                         std::int64_t start, std::int64_t pixels) {
-  return bad_argument(op, "level " + std::to_string(level) + " must be at least 1 x 1 and lie within value's S = " +
-                              std::to_string(pixels) + " pixels, got height " + std::to_string(height) +
-                              ", width " + std::to_string(width) + ", level_start_index " + std::to_string(start));
+  return bad_argument(op, "level " + std::to_string(level) +
+                              " must be at least 1 x 1 and lie within value's S = " + std::to_string(pixels) +
+                              " pixels, got height " + std::to_string(height) + ", width " +
+                              std::to_string(width) + ", level_start_index " + std::to_string(start));
 }
 
 // Parts of the backward's workspace, in floats from its beginning; each begins at a multiple of 16 bytes.
@@ -44,7 +45,8 @@ struct DeformWorkspace {
   }
 };
 
-inline void set_strides(const TensorView& tensor, std::int64_t* b, std::int64_t* second, std::int64_t* third) {
+inline void set_strides(const TensorView& tensor, std::int64_t* b, std::int64_t* second,
+                        std::int64_t* third) {
   // A dimension of one element has any stride, which would spoil the test for aligned ones.
   const auto stride = [&](int i) { return tensor.shape[i] == 1 ? 0 : tensor.strides[i]; };
   *b = stride(0), *second = stride(1);
@@ -57,9 +59,9 @@ inline Status make_cuda_params(const char* op, const TensorView& value, const Te
                                const TensorView& attention, const DeformSizes& n,
                                cuda::MsDeformAttnParams* result) {
   if (n.L > cuda::kMaxLevels || n.P > cuda::kMaxPointsPerLevel) {
-    return bad_argument(op, "on CUDA L must be at most " + std::to_string(cuda::kMaxLevels) + " and P at most " +
-                                std::to_string(cuda::kMaxPointsPerLevel) + ", got L = " + std::to_string(n.L) +
-                                ", P = " + std::to_string(n.P));
+    return bad_argument(op, "on CUDA L must be at most " + std::to_string(cuda::kMaxLevels) +
+                                " and P at most " + std::to_string(cuda::kMaxPointsPerLevel) +
+                                ", got L = " + std::to_string(n.L) + ", P = " + std::to_string(n.P));
   }
   cuda::MsDeformAttnParams params{};
   params.batch = n.B, params.pixels = n.S, params.heads = n.H, params.channels = n.D, params.queries = n.Q;
@@ -70,7 +72,8 @@ inline Status make_cuda_params(const char* op, const TensorView& value, const Te
   if (spatial_shapes.device == Device::cuda) {
     params.device_shapes = shapes, params.device_starts = starts;
   } else {
-    std::int64_t next = 0;  // first pixel behind the levels so far, -1 when they do not lie one after the other
+    std::int64_t next =
+        0;  // first pixel behind the levels so far, -1 when they do not lie one after the other
     for (std::int64_t l = 0; l < n.L; ++l) {
       const std::int64_t height = shapes[2 * l], width = shapes[2 * l + 1], start = starts[l];
       if (!level_fits(height, width, start, n.S)) return bad_level(op, l, height, width, start, n.S);

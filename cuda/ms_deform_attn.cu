@@ -1,13 +1,14 @@
-// Multi-scale deformable attention, forward: the sum over an item's L * P points of attention * bilinear(value).
-// The contract is in visionllm/ms_deform_attn.h, the division of work in ms_deform_attn_points.cuh.
+// Multi-scale deformable attention, forward: the sum over an item's L * P points of attention *
+// bilinear(value). The contract is in visionllm/ms_deform_attn.h, the division of work in
+// ms_deform_attn_points.cuh.
 #include "ms_deform_attn_points.cuh"
 
 namespace visionllm::cuda {
 namespace {
 
-// The way from where the lane's channels begin in pixel 0 to the cell's top left pixel, in bytes for vectors and in
-// 16ths of an element otherwise: in both the low four bits are free, and hold the corners' bits. And the way from there
-// to the pixel below it, in bytes.
+// The way from where the lane's channels begin in pixel 0 to the cell's top left pixel, in bytes for vectors
+// and in 16ths of an element otherwise: in both the low four bits are free, and hold the corners' bits. And
+// the way from there to the pixel below it, in bytes.
 struct alignas(16) Place {
   std::int64_t top_left, below;
 };
@@ -40,9 +41,9 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     do {  // vectors: once; else the lanes walk over the channels
       const std::int64_t channel = round + lane * kVector;
       const bool active = item.valid && channel < params.channels;
-      const char* value = reinterpret_cast<const char*>(
-          static_cast<const T*>(params.value) + item.b * params.value_stride_b +
-          item.h * params.value_stride_h + channel);
+      const char* value =
+          reinterpret_cast<const char*>(static_cast<const T*>(params.value) + item.b * params.value_stride_b +
+                                        item.h * params.value_stride_h + channel);
       float sum[kVector] = {};
       for (int first = 0; first < total; first += lanes) {
         CornerWeights weight = {};
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
           const Point point =
               locate<T, kFused>(params, source, levels, by_points, first + lane, softmax, &x, &y);
           weight = weights_of(point);
-          place.top_left = 
+          place.top_left =
               row_of(point) * (kVector == 1 ? params.value_stride_s * 16 : stride) + point.inside;
           place.below = point.level.width * stride;
         }

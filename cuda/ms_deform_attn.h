@@ -25,12 +25,13 @@ struct MsDeformAttnParams {
   std::int32_t levels, points;                           // L, P
   DType value_dtype, attention_dtype;                    // the latter float32 or equal to the former
 
-  // Sizes of the levels: here, or where `device_shapes` is set in device memory as int64 [L, 2] and [L]. A level read
-  // from device memory that does not lie within S has no pixels.
+  // Sizes of the levels: here, or where `device_shapes` is set in device memory as int64 [L, 2] and [L]. A
+  // level read from device memory that does not lie within S has no pixels.
   DeformLevel level[kMaxLevels];
   const std::int64_t* device_shapes;
   const std::int64_t* device_starts;
-  bool queries_are_pixels;  // Q == S and the levels lie one after the other: neighbours in the picture share a block
+  // Q == S and the levels lie one after the other: neighbours in the picture share a block.
+  bool queries_are_pixels;
 
   const void* value;  // [B, S, H, D]
   std::int64_t value_stride_b, value_stride_s, value_stride_h;

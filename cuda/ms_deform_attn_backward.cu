@@ -1,5 +1,5 @@
-// Multi-scale deformable attention, backward. With g the gradient by an item's output, and for one of its points
-// v_c, w_c, a the corners' rows of value, their bilinear weights and the attention:
+// Multi-scale deformable attention, backward. With g the gradient by an item's output, and for one of its
+// points v_c, w_c, a the corners' rows of value, their bilinear weights and the attention:
 //
 //   grad_value[corner c] += a w_c g        grad_attention = sum over c of w_c <g, v_c>
 //   grad_location        =  a size * sum over c of d w_c / d pixel <g, v_c>
@@ -7,8 +7,8 @@
 // and, fused, grad_logit = a (grad_attention - sum over points of a grad_attention). The contract is in
 // visionllm/ms_deform_attn.h, the division of work in ms_deform_attn_points.cuh.
 //
-// grad_value is summed in float32 by atomic additions of 16 bytes (sm_90) or 4, in no fixed order; or, deterministic,
-// this kernel writes a list of its points and ms_deform_attn_deterministic.cu adds them up.
+// grad_value is summed in float32 by atomic additions of 16 bytes (sm_90) or 4, in no fixed order; or,
+// deterministic, this kernel writes a list of its points and ms_deform_attn_deterministic.cu adds them up.
 #include "ms_deform_attn_points.cuh"
 
 namespace visionllm::cuda {
@@ -68,7 +68,9 @@ __device__ __forceinline__ float half_over_points(const MsDeformAttnParams& para
 }
 
 // A point whose offset or box is not finite contributes nothing, and has no gradient.
-__device__ __forceinline__ float scaled(float grad, float factor) { return grad == 0.0f ? 0.0f : grad * factor; }
+__device__ __forceinline__ float scaled(float grad, float factor) {
+  return grad == 0.0f ? 0.0f : grad * factor;
+}
 
 template <typename T, int kVector, bool kFused>
 __global__ void __launch_bounds__(kMaxThreads, 2)
@@ -101,16 +103,17 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 
     const std::int64_t channel = lane * kVector;  // with vectors the lane's only channels
     const bool active = item.valid && channel < params.channels;
-    const char* const value = reinterpret_cast<const char*>(
-        static_cast<const T*>(params.value) + item.b * params.value_stride_b + item.h * params.value_stride_h +
-        channel);
+    const char* const value =
+        reinterpret_cast<const char*>(static_cast<const T*>(params.value) + item.b * params.value_stride_b +
+                                      item.h * params.value_stride_h + channel);
     const T* const grad_output = static_cast<const T*>(params.grad_output) +
                                  item.b * params.grad_output_stride_b + item.q * params.grad_output_stride_q +
                                  item.h * params.channels + channel;
-    float* const sums =
-        params.deterministic
-            ? nullptr
-            : params.grad_value_sums + (item.b * params.pixels * params.heads + item.h) * params.channels + channel;
+    float* const sums = params.deterministic
+                            ? nullptr
+                            : params.grad_value_sums +
+                                  (item.b * params.pixels * params.heads + item.h) * params.channels +
+                                  channel;
     float grad[kVector];
     if constexpr (kVector > 1) to_floats<T>(grad, load_channels<T, kVector>(grad_output, active));
 
@@ -127,14 +130,15 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
         weight = weights_of(own);
         place.row = row_of(own);
         place.width = own.level.width;
-        place.top_left =
-            place.row * (kVector == 1 ? params.value_stride_s * 16 : stride) + own.inside;
+        place.top_left = place.row * (kVector == 1 ? params.value_stride_s * 16 : stride) + own.inside;
         if (params.deterministic) {
           const int l = by_points.divide(p);
           sample.attention = own.attention;
-          float* const list = params.samples +
-                              3 * ((((item.b * params.heads + item.h) * params.levels + l) * params.queries +
-                                    item.q) * params.points + (p - l * params.points));
+          float* const list =
+              params.samples +
+              3 * ((((item.b * params.heads + item.h) * params.levels + l) * params.queries + item.q) *
+                       params.points +
+                   (p - l * params.points));
           list[0] = sample.x, list[1] = sample.y, list[2] = sample.attention;
         }
       }
@@ -161,7 +165,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
           const Channels<T, kVector> v01 = load_channels<T, kVector>(top + stride, visited & kTopRight);
           const Channels<T, kVector> v10 = load_channels<T, kVector>(bottom, visited & kBottomLeft);
           const Channels<T, kVector> v11 = load_channels<T, kVector>(bottom + stride, visited & kBottomRight);
-          if constexpr (kVector == 1) to_floats<T>(grad, load_channels<T, kVector>(grad_output + round, active));
+          if constexpr (kVector == 1)
+            to_floats<T>(grad, load_channels<T, kVector>(grad_output + round, active));
           float* const top_sums = sums == nullptr ? nullptr : sums + round + at.row * sums_stride;
           float* const bottom_sums = sums == nullptr ? nullptr : top_sums + at.width * sums_stride;
           float* const top_right = sums == nullptr ? nullptr : top_sums + sums_stride;
@@ -169,7 +174,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
           dots[0] += visit_corner<T, kVector>(v00, grad, visited & kTopLeft, w.top_left, top_sums);
           dots[1] += visit_corner<T, kVector>(v01, grad, visited & kTopRight, w.top_right, top_right);
           dots[2] += visit_corner<T, kVector>(v10, grad, visited & kBottomLeft, w.bottom_left, bottom_sums);
-          dots[3] += visit_corner<T, kVector>(v11, grad, visited & kBottomRight, w.bottom_right, bottom_right);
+          dots[3] +=
+              visit_corner<T, kVector>(v11, grad, visited & kBottomRight, w.bottom_right, bottom_right);
           round += lanes;
         } while (kVector == 1 && channel + round < params.channels);
         __syncwarp();
@@ -186,8 +192,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
         const float by_attention = above * (left * own_dots[0] + own.fx * own_dots[1]) +
                                    own.fy * (left * own_dots[2] + own.fx * own_dots[3]);
         // By the place in pixels.
-        float by_x = own.attention * (above * (own_dots[1] - own_dots[0]) + own.fy * (own_dots[3] - own_dots[2]));
-        float by_y = own.attention * (left * (own_dots[2] - own_dots[0]) + own.fx * (own_dots[3] - own_dots[1]));
+        float by_x =
+            own.attention * (above * (own_dots[1] - own_dots[0]) + own.fy * (own_dots[3] - own_dots[2]));
+        float by_y =
+            own.attention * (left * (own_dots[2] - own_dots[0]) + own.fx * (own_dots[3] - own_dots[1]));
         if (!kFused || params.reference_size == 4) {  // else offsets are in pixels
           by_x *= static_cast<float>(own.level.width);
           by_y *= static_cast<float>(own.level.height);
@@ -215,15 +223,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
         for (int p = lane; p < total; p += lanes) {
           const float logit = load_attention<T>(params, params.attention, source.attention + p);
           const float attention = expf(logit - softmax.maximum) * softmax.scale;
-          store_attention<T>(params, params.grad_attention, first_point + p, attention * (kept[p] - expectation));
+          store_attention<T>(params, params.grad_attention, first_point + p,
+                             attention * (kept[p] - expectation));
         }
       }
     }
   }
 }
 
-// Fused: sums the references' gradients over heads and points in a fixed order. Where the references are boxes,
-// grad_locations holds gradients by the locations and becomes the offsets'.
+// Fused: sums the references' gradients over heads and points in a fixed order. Where the references are
+// boxes, grad_locations holds gradients by the locations and becomes the offsets'.
 constexpr int kReferenceThreads = 128;
 
 __global__ void __launch_bounds__(kReferenceThreads)
@@ -271,7 +280,8 @@ __global__ void __launch_bounds__(kReferenceThreads)
 constexpr int kCopyThreads = 256;
 
 // Four elements a thread; what is left over, or all of it where `target` is not aligned, one by one.
-__global__ void __launch_bounds__(kCopyThreads) fill_zero_kernel(float* target, std::int64_t size, bool aligned) {
+__global__ void __launch_bounds__(kCopyThreads)
+    fill_zero_kernel(float* target, std::int64_t size, bool aligned) {
   const std::int64_t thread = blockIdx.x * std::int64_t{kCopyThreads} + threadIdx.x;
   const std::int64_t threads = gridDim.x * std::int64_t{kCopyThreads};
   const std::int64_t vectors = aligned ? size / 4 : 0;
@@ -295,8 +305,9 @@ __global__ void __launch_bounds__(kCopyThreads)
 }
 
 Status fill_zero(float* target, std::int64_t size, cudaStream_t stream) {
-  return launch("ms_deform_attn_backward: zeros", fill_zero_kernel, grid_for(divide_up(size, 4 * kCopyThreads)),
-                kCopyThreads, 0, stream, target, size, is_aligned(target, 16));
+  return launch("ms_deform_attn_backward: zeros", fill_zero_kernel,
+                grid_for(divide_up(size, 4 * kCopyThreads)), kCopyThreads, 0, stream, target, size,
+                is_aligned(target, 16));
 }
 
 template <typename T, int kVector>
@@ -334,7 +345,8 @@ Status ms_deform_attn_backward(const MsDeformAttnParams& params, void* stream_po
     const std::int64_t vector = 16 / element_bytes(params.value_dtype);
     const bool vectorized = is_vectorizable(params) && is_aligned(params.grad_output, 16) &&
                             params.grad_output_stride_b % vector == 0 &&
-                            params.grad_output_stride_q % vector == 0 && is_aligned(params.grad_value_sums, 16);
+                            params.grad_output_stride_q % vector == 0 &&
+                            is_aligned(params.grad_value_sums, 16);
     const Status status = dispatch(params, vectorized, [&](auto type, auto vector_size) {
       return launch_points<decltype(type), decltype(vector_size)::value>(params, stream);
     });
@@ -342,9 +354,9 @@ Status ms_deform_attn_backward(const MsDeformAttnParams& params, void* stream_po
   }
   const std::int64_t references = params.batch * params.queries * params.levels;
   if (params.grad_reference != nullptr && references > 0) {
-    const Status status = launch("ms_deform_attn_backward: grad_reference", reference_gradient_kernel,
-                                 grid_for(divide_up(references, kReferenceThreads)), kReferenceThreads, 0, stream,
-                                 params);
+    const Status status =
+        launch("ms_deform_attn_backward: grad_reference", reference_gradient_kernel,
+               grid_for(divide_up(references, kReferenceThreads)), kReferenceThreads, 0, stream, params);
     if (!status.ok()) return status;
   }
   if (params.deterministic && has_points && size > 0) {

@@ -1,10 +1,11 @@
-// grad_value of multi-scale deformable attention without atomics, and with the same bits in every run: each warp owns
-// a small tile of one level's pixels (of one batch, head and 32 channels), walks over the points that fall on it in the
-// order of the queries and adds them up in its own part of shared memory.
+// grad_value of multi-scale deformable attention without atomics, and with the same bits in every run: each
+// warp owns a small tile of one level's pixels (of one batch, head and 32 channels), walks over the points
+// that fall on it in the order of the queries and adds them up in its own part of shared memory.
 //
-// The points come from the list that ms_deform_attn_backward.cu wrote. So that a warp need not read all of it, a first
-// kernel writes the bounds of every 32 queries' cells; in an encoder, where neighbouring queries look at neighbouring
-// pixels, few of these meet a tile. Coarse levels get smaller tiles: as many points fall on them as on fine ones.
+// The points come from the list that ms_deform_attn_backward.cu wrote. So that a warp need not read all of
+// it, a first kernel writes the bounds of every 32 queries' cells; in an encoder, where neighbouring queries
+// look at neighbouring pixels, few of these meet a tile. Coarse levels get smaller tiles: as many points fall
+// on them as on fine ones.
 //
 // Levels are summed one launch after the other, since nothing forbids that two share pixels.
 #include <climits>
@@ -69,8 +70,8 @@ struct alignas(16) Hit {
   std::int32_t query;  // from the first of its 32
 };
 
-// A power of two: the edge of a level's tiles. Pixels in proportion to the level's, so that tiles of all levels have
-// about equally many points.
+// A power of two: the edge of a level's tiles. Pixels in proportion to the level's, so that tiles of all
+// levels have about equally many points.
 __device__ __forceinline__ int tile_edge(const DeformLevel* levels, int count, int level) {
   std::int64_t largest = 1;
   for (int l = 0; l < count; ++l) {
@@ -87,8 +88,8 @@ __device__ __forceinline__ int tile_edge(const DeformLevel* levels, int count, i
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const __grid_constant__ MsDeformAttnParams params, const int level_number) {
   VISIONLLM_SHARED_ARRAY(DeformLevel, levels, kMaxLevels);
-  VISIONLLM_SHARED_ARRAY(float, all_sums, kWarps* kTilePixels* kWarpSize);
-  VISIONLLM_SHARED_ARRAY(Hit, all_hits, kWarps* kWarpSize);
+  VISIONLLM_SHARED_ARRAY(float, all_sums, kWarps * kTilePixels * kWarpSize);
+  VISIONLLM_SHARED_ARRAY(Hit, all_hits, kWarps * kWarpSize);
   load_levels(params, levels);
   __syncthreads();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -186,7 +187,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < edge * edge; ++i) {
         const int x = tile_x + i % edge, y = tile_y + i / edge;
         if (x < level.width && y < level.height) {
-          const std::int64_t row = b * params.pixels + level.start + static_cast<std::int64_t>(y) * level.width + x;
+          const std::int64_t row =
+              b * params.pixels + level.start + static_cast<std::int64_t>(y) * level.width + x;
           params.grad_value_sums[(row * params.heads + h) * params.channels + channel] += sums[i * kWarpSize];
         }
       }
@@ -204,7 +206,8 @@ Status ms_deform_attn_gather_grad_value(const MsDeformAttnParams& params, void* 
                                grid_for(divide_up(bounds_tasks, kWarps)), kThreads, 0, stream, params);
   if (!status.ok()) return status;
   // At least the number of tiles, which is not known here when the levels are in device memory.
-  const std::int64_t tasks = params.batch * params.heads * divide_up(params.channels, kWarpSize) * params.pixels;
+  const std::int64_t tasks =
+      params.batch * params.heads * divide_up(params.channels, kWarpSize) * params.pixels;
   for (int level = 0; level < params.levels; ++level) {
     const Status status = launch("ms_deform_attn_backward: gather", gather_kernel,
                                  grid_for(divide_up(tasks, kWarps)), kThreads, 0, stream, params, level);

@@ -1,10 +1,10 @@
-// What the kernels of multi-scale deformable attention share: which thread works on which query, where the points
-// lie, and softmax over them.
+// What the kernels of multi-scale deformable attention share: which thread works on which query, where the
+// points lie, and softmax over them.
 //
-// A group of G neighbouring lanes (a power of two up to 32) has one (batch, query, head), and its lanes have the
-// channels, kVector of them each. Points are taken G at a time: each lane computes one point's cell and corner weights
-// and puts them into its warp's part of shared memory, from where the group's lanes read them as broadcasts: two
-// 16-byte loads a point, where shuffles would take eight instructions.
+// A group of G neighbouring lanes (a power of two up to 32) has one (batch, query, head), and its lanes have
+// the channels, kVector of them each. Points are taken G at a time: each lane computes one point's cell and
+// corner weights and puts them into its warp's part of shared memory, from where the group's lanes read them
+// as broadcasts: two 16-byte loads a point, where shuffles would take eight instructions.
 #pragma once
 
 #include <type_traits>
@@ -13,20 +13,20 @@
 #include "device/platform.cuh"
 #include "ms_deform_attn.h"
 
-
 namespace visionllm::cuda {
 
 // ---- Which thread works on what ---------------------------------------------------------------------------
 
-// Work of one launch, cut into pieces of one block each: a tile of queries times a few neighbouring heads. Pieces
-// that lie next to each other differ by their tile, so that what runs at one time reads one part of value.
+// Work of one launch, cut into pieces of one block each: a tile of queries times a few neighbouring heads.
+// Pieces that lie next to each other differ by their tile, so that what runs at one time reads one part of
+// value.
 struct Partition {
-  std::int64_t pieces;        // in all; blocks take them in strides of the grid
-  std::int64_t tiles;         // of the queries
-  std::int64_t head_groups;   // of the heads
-  std::int32_t lanes_log2;    // log2 G
-  std::int32_t heads_log2;    // log2 of the heads in a piece
-  std::int32_t width_log2;    // log2 of a tile's extent in x and y; y only where queries are pixels
+  std::int64_t pieces;       // in all; blocks take them in strides of the grid
+  std::int64_t tiles;        // of the queries
+  std::int64_t head_groups;  // of the heads
+  std::int32_t lanes_log2;   // log2 G
+  std::int32_t heads_log2;   // log2 of the heads in a piece
+  std::int32_t width_log2;   // log2 of a tile's extent in x and y; y only where queries are pixels
   std::int32_t height_log2;
   std::int32_t first_tile[kMaxLevels + 1];  // where queries are pixels: number of each level's first tile
   std::int32_t tiles_across[kMaxLevels];
@@ -45,8 +45,8 @@ __device__ __forceinline__ Item item_of(const MsDeformAttnParams& params, const 
   const int inside = number >> partition.heads_log2;  // number of the query in its tile
   Item item;
   item.b = rest / partition.head_groups;
-  item.h = ((rest % partition.head_groups) << partition.heads_log2) +
-           (number & ((1 << partition.heads_log2) - 1));
+  item.h =
+      ((rest % partition.head_groups) << partition.heads_log2) + (number & ((1 << partition.heads_log2) - 1));
   item.valid = item.h < params.heads;
   if (params.queries_are_pixels) {
     const int t = static_cast<int>(tile);
@@ -77,8 +77,8 @@ __device__ __forceinline__ void load_levels(const MsDeformAttnParams& params, De
       const std::int64_t h = params.device_shapes[2 * l], w = params.device_shapes[2 * l + 1];
       const std::int64_t first = params.device_starts[l], pixels = params.pixels;
       // Each test bounds the next one's operands, so that nothing overflows.
-      const bool inside = h >= 1 && w >= 1 && h <= pixels && w <= pixels && w <= kMaxLevelWidth && first >= 0 &&
-                          first <= pixels && h * w <= pixels - first;
+      const bool inside = h >= 1 && w >= 1 && h <= pixels && w <= pixels && w <= kMaxLevelWidth &&
+                          first >= 0 && first <= pixels && h * w <= pixels - first;
       level.height = inside ? static_cast<std::int32_t>(h) : 0;
       level.width = inside ? static_cast<std::int32_t>(w) : 0;
       level.start = inside ? static_cast<std::int32_t>(first) : 0;
@@ -87,11 +87,14 @@ __device__ __forceinline__ void load_levels(const MsDeformAttnParams& params, De
   }
 }
 
-// n / divisor for 0 <= n < 2^20 / divisor: one multiplication in the place of a division of about 20 instructions.
+// n / divisor for 0 <= n < 2^20 / divisor: one multiplication in the place of a division of about 20
+// instructions.
 struct SmallDivisor {
   unsigned factor;
   __device__ __forceinline__ explicit SmallDivisor(int divisor)
-      : factor(divisor > 0 ? ((1u << 20) + static_cast<unsigned>(divisor) - 1) / static_cast<unsigned>(divisor) : 0) {}
+      : factor(divisor > 0
+                   ? ((1u << 20) + static_cast<unsigned>(divisor) - 1) / static_cast<unsigned>(divisor)
+                   : 0) {}
   __device__ __forceinline__ int divide(int n) const {
     return static_cast<int>((static_cast<unsigned>(n) * factor) >> 20);
   }
@@ -121,10 +124,12 @@ struct Softmax {
   float maximum = 0.0f, scale = 1.0f;
 };
 
-// Over the group's `count` logits, all lanes of the warp taking part; in lanes without a valid item nothing is read.
+// Over the group's `count` logits, all lanes of the warp taking part; in lanes without a valid item nothing
+// is read.
 template <typename T>
 __device__ __forceinline__ Softmax softmax_of(const MsDeformAttnParams& params, const void* logits,
-                                              std::int64_t offset, int count, bool valid, int lane, int lanes) {
+                                              std::int64_t offset, int count, bool valid, int lane,
+                                              int lanes) {
   Softmax softmax;
   float maximum = -INFINITY;
   if (valid) {
@@ -148,10 +153,10 @@ constexpr unsigned kTopLeft = 1, kTopRight = 2, kBottomLeft = 4, kBottomRight = 
 
 struct Point {
   DeformLevel level;
-  std::int32_t x, y;     // the cell's top left pixel, -1 where it is beside the image
-  float fx, fy;          // place in the cell, 0 .. 1
-  float attention;       // 0 where no corner is inside
-  unsigned inside;       // bits of the corners; 0: contributes nothing
+  std::int32_t x, y;         // the cell's top left pixel, -1 where it is beside the image
+  float fx, fy;              // place in the cell, 0 .. 1
+  float attention;           // 0 where no corner is inside
+  unsigned inside;           // bits of the corners; 0: contributes nothing
   float offset_x, offset_y;  // as loaded; the fused form's
 };
 
@@ -173,8 +178,8 @@ struct PointSource {
         reference(item.b * params.reference_stride_b + item.q * params.reference_stride_q) {}
 };
 
-// Number `p` of the item's L * P points. A point that is a pixel or more outside, infinite or NaN has no corner inside.
-// pixel_x, pixel_y: its place in pixels, NaN for such a point.
+// Number `p` of the item's L * P points. A point that is a pixel or more outside, infinite or NaN has no
+// corner inside. pixel_x, pixel_y: its place in pixels, NaN for such a point.
 template <typename T, bool kFused>
 __device__ __forceinline__ Point locate(const MsDeformAttnParams& params, const PointSource& source,
                                         const DeformLevel* levels, const SmallDivisor& by_points, int p,
@@ -204,12 +209,13 @@ __device__ __forceinline__ Point locate(const MsDeformAttnParams& params, const 
   const float floor_x = valid ? floorf(x) : 0.0f, floor_y = valid ? floorf(y) : 0.0f;
   point.x = static_cast<std::int32_t>(floor_x), point.y = static_cast<std::int32_t>(floor_y);
   point.fx = valid ? x - floor_x : 0.0f, point.fy = valid ? y - floor_y : 0.0f;
-  // As unsigned: negative numbers are large. Not taken from x and y alone, which float32 rounds in wide images.
+  // As unsigned: negative numbers are large. Not taken from x and y alone, which float32 rounds in wide
+  // images.
   const unsigned w = static_cast<unsigned>(point.level.width), h = static_cast<unsigned>(point.level.height);
   const bool x0 = static_cast<unsigned>(point.x) < w, x1 = static_cast<unsigned>(point.x + 1) < w;
   const bool y0 = static_cast<unsigned>(point.y) < h, y1 = static_cast<unsigned>(point.y + 1) < h;
-  point.inside = valid ? (y0 && x0 ? kTopLeft : 0) | (y0 && x1 ? kTopRight : 0) | (y1 && x0 ? kBottomLeft : 0) |
-                             (y1 && x1 ? kBottomRight : 0)
+  point.inside = valid ? (y0 && x0 ? kTopLeft : 0) | (y0 && x1 ? kTopRight : 0) |
+                             (y1 && x0 ? kBottomLeft : 0) | (y1 && x1 ? kBottomRight : 0)
                        : 0;
   point.attention = 0.0f;
   if (point.inside != 0) {
@@ -239,8 +245,8 @@ __device__ __forceinline__ std::int32_t row_of(const Point& point) {
   return point.level.start + point.y * point.level.width + point.x;
 }
 
-// kVector channels as they lie in memory: one element, or 16 bytes in whole words, which predicated loads leave alone
-// where elements of 16 bits would be taken apart and put together again.
+// kVector channels as they lie in memory: one element, or 16 bytes in whole words, which predicated loads
+// leave alone where elements of 16 bits would be taken apart and put together again.
 template <typename T, int kVector>
 using Channels = std::conditional_t<kVector == 1, T, uint4>;
 
@@ -277,7 +283,8 @@ __device__ __forceinline__ void to_floats(float (&values)[16 / sizeof(T)], uint4
 }
 
 template <int kVector>
-__device__ __forceinline__ void add_scaled(float (&sum)[kVector], float factor, const float (&values)[kVector]) {
+__device__ __forceinline__ void add_scaled(float (&sum)[kVector], float factor,
+                                           const float (&values)[kVector]) {
 #pragma unroll
   for (int c = 0; c < kVector; ++c) sum[c] = fmaf(factor, values[c], sum[c]);
 }
@@ -308,9 +315,9 @@ inline std::int64_t element_bytes(DType dtype) { return dtype == DType::float32 
 // Whether a head's channels can be moved 16 bytes at a time, all of them by one group.
 inline bool is_vectorizable(const MsDeformAttnParams& params) {
   const std::int64_t vector = 16 / element_bytes(params.value_dtype);
-  return params.channels % vector == 0 && params.channels <= kWarpSize * vector && is_aligned(params.value, 16) &&
-         params.value_stride_b % vector == 0 && params.value_stride_s % vector == 0 &&
-         params.value_stride_h % vector == 0;
+  return params.channels % vector == 0 && params.channels <= kWarpSize * vector &&
+         is_aligned(params.value, 16) && params.value_stride_b % vector == 0 &&
+         params.value_stride_s % vector == 0 && params.value_stride_h % vector == 0;
 }
 
 // How the pieces are cut for blocks of `threads` threads that move `vector` channels each.

@@ -97,8 +97,8 @@ def ms_deform_attn_backward(
         grad_attention_weights: [B, Q, H, L, P] of the weights' type, contiguous; overwritten.
             Each of the three is a new NumPy array when None, and has to be given where ``output`` of
             ``ms_deform_attn`` has to be.
-        workspace: [n] float32, contiguous and aligned to 16 bytes: what arrays in CUDA memory need beside it, n
-            as ``ms_deform_attn_backward_workspace`` says. Overwritten.
+        workspace: [n] float32, contiguous and aligned to 16 bytes, which arrays in CUDA memory need; n as
+            ``ms_deform_attn_backward_workspace`` says. Overwritten.
         deterministic: in CUDA memory, add up in a fixed order; slower. In CPU memory it is always so.
         threads, stream: as in ``ms_deform_attn``.
 

@@ -5,8 +5,8 @@
 
 The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/ms_deform_attn.h``. On the
 CPU, and on CUDA where the build has CUDA kernels, the operator runs the compiled kernels; on other devices
-(with a warning), and in float64, the PyTorch reference below. ``ms_deform_attn_fused`` beside this file has the
-softmax and the locations inside.
+(with a warning), and in float64, the PyTorch reference below. ``ms_deform_attn_fused`` beside this file has
+the softmax and the locations inside.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def ms_deform_attn(
     Args:
         value: [B, S, H, D] float32, bfloat16 or float16 (float64 takes the slow reference).
         spatial_shapes: [L, 2] int64 (other integers are converted), height and width of each level, at
-            least 1. On the CPU also where value is on a GPU: there it is checked, and lets the kernels give
-            neighbouring queries to one block. On the GPU it is not checked: a level that does not lie within S
-            contributes nothing.
+            least 1. Best on the CPU also where value is on a GPU: there it is checked, and lets the kernels
+            give neighbouring queries to one block. On the GPU it is not checked: a level that does not lie
+            within S contributes nothing.
         level_start_index: [L] int64 (other integers are converted), the first pixel of each level in S; on
             the device of spatial_shapes.
         sampling_locations: [B, Q, H, L, P, 2] as (x, y); 0 and 1 are the image's outer edges. Best in
@@ -49,8 +49,8 @@ def ms_deform_attn(
         outside, or NaN, contributes nothing. On the CPU, forward and backward are deterministic; on CUDA the
         forward is, and the backward while torch is asked for deterministic algorithms.
 
-    On devices that the build has no kernels for, the PyTorch reference computes the result, many times slower,
-    and the first call warns of it.
+    On devices that the build has no kernels for, the PyTorch reference computes the result, many times
+    slower, and the first call warns of it.
 
     Raises:
         ValueError: a shape, type or level does not fit; the message names it.
@@ -434,7 +434,7 @@ def _backward_cuda(
 
 
 def backward_workspace(value: Tensor, locations: Tensor, deterministic: bool) -> Tensor | None:
-    """What the CUDA backward sums in: value [B, S, H, D], locations [B, Q, H, L, P, 2]. None: needs nothing."""
+    """What the CUDA backward sums in, for value [B, S, H, D] and locations [B, Q, H, L, P, 2]; or None."""
     size = _core.ms_deform_attn_backward_workspace_raw(
         native.raw(value), native.raw(locations), deterministic
     )

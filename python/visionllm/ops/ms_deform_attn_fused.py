@@ -4,9 +4,9 @@
     location           = reference + offset / (width, height)       reference points (x, y)
                        = centre + offset / P * size / 2             reference boxes (x, y, w, h)
 
-and then ``ms_deform_attn``: all that stands between the projections of a Deformable-DETR layer. On CUDA neither the
-weights nor the locations go through memory. Elsewhere they are computed first and handed to ``ms_deform_attn``. The
-contract is in ``cpp/include/visionllm/ms_deform_attn.h``.
+and then ``ms_deform_attn``: all that stands between the projections of a Deformable-DETR layer. On CUDA
+neither the weights nor the locations go through memory. Elsewhere they are computed first and handed to
+``ms_deform_attn``. The contract is in ``cpp/include/visionllm/ms_deform_attn.h``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from visionllm.ops import fallback, native
-from visionllm.ops.ms_deform_attn import backward_workspace, ms_deform_attn_reference, sample_inputs
+from visionllm.ops.ms_deform_attn import backward_workspace, ms_deform_attn_reference
+from visionllm.ops.ms_deform_attn import sample_inputs as plain_sample_inputs
 
-__all__ = ["FusedInputs", "fused_sample_inputs", "ms_deform_attn_fused", "ms_deform_attn_fused_reference"]
+__all__ = ["FusedInputs", "ms_deform_attn_fused", "ms_deform_attn_fused_reference", "sample_inputs"]
 
 
 def ms_deform_attn_fused(
@@ -41,8 +42,8 @@ def ms_deform_attn_fused(
         attention_logits: [B, Q, H, L, P], best in float32 or value's type: others are converted.
 
     Returns:
-        [B, Q, H * D] of value's type. A point a pixel or more outside, or NaN, contributes nothing, but has its
-        share in the softmax.
+        [B, Q, H * D] of value's type. A point a pixel or more outside, or NaN, contributes nothing, but has
+        its share in the softmax.
 
     Raises:
         ValueError: a shape, type or level does not fit; the message names it.
@@ -143,7 +144,7 @@ class FusedInputs:
         )
 
 
-def fused_sample_inputs(
+def sample_inputs(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
@@ -152,8 +153,8 @@ def fused_sample_inputs(
     seed: int = 0,
     **options: object,
 ) -> FusedInputs:
-    """Random inputs like a detector's, with reference points or ``boxes``; other options are ``sample_inputs``'."""
-    plain = sample_inputs("cpu", dtype, seed=seed, **options)  # type: ignore[arg-type]
+    """Random inputs like a detector's, with points or ``boxes``; more options as for ``ms_deform_attn``."""
+    plain = plain_sample_inputs("cpu", dtype, seed=seed, **options)  # type: ignore[arg-type]
     random = torch.Generator().manual_seed(seed + 1)
     batch, queries, heads, levels, points, _ = plain.sampling_locations.shape
     real = plain.sampling_locations.dtype
@@ -166,9 +167,7 @@ def fused_sample_inputs(
         size = 0.05 + 0.3 * torch.rand(batch, queries, levels, 2, generator=random, dtype=real)
         reference = torch.cat([reference, size], -1)
     logits = torch.randn(batch, queries, heads, levels, points, generator=random, dtype=real).to(dtype)
-    leaves = [
-        t.to(device).requires_grad_(requires_grad) for t in (plain.value, reference, away, logits)
-    ]
+    leaves = [t.to(device).requires_grad_(requires_grad) for t in (plain.value, reference, away, logits)]
     return FusedInputs(
         leaves[0], plain.spatial_shapes.to(device), plain.level_start_index.to(device), *leaves[1:]
     )
@@ -201,9 +200,7 @@ def _forward_composed(
     _check("ms_deform_attn_fused", value, reference_points, sampling_offsets, attention_logits)
     offsets, reference = _precise(value, sampling_offsets), _precise(value, reference_points)
     locations, attention = _points(spatial_shapes, reference, offsets, attention_logits)
-    return torch.ops.visionllm.ms_deform_attn(
-        value, spatial_shapes, level_start_index, locations, attention
-    )
+    return torch.ops.visionllm.ms_deform_attn(value, spatial_shapes, level_start_index, locations, attention)
 
 
 def _precise(value: Tensor, tensor: Tensor) -> Tensor:
