@@ -2,14 +2,14 @@
 
     python bench/slot_head.py [--device cuda] [--cases predict_500_1537 train_500_1025] [--repeats 30]
 
-Cases are <what>_<slots>_<rows> at 4096 channels, always with the RMS norm before: `predict` gives best,
+Cases are <what>_<slots>_<rows> at 4096 channels, always with the RMS norm before. `predict` gives best,
 probability and logsumexp, with 81 rows (classes) the probability of every class too, with 1025 (locations)
-the expectation near the best. Peers: the product on the same rows with argmax and nothing else; the same outputs
-as ours in plain PyTorch, and that compiled; the full vocabulary of 32000 + 1537 rows with argmax. `train` is
-cross-entropy forward and backward; peers: F.cross_entropy of logits that are written, that compiled,
-F.linear_cross_entropy and Liger's fused one where they can be imported; `smooth` is the same against a
-Gaussian over the rows. bfloat16 on CUDA; on the CPU, where the operator is still its PyTorch reference,
-float32. Writes ``bench/results/slot_head_<threads or GPU>.json``, anew after each case.
+the expectation near the best. Peers: the product on the same rows with argmax and nothing else; the same
+outputs as ours in plain PyTorch, and that compiled; the full vocabulary of 32000 + 1537 rows with argmax.
+`train` is cross-entropy forward and backward. Peers: F.cross_entropy of logits that are written, and that
+compiled; F.linear_cross_entropy and Liger's fused one where they can be imported. `smooth` is the same
+against a Gaussian over the rows. bfloat16 on CUDA; on the CPU, where the operator is still its PyTorch
+reference, float32. Writes ``bench/results/slot_head_<threads or GPU>.json``, anew after each case.
 """
 
 from __future__ import annotations
