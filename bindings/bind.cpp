@@ -54,7 +54,10 @@ DType dtype_of(const nb::dlpack::dtype& dtype, bool* known) {
 template <typename T>
 TensorView view_of_array(const T& array, const char* op, const Argument& argument) {
   TensorView view;
-  if (!array.is_valid()) return view;                                     // None
+  if (!array.is_valid()) {  // None
+    if (!argument.optional) wrong_type(op, argument, "an array");
+    return view;
+  }
   view.data = const_cast<void*>(static_cast<const void*>(array.data()));  // the core writes to outputs only
   view.rank = static_cast<int>(array.ndim());
   if (view.rank > kMaxRank) {
