@@ -74,9 +74,10 @@ def check_levels(operator: str, spatial_shapes: Tensor, level_start_index: Tenso
 @functools.cache
 def warn_of_reference(operator: str, device_type: str) -> None:
     """Warns when an operator first runs on a kind of device that it has no kernel for; then never again."""
+    remedy = "; -DVISIONLLM_CUDA=ON builds them (docs/cuda.md)" if device_type == "cuda" else ""
     warnings.warn(
         f"{operator}: {device_type.upper()} kernels are not part of this build; the PyTorch reference is "
-        f"used for tensors on {device_type}, which takes much more time and memory than a kernel",
+        f"used for tensors on {device_type}, which takes much more time and memory than a kernel{remedy}",
         stacklevel=2,
     )
 
