@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from visionllm.ops import fallback, ms_deform_attn, ms_deform_attn_reference
+from visionllm.ops import fallback, ms_deform_attn, ms_deform_attn_reference, native
 from visionllm.ops.ms_deform_attn import (
     SampleInputs,
     ms_deform_attn_backward_reference,
@@ -237,7 +237,9 @@ def test_other_devices_warn_once(first_call: None, monkeypatch: pytest.MonkeyPat
         module._forward_elsewhere(*inputs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or native.has_cuda_kernels(), reason="no CUDA device, or kernels for it"
+)
 def test_cuda_takes_the_reference_and_says_so(first_call: None) -> None:
     expected = ms_deform_attn(*sample_inputs(**SMALL).args())
     with pytest.warns(UserWarning, match="CUDA kernels are not part of this build"):
