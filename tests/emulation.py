@@ -96,15 +96,14 @@ def call(emulation: Emulation, name: str, *arguments: native.Argument) -> None:
     first: dict[int, bytes] = {}
     for repeat in range(emulation.repeats):
         seed = emulation.seed + repeat
+        seeds = emulation.seed, seed
         outputs, emulation.launches = driver.call(emulation, seed, name, arguments)
         if repeat == 0:
             first = outputs
         elif emulation.deterministic:
             for number, data in outputs.items():
                 if data != first[number]:
-                    _raise_difference(
-                        name, tensors[number], number, first[number], data, emulation.seed, seed
-                    )
+                    _raise_difference(name, tensors[number], number, first[number], data, seeds)
     for number, data in outputs.items():
         tensor = tensors[number]
         assert tensor is not None
