@@ -7,6 +7,7 @@ without saying why that does not matter.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = ["PROMISES", "Promise", "promise_of"]
@@ -20,9 +21,16 @@ class Promise:
     operator: str
     loads_16: bool = False  # its global loads of bulk data are 16 bytes wide
     tensor: bool = False  # multiplies on tensor cores
-    dynamic_shared: int = 0  # bytes a block asks for at launch, at most
+    # Bytes a block asks for at launch, at most at the model's sizes; groups of `kernels` are at hand.
+    dynamic_shared: int | Callable[[re.Match[str]], int] = 0
     adapts: bool = False  # asks for less where a chip has less
     stack: str = ""  # why it may use a stack frame; "" for: it may not
+
+    def dynamic_shared_of(self, kernel: str) -> int:
+        match = re.fullmatch(self.kernels, kernel)
+        if match is None:
+            raise LookupError(f"{kernel} is none of {self.kernels}")
+        return self.dynamic_shared(match) if callable(self.dynamic_shared) else self.dynamic_shared
 
     def broken_by(self, counts: dict[str, int], stack: int) -> list[str]:
         """What of it the machine code does not keep."""

@@ -188,7 +188,8 @@ def problems_of(table: Mapping[str, Any], root: Path = ROOT) -> list[str]:
         broken = promise.broken_by(kernel["counts"], kernel["stack"])
         if kernel["spills"] and not promise.stack:
             broken.append(f"spills {kernel['spills']} bytes")
-        if kernel["shared"] + promise.dynamic_shared > CHIPS[chip].shared_bytes_block and not promise.adapts:
+        shared = kernel["shared"] + promise.dynamic_shared_of(name)
+        if shared > CHIPS[chip].shared_bytes_block and not promise.adapts:
             broken.append("asks for more shared memory than a block can have")
         problems += [f"{source}: {name} for {chip} {what}" for what in broken]
     return sorted(set(problems))
@@ -267,7 +268,7 @@ def markdown(table: Mapping[str, Any]) -> str:
 
 
 def _line(name: str, kernels: Mapping[str, Any], chips: list[str]) -> str:
-    promise = promise_of(name)
+    dynamic = promise_of(name).dynamic_shared_of(name)
     first = next(iter(kernels.values()))
     counts = first["counts"]
     stack = max(kernel["stack"] for kernel in kernels.values())
@@ -278,14 +279,12 @@ def _line(name: str, kernels: Mapping[str, Any], chips: list[str]) -> str:
             cells.append("")
             continue
         kernel = kernels[chip]
-        shared = kernel["shared"] + min(
-            promise.dynamic_shared, CHIPS[chip].shared_bytes_block - kernel["shared"]
-        )
+        shared = kernel["shared"] + min(dynamic, CHIPS[chip].shared_bytes_block - kernel["shared"])
         share = occupancy(CHIPS[chip], kernel["threads"], kernel["registers"], shared)
         cells.append(f"{kernel['registers']} / {share:.0%}")
     shared = max(kernel["shared"] for kernel in kernels.values())
     return (
-        f"| `{name}` | {first['threads']} | {shared} + {promise.dynamic_shared} | {stack}, {spills} "
+        f"| `{name}` | {first['threads']} | {shared} + {dynamic} | {stack}, {spills} "
         f"| {counts['loads_16']} of {counts['loads'] + counts['async_copies']} | {counts['tensor']} "
         f"| {' | '.join(cells)} |"
     )
