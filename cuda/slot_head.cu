@@ -2,26 +2,27 @@
 // slot_head_backward.cu. Three kernels:
 //
 //   normalise  each state's RMS norm, rounded to the states' type                       states -> normed
-//   logits     a block's tile of 64 or 128 slots x as many rows: cp.async pipeline of three or four stages,
-//              mma.sync, logits in shared memory; leaves per slot and tile a SlotHeadPartial
+//   logits     a block's tile of 64 or 128 slots x 64 or 128 rows: cp.async pipeline of three or four stages,
+//              mma.sync, logits in shared memory; leaves a SlotHeadPartial per slot and tile
 //   merge      a warp per slot joins the partials of its row tiles
 //
 // Logits do not leave shared memory but where probabilities are asked for. An expectation needs the logits
 // around an argmax that is not known before all tiles are done: each tile leaves its logits around its own
 // argmax (2 window + 1) and at its edges (window each), 25 numbers instead of 64 or 128 for a window of 6.
 //
-// A slot tile of 64 states of 4096 16-bit channels has 512 KiB, so normed states cannot stay in shared memory
-// over a row tile: they are written once and come back from the L2 cache.
+// A tile of 64 states of 4096 16-bit channels has 512 KiB, so normed states cannot stay in shared memory over
+// the rows: they are written once and come back from the L2 cache.
 //
-// Counted at 500 slots x 4096 channels x 1537 rows, bfloat16 (the least possible: states and rows read once,
-// 16.7 MB; 6.30 GFLOP):
-//   FLOPs      8 slot tiles x 25 row tiles of 64: 6.71 GFLOP, 1.07 x; warps whose lines are all beyond the end do not
-//              multiply
-//   HBM        states 4.1 MB, rows 12.6 MB; normed 4.1 MB written and read in L2, partials 0.3 MB
-//   L2 -> SM   200 blocks x (64 + 64) x 8 KiB = 210 MB, 0.4 us of each SM's 64 bytes a clock per MB: the bound
-// and at 4900 slots x 1025 rows (40.1 + 8.4 MB, 41.1 GFLOP), 39 x 9 tiles of 128:
-//   FLOPs      41.7 GFLOP (the ninth row tile has one row: 32 of its 128 lines are multiplied)
-//   L2 -> SM   351 x 256 x 8 KiB = 736 MB
+// Counted in bfloat16 with 4096 channels, norm and a window of 6:
+//                              500 slots x 1537 rows            4900 slots x 1025 rows
+//   least possible             16.7 MB, 6.30 GFLOP              48.5 MB, 41.1 GFLOP
+//   tiles                      8 x 13 of 64 x 128               39 x 9 of 128 x 128
+//   multiplied                 6.58 GFLOP (1.04 x)              42.6 GFLOP (1.04 x): by half tiles of slots, 32 rows
+//   states and rows, HBM       16.7 MB                          48.5 MB
+//   normed, out and in, L2     8.2 MB                           80.3 MB
+//   partials, near, out and in 1.6 MB (all logits: 6.1)         10.9 MB (all logits: 40.2)
+//   L2 to multiprocessors      154 MB; the busiest of 132       689 MB; the busiest takes 3 tiles, 6 MiB
+//                              takes 1 tile, 1.5 MiB
 #include "slot_head.h"
 
 #include <cmath>

@@ -18,11 +18,10 @@
 //
 // Every element has one writer and sums have one order: the gradients are deterministic.
 //
-// Counted at 4900 slots x 4096 channels x 1025 rows, bfloat16, with norm: 3 products of 41.1 GFLOP (the least
-// possible: one product to make D again, two to use it). HBM at least states 40.1 + rows 8.4 MB in and as much
-// out, 97 MB; on top normed 40.1 MB and D and D^T 10.1 MB each, written and read, and grad_normed 40.1 MB
-// written, read twice and written over; the states are read twice more: 361 MB in all, of which what the L2
-// cache holds does not reach memory.
+// Counted at 4900 slots x 4096 channels x 1025 rows, bfloat16, with norm: 3 products of 41.1 GFLOP, the least
+// without the forward's logits: one to make D again, two to use it. States and rows in and their gradients out
+// are 97 MB. Counting what each kernel reads and writes once: normalise 80, logits 69, products 59 and 59,
+// norm_weight 80, norm_states 120, together 467 MB, of which what the L2 cache holds does not reach memory.
 #include "slot_head.h"
 #include "slot_head_tile.cuh"
 
@@ -126,6 +125,22 @@ __global__ __launch_bounds__(kThreads, 1) void product_kernel(ProductParams p) {
   const std::int64_t right_column = first_column + right_place * kChunk;
   const bool right_inside = right_column < p.C;
   const auto stages = static_cast<int>((p.depth + kDepth - 1) / kDepth);  // of a segment
+  const int count = stages * p.segments;
+  // Which right-hand vectors of the next stage there are: asked for a stage ahead, so that no copy waits for it.
+  bool there[kPasses];
+  const auto look_ahead = [&](int stage) {
+    const int segment = stage / (stages > 0 ? stages : 1);
+    const std::int64_t first = static_cast<std::int64_t>(stage - segment * stages) * kDepth;
+    const std::int64_t part = set * p.segments + segment;
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const std::int64_t vector = first + right_line + i * kRightLines;
+      there[i] = stage < count && right_inside && vector < p.depth &&
+                 (p.there == nullptr || p.there[part * p.there_stride + vector] != 0);
+    }
+  };
+  look_ahead(0);
+  // Stages are fetched in order.
   const auto fetch = [&](int slot, int stage) {
     unsigned char* const lines = shared + slot * kStageBytes;
     const int segment = stage / stages;
@@ -143,20 +158,17 @@ __global__ __launch_bounds__(kThreads, 1) void product_kernel(ProductParams p) {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int l = right_line + i * kRightLines;
-      const std::int64_t vector = first + l;
-      const bool inside = right_inside && vector < p.depth &&
-                          (p.there == nullptr || p.there[part * p.there_stride + vector] != 0);
-      const auto index = static_cast<std::uint32_t>(p.right_first + (inside ? vector : 0));
+      const auto index = static_cast<std::uint32_t>(p.right_first + (there[i] ? first + l : 0));
       copy_async_16(right_chunk<T>(lines + kTile * kLineBytes, l, right_place),
-                    p.right.at<T>(part, index) + (inside ? right_column : 0), inside);
+                    p.right.at<T>(part, index) + (there[i] ? right_column : 0), there[i]);
     }
+    look_ahead(stage + 1);
   };
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int warp_row = warp % 2 * (kTile / 2), warp_column = warp / 2 * kStepLines;
   const bool multiplies = first_row + warp_row < p.rows && first_column + warp_column < p.C;
   float sums[4][4][4] = {};
-  const int count = stages * p.segments;
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < count) fetch(s, s);

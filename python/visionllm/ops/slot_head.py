@@ -240,13 +240,17 @@ def _accumulator(states: Tensor) -> torch.dtype:
     return torch.float64 if states.dtype == torch.float64 else torch.float32
 
 
+def _inverse_norm(x: Tensor, epsilon: float) -> Tensor:
+    """[..., C] → [..., 1]"""
+    return (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+
+
 def _normed(states: Tensor, norm_weight: Tensor | None, epsilon: float) -> Tensor:
     """RMS norm, rounded to the states' type."""
     if norm_weight is None:
         return states
     x = states.to(_accumulator(states))
-    scale = (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-    return (x * scale * norm_weight.to(x.dtype)).to(states.dtype)
+    return (x * _inverse_norm(x, epsilon) * norm_weight.to(x.dtype)).to(states.dtype)
 
 
 def _logits(
@@ -372,27 +376,29 @@ def slot_head_cross_entropy_backward_reference(
     dtype = _accumulator(states)
     ignored = _ignored(target, weight)
     factor = grad_loss.to(dtype) if weight is None else grad_loss.to(dtype) * weight.to(dtype)
-    logits = _logits(states, rows, valid, norm_weight, epsilon, scale)
+    # 0 times what an ignored state or a disallowed row holds would be NaN where that is not finite.
+    x = states.to(dtype).masked_fill(ignored[..., None], 0.0)
+    unit, inverse, normed = x, None, x
+    if norm_weight is not None:
+        inverse = _inverse_norm(x, epsilon)
+        unit = x * inverse
+        normed = (unit * norm_weight.to(dtype)).to(states.dtype)
+    logits = _logits(normed.to(states.dtype), rows, valid, None, epsilon, scale)
     exponents = _target_exponents(target, valid, rows.shape[1], sigma, logits)
     wanted = (exponents - target_logsumexp.to(dtype)[..., None]).exp()
     grad = scale * factor[..., None] * ((logits - logsumexp.to(dtype)[..., None]).exp() - wanted)
     grad = grad.masked_fill(ignored[..., None], 0.0)
     used = rows.to(dtype)
     if valid is not None:
-        # 0 times what a disallowed row or an ignored state holds would be NaN where that is not finite.
         grad = grad.masked_fill(~valid[:, None, None], 0.0)
         used = used.expand(states.shape[0], -1, -1).masked_fill(~valid[..., None], 0.0)
-    x = states.to(dtype).masked_fill(ignored[..., None], 0.0)
-    normed = _normed(x.to(states.dtype), norm_weight, epsilon).to(dtype)
     by_slot = grad.flatten(1, 2)  # [B, G * S, V]
     grad_normed = (by_slot @ used).view(states.shape)
-    grad_rows = by_slot.transpose(1, 2) @ normed.flatten(1, 2)  # [B, V, C]
+    grad_rows = by_slot.transpose(1, 2) @ normed.to(dtype).flatten(1, 2)  # [B, V, C]
     if rows.shape[0] == 1:
         grad_rows = grad_rows.sum(0, keepdim=True)
     grad_states, grad_norm_weight = grad_normed, states.new_empty(0)
-    if norm_weight is not None:
-        inverse = (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-        unit = x * inverse
+    if norm_weight is not None and inverse is not None:
         grad_norm_weight = (grad_normed * unit).sum((0, 1, 2)).to(norm_weight.dtype)
         grad_unit = grad_normed * norm_weight.to(dtype)
         grad_states = inverse * (grad_unit - unit * (grad_unit * unit).mean(-1, keepdim=True))
@@ -499,15 +505,11 @@ def sample_inputs(
     if weighted:
         weight = torch.rand(shape, generator=random, dtype=real) + 0.1
         weight[torch.rand(shape, generator=random) < 0.1] = 0.0
-    leaves = [
-        None if t is None else t.to(device).requires_grad_(requires_grad)
-        for t in (states, table, norm_weight)
-    ]
     return SampleInputs(
-        states=leaves[0],
-        rows=leaves[1],
+        states=states.to(device).requires_grad_(requires_grad),
+        rows=table.to(device).requires_grad_(requires_grad),
         valid=None if valid is None else valid.to(device),
-        norm_weight=leaves[2],
+        norm_weight=None if norm_weight is None else norm_weight.to(device).requires_grad_(requires_grad),
         target=target.to(device),
         weight=None if weight is None else weight.to(device),
         epsilon=1e-5,
@@ -716,7 +718,9 @@ for _name, _reference, _kernel in (
         _library.impl(_name, _kernel, "CUDA")
 
 
-def _predict_outputs(states: Tensor, rows: Tensor, window: int, probabilities: bool) -> tuple[Tensor, ...]:
+def _predict_outputs(
+    states: Tensor, rows: Tensor, window: int, probabilities: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     slots, dtype = states.shape[:-1], _accumulator(states)
     return (
         states.new_empty(slots, dtype=torch.int64),
@@ -727,8 +731,9 @@ def _predict_outputs(states: Tensor, rows: Tensor, window: int, probabilities: b
     )
 
 
-def _cross_entropy_outputs(states: Tensor) -> tuple[Tensor, ...]:
-    return tuple(states.new_empty(states.shape[:-1], dtype=_accumulator(states)) for _ in range(3))
+def _cross_entropy_outputs(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    loss = states.new_empty(states.shape[:-1], dtype=_accumulator(states))
+    return loss, torch.empty_like(loss), torch.empty_like(loss)
 
 
 def _gradients(states: Tensor, rows: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
