@@ -47,6 +47,12 @@ struct Thread {
   std::deque<std::vector<AsyncCopy>> groups;
 };
 
+// The lanes of a warp that wait in a collective, and those that have returned or wait at a block barrier: what a
+// collective asks at each arrival.
+struct Warp {
+  unsigned meeting = 0, away = 0;
+};
+
 // A small generator, the same everywhere (the standard's distributions are not): splitmix64.
 class Random {
  public:
@@ -74,8 +80,10 @@ std::string place(const Site& site) {
   return std::string(site.what) + " (" + site.file + ":" + std::to_string(site.line) + ")";
 }
 
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 bool same_place(const Site& a, const Site& b) {
-  return a.line == b.line && std::strcmp(a.what, b.what) == 0 && std::strcmp(a.file, b.file) == 0;
+  return a.line == b.line && same_text(a.what, b.what) && same_text(a.file, b.file);
 }
 
 std::string hexadecimal(unsigned mask) {
@@ -142,11 +150,16 @@ class Engine {
   void wait(State state);
   bool bad_launch(dim3 grid, dim3 block, std::size_t dynamic_bytes, std::size_t parameter_bytes);
   void check_reachable(int thread, int other);
+  void check_not_awaited();
+  Warp& warp() { return warps_[current / kWarp]; }
+  unsigned lane_bit() const { return 1u << current % kWarp; }
   std::string stuck();
   std::size_t block_at(std::uint32_t at) const;
   static void entry();
 
   std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
+  Site barrier_site_{};  // where the waiting threads wait
   FiberStacks stacks_;
   Context scheduler_;
   void (*body_)(const void*) = nullptr;
@@ -172,20 +185,24 @@ void Engine::entry() {
   self.body_(self.closure_);
   Thread& me = self.me();
   me.state = State::returned;
+  self.warp().away |= self.lane_bit();
   ++self.returned_;
   for (int i = 0; self.waiting_ > 0 && i < self.count; ++i) {
     if (self.threads_[i].state == State::at_barrier) self.check_reachable(i, self.current);
   }
-  const int first = self.current / kWarp * kWarp;
-  for (int i = first; i < std::min(first + kWarp, self.count); ++i) {
-    const Thread& other = self.threads_[i];
-    if (other.state == State::at_collective && (other.collective->mask >> (self.current - first) & 1u) != 0) {
-      self.check_reachable(i, self.current);
-    }
-  }
+  self.check_not_awaited();
   running.active = false;
   switch_context(me.context, self.scheduler_, true);
   std::abort();
+}
+
+// Fails when a lane waits for the running one, which will not come, in a collective.
+void Engine::check_not_awaited() {
+  const int first = current / kWarp * kWarp;
+  for (unsigned rest = warp().meeting; rest != 0; rest &= rest - 1) {
+    const int other = first + __builtin_ctz(rest);
+    if ((threads_[other].collective->mask & lane_bit()) != 0) check_reachable(other, current);
+  }
 }
 
 // Fails when `thread` waits for `other` in vain.
@@ -258,6 +275,7 @@ void Engine::start_block(std::uint64_t block) {
   next_.resize(count);
   std::iota(next_.begin(), next_.end(), 0);
   returned_ = waiting_ = 0;
+  warps_.assign((count + kWarp - 1) / kWarp, Warp{});
 }
 
 bool Engine::run_block() {
@@ -375,25 +393,16 @@ int Engine::barrier(Site site, Vote vote, int predicate) {
   self.site = site;
   self.predicate = predicate;
   self.state = State::at_barrier;
+  warp().away |= lane_bit();
   for (int i = 0; returned_ > 0 && i < count; ++i) check_reachable(current, i);
-  if (waiting_ > 0) {
-    for (int i = 0; i < count; ++i) {
-      const Thread& other = threads_[i];
-      if (i == current || other.state != State::at_barrier) continue;
-      if (!same_place(other.site, site)) {
-        fail("divergent barrier: thread " + index_text(self.index) + " waits at " + place(site) +
-             ", thread " + index_text(other.index) + " at " + place(other.site));
-      }
-      break;
-    }
-  }
-  const int first = current / kWarp * kWarp;
-  for (int i = first; i < std::min(first + kWarp, count); ++i) {
+  if (waiting_ == 0) barrier_site_ = site;
+  for (int i = 0; !same_place(barrier_site_, site) && i < count; ++i) {
     const Thread& other = threads_[i];
-    if (other.state == State::at_collective && (other.collective->mask >> (current - first) & 1u) != 0) {
-      check_reachable(i, current);
-    }
+    if (i == current || other.state != State::at_barrier) continue;
+    fail("divergent barrier: thread " + index_text(self.index) + " waits at " + place(site) + ", thread " +
+         index_text(other.index) + " at " + place(other.site));
   }
+  check_not_awaited();
   ++waiting_;
   if (waiting_ == count) {
     waiting_ = 0;
@@ -408,6 +417,7 @@ int Engine::barrier(Site site, Vote vote, int predicate) {
       threads_[i].state = State::ready;
       next_.push_back(i);
     }
+    warps_.assign(warps_.size(), Warp{});
   }
   wait(self.state);
   return self.predicate;
@@ -416,34 +426,35 @@ int Engine::barrier(Site site, Vote vote, int predicate) {
 void Engine::collective(const Collective& call) {
   Thread& self = me();
   const int first = current / kWarp * kWarp, lanes = std::min(kWarp, count - first);
-  if ((call.mask >> (current - first) & 1u) == 0) {
+  Warp& warp = this->warp();
+  if ((call.mask & lane_bit()) == 0) {
     fail("calls " + place(call.site) + " with mask " + hexadecimal(call.mask) +
          ", which lacks its own lane " + std::to_string(current - first));
   }
   self.site = call.site;
   self.collective = &call;
   self.state = State::at_collective;
-  bool complete = true;
-  for (int lane = 0; lane < lanes; ++lane) {
+  warp.meeting |= lane_bit();
+  // Lanes that a last warp does not have are not waited for.
+  const unsigned mask = call.mask & (lanes == kWarp ? ~0u : (1u << lanes) - 1);
+  for (unsigned rest = mask & warp.away; rest != 0; rest &= rest - 1) {
+    check_reachable(current, first + __builtin_ctz(rest));
+  }
+  bool complete = (mask & ~warp.meeting) == 0;
+  void* payloads[kWarp] = {};
+  for (unsigned rest = complete ? mask : 0; rest != 0; rest &= rest - 1) {
+    const int lane = __builtin_ctz(rest);
     const Thread& other = threads_[first + lane];
-    if ((call.mask >> lane & 1u) == 0) continue;
-    check_reachable(current, first + lane);
-    complete = complete && other.state == State::at_collective && other.collective->mask == call.mask &&
-               same_place(other.site, call.site);
+    complete = complete && other.collective->mask == call.mask && same_place(other.site, call.site);
+    payloads[lane] = other.collective->payload;
   }
   if (complete) {
-    void* payloads[kWarp] = {};
-    unsigned mask = 0;
-    for (int lane = 0; lane < lanes; ++lane) {
-      if ((call.mask >> lane & 1u) == 0) continue;
-      payloads[lane] = threads_[first + lane].collective->payload;
-      mask |= 1u << lane;
-    }
     call.complete(payloads, mask);
-    for (int lane = 0; lane < lanes; ++lane) {
-      if ((mask >> lane & 1u) == 0) continue;
-      threads_[first + lane].state = State::ready;
-      next_.push_back(first + lane);
+    warp.meeting &= ~mask;
+    for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
+      const int i = first + __builtin_ctz(rest);
+      threads_[i].state = State::ready;
+      next_.push_back(i);
     }
   }
   wait(self.state);
