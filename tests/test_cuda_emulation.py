@@ -37,6 +37,9 @@ FOUND_BY_RECORDS = {
     "missing_barrier": rf"{RACE}__syncthreads between|reads {TILE}, which nothing has written",
     "missing_barrier_in_loop": rf"{RACE}__syncthreads between",
     "missing_warp_barrier": rf"{RACE}__syncwarp or __syncthreads between",
+    "barrier_of_half_warp": rf"{RACE}__syncwarp or __syncthreads between",
+    "shared_atomics": rf"(reads|atomically updates) shared array 'sums' byte \d+ of 16, which {THREAD}"
+    "( and others)? has (updated|read) without __sync",
     "return_before_barrier": rf"divergent barrier: {THREAD} waits at {at('__syncthreads')}, "
     rf"which {THREAD} never reaches: it has returned from the kernel",
     "two_barriers": rf"divergent barrier: {THREAD} waits at {at('__syncthreads')}, "
@@ -134,6 +137,10 @@ def expected(name: str) -> Tensor:
         return values[(i + 33) % N] * 3
     if name == "missing_warp_barrier":
         return values[i ^ 1] * 32
+    if name == "barrier_of_half_warp":
+        return values[i ^ 15] + 0 + 1 + 2
+    if name == "shared_atomics":
+        return values * 16
     if name in ("shuffle_in_branch", "shuffles_in_two_branches"):
         return values[i ^ 1]
     if name == "shuffle_from_missing_lane":
@@ -165,7 +172,15 @@ def test_bug_is_found(name: str) -> None:
 @pytest.mark.parametrize("order", ["forward", "reversed"])
 @pytest.mark.parametrize(
     "name",
-    ["missing_barrier", "missing_barrier_in_loop", "missing_warp_barrier", "sum_over_blocks", "last_block"],
+    [
+        "missing_barrier",
+        "missing_barrier_in_loop",
+        "missing_warp_barrier",
+        "barrier_of_half_warp",
+        "shared_atomics",
+        "sum_over_blocks",
+        "last_block",
+    ],
 )
 def test_races_are_found_in_any_order(name: str, order: str) -> None:
     with pytest.raises(EmulationError):

@@ -20,7 +20,12 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if !defined(__x86_64__) && !defined(__aarch64__)
+// VISIONLLM_EMULATION_UCONTEXT chooses the portable switch on these machines too.
+#if defined(__x86_64__) && !defined(VISIONLLM_EMULATION_UCONTEXT)
+#define VISIONLLM_SWITCH_X86_64 1
+#elif defined(__aarch64__) && !defined(VISIONLLM_EMULATION_UCONTEXT)
+#define VISIONLLM_SWITCH_AARCH64 1
+#else
 #include <ucontext.h>
 #endif
 
@@ -36,7 +41,7 @@ constexpr std::size_t kStackBytes = 128 * 1024;
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if defined(VISIONLLM_SWITCH_X86_64)
 
 // void visionllm_switch(void** save_stack_pointer, void* stack_pointer): System V, so rdi and rsi.
 asm(R"(
@@ -71,7 +76,7 @@ static void* initial_stack(char* top, void (*entry)()) {
   return words;
 }
 
-#elif defined(__aarch64__)
+#elif defined(VISIONLLM_SWITCH_AARCH64)
 
 asm(R"(
 .text

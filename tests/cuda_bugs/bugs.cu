@@ -78,6 +78,37 @@ __global__ void missing_warp_barrier_kernel(float* output, const float* input, i
   if (i < n) output[i] = tile[i ^ 1] * sum;
 }
 
+// Half-warps that keep to themselves, and read one element all together before it is set again; the wrong kernel looks
+// into the other half.
+template <bool fixed>
+__global__ void barrier_of_half_warp_kernel(float* output, const float* input) {
+  VISIONLLM_SHARED_ARRAY(float, tile, 64);
+  const int i = threadIdx.x, first = i / 16 * 16;
+  const unsigned half = i % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
+  tile[i] = input[i];
+  __syncwarp(half);
+  float sum = tile[i ^ (fixed ? 15 : 16)];
+  __syncwarp(half);
+  for (int round = 0; round < 3; ++round) {
+    if (i == first + round) tile[first] = static_cast<float>(round);
+    __syncwarp(half);
+    sum += tile[first];
+    __syncwarp(half);
+  }
+  output[i] = sum;
+}
+
+template <bool fixed>
+__global__ void shared_atomics_kernel(float* output, const float* input) {
+  VISIONLLM_SHARED_ARRAY(float, sums, 4);
+  const int i = threadIdx.x;
+  if (i < 4) sums[i] = 0.0f;
+  __syncthreads();
+  atomicAdd(sums + i % 4, 1.0f);
+  if (fixed) __syncthreads();
+  output[i] = input[i] * sums[i % 4];
+}
+
 template <bool fixed>
 __global__ void return_before_barrier_kernel(float* output, const float* input, int n) {
   VISIONLLM_SHARED_ARRAY(float, tile, 64);
@@ -377,6 +408,8 @@ VISIONLLM_BUG(missing_barrier_in_loop,
               VISIONLLM_RUN(missing_barrier_in_loop_kernel, 1, 64, 0, c.output, c.input, c.n))
 VISIONLLM_BUG(missing_warp_barrier,
               VISIONLLM_RUN(missing_warp_barrier_kernel, 1, 64, 0, c.output, c.input, c.n))
+VISIONLLM_BUG(barrier_of_half_warp, VISIONLLM_RUN(barrier_of_half_warp_kernel, 1, 64, 0, c.output, c.input))
+VISIONLLM_BUG(shared_atomics, VISIONLLM_RUN(shared_atomics_kernel, 1, 64, 0, c.output, c.input))
 VISIONLLM_BUG(return_before_barrier,
               VISIONLLM_RUN(return_before_barrier_kernel, 1, 64, 0, c.output, c.input, c.n))
 VISIONLLM_BUG(two_barriers, VISIONLLM_RUN(two_barriers_kernel, 1, 64, 0, c.output, c.input))
