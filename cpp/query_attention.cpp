@@ -1,4 +1,5 @@
-// Argument checks and dispatch of batched query decoding; the contract is in include/visionllm/query_attention.h.
+// Argument checks and dispatch of batched query decoding; the contract is in
+// include/visionllm/query_attention.h.
 #include "visionllm/query_attention.h"
 
 #include <algorithm>

@@ -1,19 +1,21 @@
 // Batched query decoding, forward; the contract is in visionllm/query_attention.h, the backward in
 // query_attention_backward.cu.
 //
-//   output = softmax([rope(q) . prefix_k, rope(q) . rope(k) of the own group, causal] / sqrt(D)) [prefix_v, v]
+//   output = softmax([rope(q) . prefix_k, rope(q) . rope(k) of the own group, causal] / sqrt(D))
+//            [prefix_v, v]
 //
-// One launch. A block has one KV head and 128 consecutive query rows of it (float32: 64), whichever groups and
-// query heads they are of, and walks over the prefix and then over the tokens of its groups in tiles of 64 keys
-// (float32: 32), the next tile being copied while this one is worked on. Both parts go into the same online
-// softmax. A warp has 16 rows and leaves out tiles of slots that none of its rows sees. Few rows with a long
-// prefix: the walk is divided among several blocks, whose results a second kernel merges.
+// One launch. A block has one KV head and 128 consecutive query rows of it (float32: 64), whichever groups
+// and query heads they are of, and walks over the prefix and then over the tokens of its groups in tiles of
+// 64 keys (float32: 32), the next tile being copied while this one is worked on. Both parts go into the same
+// online softmax. A warp has 16 rows and leaves out tiles of slots that none of its rows sees. Few rows with
+// a long prefix: the walk is divided among several blocks, whose results a second kernel merges.
 //
-// Counted for 500 boxes as 100 groups of 5 slots, prefix 300, 32 heads of 128, bfloat16 (minimum in brackets):
+// Counted for 100 groups of 5 slots, prefix 300, 32 heads of 128, bfloat16 (minimum in brackets):
 //   device memory  q, k, v, output 16.4 MB + prefix 4.9 MB + logsumexp 0.06 MB = 21.4 MB (21.3 MB)
-//   L2 to blocks   128 blocks x (Q 32 KiB + 300 prefix tokens and 128 to 136 own tokens x 512 B) = 33 MB;
-//                  K and V copied per group would be 100 x 4.9 MB
-//   products       512 rows x (320 prefix + 64 or 128 own keys) x 32 heads x 4 x 128 = 3.2 to 3.8 GFLOP (2.5)
+//   L2 to blocks   128 blocks, for each 32 KiB of queries and 428 to 440 keys of 512 B: 32 MB;
+//                  with K and V copied per group the prefix alone would be 492 MB, from device memory
+//   products       512 rows x (320 prefix + 64 or 128 own keys) x 32 heads x 4 x 128 = 3.3 GFLOP (2.5)
+// and for 100 groups of 49 slots: 166 MB (166), 327 MB, 33.9 GFLOP (26.1).
 // Shared memory at D > 64: 96 KiB in all types.
 #include "query_attention.h"
 

@@ -7,19 +7,18 @@
 // where ' means rotated; grad_q and grad_k are turned back by their slots' angles.
 //
 // Two launches, no atomics, every sum in a fixed order:
-//   1. grad_q: a block has 128 query rows of a KV head (float32: 64) and walks over the keys as the forward does;
-//      it leaves the rows' means in the workspace.
+//   1. grad_q: a block has 128 query rows of a KV head (float32: 64) and walks over the keys as the
+//      forward does; it leaves the rows' means in the workspace.
 //   2. grad_k, grad_v: a block has 64 keys of a KV head, prefix or slots, and walks over the query rows that
-//      see them, all rows for the prefix, in tiles of 32 (float32: 16). A warp has 16 keys and computes scores
-//      with keys as rows, so that weights go from accumulators into the next product without a detour.
+//      see them, all rows for the prefix, in tiles of 32 (float32: 16). A warp has 16 keys and computes
+//      scores with keys as rows, so that weights go from accumulators into the next product without a detour.
 //
 // Counted for 100 groups of 5 slots, prefix 300, 32 heads of 128, bfloat16 (minimum in brackets; a product is
 // 500 rows x 303 keys x 32 heads x 2 x 128 = 1.24 GFLOP, of which the backward has 5 and recomputes 2):
 //   device memory  1. q, k, v, output, grad_output, grad_q 24.6 MB + prefix 4.9 MB   2. q, k, v, grad_output,
 //                  grad_k, grad_v 24.6 MB + prefix and its gradient 9.8 MB; 64 MB (43 MB if all inputs stayed
 //                  in the L2 cache between the launches, as they do on a GPU with 50 MB of it)
-//   products       1. 3 x 512 x (320 + 64 .. 128) x 32 x 256   2. 4 x (320 x 512 + 512 x 32 .. 64) x 32 x 256;
-//                  10.6 to 11.9 GFLOP (8.7)
+//   products       1. 4.6 GFLOP   2. 5.8 GFLOP; 10.5 GFLOP (8.7); 100 groups of 49 slots: 105.5 GFLOP (91.3)
 // Shared memory at D > 64: 1. 96 KiB in all types; 2. 64.5 KiB, float32 96.25 KiB.
 #include "query_attention.h"
 #include "query_attention_tile.cuh"

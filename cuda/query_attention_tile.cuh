@@ -1,11 +1,11 @@
-// What the kernels of query_attention and its backward share: tiles in shared memory, tensor-core operands, the
-// walk over the keys that a tile of queries sees, rotation, and stores of finished rows.
+// What the kernels of query_attention and its backward share: tiles in shared memory, tensor-core operands,
+// the walk over the keys that a tile of queries sees, rotation, and stores of finished rows.
 //
-// The query rows of one KV head are numbered row = token * R + r with token = m * S + s and R = H / Hkv: the R
-// heads that share keys stand together, and a tile of rows needs the keys of few groups.
+// The query rows of one KV head are numbered row = token * R + r with token = m * S + s and R = H / Hkv: the
+// R heads that share keys stand together, and a tile of rows needs the keys of few groups.
 //
-// Tiles are [rows][DP] with DP = 64 or 128 >= D, zero beyond D. The 16-byte pieces of a row are permuted by the
-// row's number, so that neither ldmatrix (8 rows at one column) nor a float32 operand meets a bank twice.
+// Tiles are [rows][DP] with DP = 64 or 128 >= D, zero beyond D. The 16-byte pieces of a row are permuted by
+// the row's number, so that neither ldmatrix (8 rows at one column) nor a float32 operand meets a bank twice.
 #pragma once
 
 #include "device/async_copy.cuh"
@@ -24,7 +24,7 @@ __device__ __forceinline__ int tile_offset(int row, int column) {
   return row * DP + (((column / V) ^ (row & 7)) * V) + column % V;
 }
 
-// ---- operands of one warp's products ----------------------------------------------------------------------------
+// ---- operands of one warp's products ----------------------------------------------------------------------
 
 // 16-bit elements: 16 x 8 x 16 products.
 template <typename T>
@@ -73,8 +73,8 @@ struct Operands {
   }
 };
 
-// float32: every factor is the sum of two tf32 numbers (12 bits each with the sign of the second), and three of the
-// four products are taken; what is left out is at most 2^-21 of the product.
+// float32: every factor is the sum of two tf32 numbers, and three
+// of the four products are taken; what is left out is at most 2^-21 of the product.
 template <>
 struct Operands<float> {
   static constexpr int kStep = 8;
@@ -109,8 +109,8 @@ struct Operands<float> {
     }
   }
 
-  // Accumulators hold columns 2t and 2t + 1 where A wants t and t + 4: as the order of a sum is free, the rows
-  // of B take the same exchange.
+  // Accumulators hold columns 2t and 2t + 1 where A wants t and t + 4: as the order of a sum is free, the
+  // rows of B take the same exchange.
   template <int DP>
   static __device__ __forceinline__ void load_b_rows(B (&b)[2], const float* tile, int k, int n, int lane) {
     const int g = lane >> 2, t = lane & 3;
@@ -175,7 +175,7 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[DP / 8][4], cons
   }
 }
 
-// ---- addresses --------------------------------------------------------------------------------------------------
+// ---- addresses --------------------------------------------------------------------------------------------
 
 // What a block works on, and the sizes that follow from the parameters.
 struct Place {
@@ -220,13 +220,15 @@ struct Place {
   }
 };
 
-// ---- tiles: loading, rotating -----------------------------------------------------------------------------------
+// ---- tiles: loading, rotating -----------------------------------------------------------------------------
 
 // Starts copying Rows rows; row_of(i) is the address of row i, or null for a row of zeros. All threads call.
 template <typename T, int DP, int Rows, int Threads, typename RowOf>
 __device__ __forceinline__ void load_tile(T* tile, int channels, RowOf row_of) {
   constexpr int V = kVectorSize<T>, kPieces = DP / V;
-#pragma unroll
+  // Beside the backward's float32 accumulators there is no room for the addresses of several pieces or rows.
+  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 2 ? 4 : 1;
+#pragma unroll kUnroll
   for (int first = 0; first < Rows * kPieces; first += Threads) {
     const int piece = first + static_cast<int>(threadIdx.x);
     if (Rows * kPieces % Threads != 0 && piece >= Rows * kPieces) break;
@@ -237,14 +239,16 @@ __device__ __forceinline__ void load_tile(T* tile, int channels, RowOf row_of) {
   }
 }
 
-// Rotates rows in place, half a warp each: first, first + step, ... below end, where `first` is the lower half's;
-// angles_of(i) is where row i's angles are in the tables, or negative for a row to be left alone. Other
-// threads' rows are not touched.
+// Rotates rows in place, half a warp each: first, first + step, ... below end, where `first` is the lower
+// half's; angles_of(i) is where row i's angles are in the tables, or negative for a row to be left alone.
+// Other threads' rows are not touched.
 template <typename T, int DP, typename AnglesOf>
 __device__ __forceinline__ void rotate_rows(T* tile, int first, int end, int step,
                                             const QueryAttentionParams& p, int lane, AnglesOf angles_of) {
   const int half = p.channels / 2, column = (lane & 15) * 4;
   if (column >= half) return;
+  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 2 ? 4 : 1;
+#pragma unroll kUnroll
   for (int row = first + (lane >> 4); row < end; row += step) {
     const std::int64_t angles = angles_of(row);
     if (angles < 0) continue;
@@ -343,12 +347,12 @@ struct WarpRows {
   }
 };
 
-// ---- finished rows ----------------------------------------------------------------------------------------------
+// ---- finished rows ----------------------------------------------------------------------------------------
 
 template <int DP>
 constexpr int kStagingStride = DP + 8;  // in floats: accumulators are written without bank conflicts
 
-// A warp puts its 16 rows of accumulators into its own part of shared memory; rows g and g + 8 times factor[].
+// A warp puts its 16 rows of accumulators, rows g and g + 8 times factor[], into its own shared memory.
 template <int DP>
 __device__ __forceinline__ void stage_rows(float* staging, const float (&sums)[DP / 8][4],
                                            const float (&factor)[2], int lane) {

@@ -1,5 +1,6 @@
-// Batched query decoding: M groups of S slots attend to one shared prefix and causally to their own group, with
-// RoPE of the slots fused (Su et al., "RoFormer", 2021, with the halves of a head rotated against each other).
+// Batched query decoding: M groups of S slots attend to one shared prefix and causally to their own group,
+// with RoPE of the slots fused (Su et al., "RoFormer", 2021, with the halves of a head rotated against each
+// other).
 //
 //   output[b, m, s, h] = softmax over t of (rope(q)[b, m, s, h] . K_t / sqrt(D)) V_t,  where (K_t, V_t) are
 //       the first prefix_length[b] tokens of (prefix_k, prefix_v)[b, :, g] and the slots 0 .. s of group m,
@@ -13,18 +14,19 @@
 //   k, v                [B, M, S, Hkv, D]  q's type; k not rotated
 //   prefix_k, prefix_v  [B, P, Hkv, D]     q's type; prefix_k rotated already
 //   prefix_length       [B]                int64; real tokens stand first, what is behind them is not read
-//   cosine, sine        [positions, D / 2] float32, contiguous, positions >= P + S; slot s of every group of b
+//   cosine, sine        [positions, D / 2] float32, contiguous, positions >= P + S; slot s of a group of b
 //                                          has position prefix_length[b] + s. Both absent: no rotation
 //   output              [B, M, S, H, D]    q's type, contiguous
 //   logsumexp           [B, M, S, H]       float32, contiguous
 //
-// In q, k, v, prefix_k, prefix_v and grad_output D is contiguous; their other strides are free multiples of 16
-// bytes (0 too), which those of views of one projection of q, k and v are. Every address is a multiple of 16 bytes.
+// In q, k, v, prefix_k, prefix_v and grad_output D is contiguous; their other strides are free multiples of
+// 16 bytes (0 too), which those of views of one projection of q, k and v are. Every address is a multiple of
+// 16 bytes.
 //
-// Sums and softmax are float32; products of bfloat16 and float16 take rotated q and k and the softmax's weights
-// rounded to that type. Results are deterministic. On CUDA a prefix_length outside 0 .. P is clamped (checking
-// it would mean waiting for the device), and infinities or NaN in v of one group may reach the slots of groups
-// near it.
+// Sums and softmax are float32; products of bfloat16 and float16 take rotated q and k and the softmax's
+// weights rounded to that type. Results are deterministic. On CUDA a prefix_length outside 0 .. P is clamped
+// (checking it would mean waiting for the device), and infinities or NaN in v of one group may reach the
+// slots of groups near it.
 #pragma once
 
 #include "visionllm/execution.h"
@@ -46,9 +48,10 @@ Status query_attention(const TensorView& output, const TensorView& logsumexp, co
                        const TensorView& prefix_length, const TensorView& cosine, const TensorView& sine,
                        const Execution& execution);
 
-// Gradients of a scalar loss with respect to q and k before rotation, v, prefix_k and prefix_v; every element is
-// written (not added to), with zeros behind prefix_length. They are contiguous and have their input's shape
-// and type. output and logsumexp are the forward's; workspace is float32 [B, M, S, H], contiguous.
+// Gradients of a scalar loss with respect to q and k before rotation, v, prefix_k and prefix_v; every
+// element is written (not added to), with zeros behind prefix_length. They are contiguous and have their
+// input's shape and type. output and logsumexp are the forward's; workspace is float32 [B, M, S, H],
+// contiguous.
 Status query_attention_backward(const TensorView& grad_q, const TensorView& grad_k, const TensorView& grad_v,
                                 const TensorView& grad_prefix_k, const TensorView& grad_prefix_v,
                                 const TensorView& workspace, const TensorView& grad_output,

@@ -150,7 +150,8 @@ class _Reference:
         if cosine is not None and sine is not None:
             own = torch.arange(n.slots, device=q.device)
             position = prefix_length.to(q.device).clamp(0, n.prefix)[:, None] + own  # [B, S]
-            self.table = tuple(t[position].to(self.dtype)[:, None, :, None] for t in (cosine, sine))
+            own_cosine, own_sine = (t[position].to(self.dtype)[:, None, :, None] for t in (cosine, sine))
+            self.table = own_cosine, own_sine
         self.q = self.rotated(q.to(self.dtype), 1).unflatten(3, (n.kv_heads, n.heads // n.kv_heads))
         self.k, self.v = self.rotated(k.to(self.dtype), 1), v.to(self.dtype)
         # Selected, not multiplied by zero: NaN behind the prefix's end stays there.
