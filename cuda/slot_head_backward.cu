@@ -107,7 +107,7 @@ __device__ __forceinline__ void load_right_by_row(std::uint32_t (&b)[4][2], unsi
 }
 
 template <typename T>
-__global__ __launch_bounds__(kThreads, 1) void product_kernel(ProductParams p) {
+__global__ __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1) void product_kernel(ProductParams p) {
   constexpr int kDepth = kLineElements<T>, kChunk = 16 / static_cast<int>(sizeof(T));
   constexpr int kRightChunks = kTile / kChunk;          // of a line
   constexpr int kRightLines = kThreads / kRightChunks;  // of a pass
