@@ -9,10 +9,26 @@
 //
 // grad_value is summed in float32 by atomic additions of 16 bytes (sm_90) or 4, in no fixed order; or,
 // deterministic, this kernel writes a list of its points and ms_deform_attn_deterministic.cu adds them up.
+//
+// Counted for the paper's encoder, as in ms_deform_attn.cu:
+//   compulsory   103 MB: value, locations, weights and grad_output read, three gradients written.
+//   besides      for 16-bit values, float32 sums are zeroed, added to in L2 and read again, 22.8 MB each.
+//   gathered     645 MB, of which tiles of 8 x 4 queries leave 158 MB for L2.
+//   atomics      80.6 M additions of 16 bytes = 1289 MB to L2, which would be 322 M one by one. Of the points
+//                of one item and level 11 to 29 % share a cell with another: merging these in registers does
+//                not pay for the 32 registers it takes. Summing a block's tile in shared memory first would
+//                leave a quarter, but float32 is added there by compare-and-swap loops, channel by channel.
+//   arithmetic   2.2 GFLOP.
 #include "ms_deform_attn_points.cuh"
 
 namespace visionllm::cuda {
 namespace {
+
+constexpr int kMaxThreads = 256;
+
+// Shared memory for what the fused form keeps: two such blocks fit on every multiprocessor. At least one warp
+// of single lanes with L * P = 128 points, which is 16 KiB.
+constexpr std::size_t kMaxKeptBytes = 32 * 1024;
 
 // The way from where the lane's channels begin in pixel 0 to the cell's top left pixel of value, as in
 // ms_deform_attn.cu; and for grad_value, whose strides differ, the pixel's number and the level's width.
@@ -312,15 +328,18 @@ Status fill_zero(float* target, std::int64_t size, cudaStream_t stream) {
 
 template <typename T, int kVector>
 Status launch_points(const MsDeformAttnParams& params, cudaStream_t stream) {
-  const int threads = threads_for(params, kVector);
-  const Partition partition = partition_of(params, kVector, threads);
+  int threads = 0;
+  if (Status status = threads_for(params, kVector, kMaxThreads, &threads); !status.ok()) return status;
+  Partition partition = partition_of(params, kVector, threads);
   const bool fused = params.reference != nullptr;
+  const auto kept_bytes = [&]() -> std::size_t {
+    return fused ? sizeof(float) * (threads >> partition.lanes_log2) * params.levels * params.points : 0;
+  };
+  while (kept_bytes() > kMaxKeptBytes) partition = partition_of(params, kVector, threads /= 2);
   const auto kernel = fused ? ms_deform_attn_backward_kernel<T, kVector, true>
                             : ms_deform_attn_backward_kernel<T, kVector, false>;
-  const std::size_t kept =
-      fused ? sizeof(float) * (threads >> partition.lanes_log2) * params.levels * params.points : 0;
-  return launch("ms_deform_attn_backward", kernel, grid_for(partition.pieces), threads, kept, stream, params,
-                partition);
+  return launch("ms_deform_attn_backward", kernel, grid_for(partition.pieces), threads, kept_bytes(), stream,
+                params, partition);
 }
 
 template <typename T>

@@ -8,6 +8,11 @@
 // on them as on fine ones.
 //
 // Levels are summed one launch after the other, since nothing forbids that two share pixels.
+//
+// Counted for the paper's encoder, as in ms_deform_attn.cu: the list is 34 MB. Of it the warps read 2.0 GB
+// from L2, half of that for the coarsest level, where 273 tiles of one pixel meet 43 % of the bounds; without
+// the bounds it would be 9.3 GB. 2.6 M points with a corner inside fall on 5.5 M tiles, each time with a read
+// of 128 bytes of grad_output (64 in 16 bits) for the 32 channels.
 #include <climits>
 
 #include "ms_deform_attn_points.cuh"

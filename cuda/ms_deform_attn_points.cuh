@@ -291,8 +291,7 @@ __device__ __forceinline__ void add_scaled(float (&sum)[kVector], float factor,
 
 // ---- Launching --------------------------------------------------------------------------------------------
 
-constexpr int kMaxThreads = 256;  // of a block
-constexpr int kMinThreads = 64;   // where few queries would leave multiprocessors idle
+constexpr int kMinThreads = 64;  // of a block, where few queries would leave multiprocessors idle
 
 #ifdef VISIONLLM_EMULATION
 constexpr std::int64_t kMaxBlocks = 24;  // so that tests walk in strides of the grid
@@ -352,9 +351,12 @@ inline Partition partition_of(const MsDeformAttnParams& params, int vector, int 
   return partition;
 }
 
-// Two blocks for each multiprocessor of the largest GPU (H100: 132), or small blocks.
-inline int threads_for(const MsDeformAttnParams& params, int vector) {
-  return partition_of(params, vector, kMaxThreads).pieces >= 264 ? kMaxThreads : kMinThreads;
+// `most`, but few where there would not be two blocks for each multiprocessor.
+inline Status threads_for(const MsDeformAttnParams& params, int vector, int most, int* threads) {
+  int multiprocessors = 0;
+  const Status status = multiprocessor_count(&multiprocessors);
+  *threads = partition_of(params, vector, most).pieces >= 2 * multiprocessors ? most : kMinThreads;
+  return status;
 }
 
 // Calls function(T{}, std::integral_constant<int, kVector>{}) for value's type and the widest move that fits.

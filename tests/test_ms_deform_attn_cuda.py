@@ -254,18 +254,22 @@ def test_levels_that_share_pixels(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_large_blocks(way: str) -> None:
-    """Enough queries for blocks of 256 threads; the tests above have 64."""
-    inputs = sample_inputs(
-        batch=1, heads=8, channels=128, queries=270, points=1, levels=((3, 5),), dtype=torch.float32
+    """Two blocks for each multiprocessor make blocks large; most of the tests above have 64 threads."""
+    inputs = sample_inputs(batch=1, heads=3, channels=128, queries=21, points=3, levels=((3, 5),))
+    few = {} if way == "device" else dict(multiprocessors=1)
+    assert_matches_reference(inputs, way, **few)
+    if way == "emulated":
+        with kernels(way, **few) as emulation:
+            plain._forward_cuda(*inputs.args())
+            assert emulation is not None and emulation.launches[0].block[0] == 512
+
+
+def test_fused_backward_in_little_shared_memory() -> None:
+    """It keeps L P numbers for each item, and a block of narrow heads has many items."""
+    inputs = fused_sample_inputs(
+        dtype=torch.bfloat16, batch=1, heads=4, channels=8, queries=65, points=16, levels=((2, 3),) * 8
     )
-    grad_output = gradient_like(inputs)
-    expected, expected_grads = expected_results(inputs, grad_output)
-    with kernels(way) as emulation:
-        output = plain._forward_cuda(*placed(inputs, way, "host")).cpu()
-    if emulation is not None:
-        assert emulation.launches[0].block[0] == 256
-    assert_close("output", output, expected, tolerance(inputs, torch.float32))
-    assert_grads_close(inputs, backward(inputs, grad_output, way), expected_grads)
+    assert_matches_reference(inputs, "emulated", multiprocessors=1)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -392,21 +396,15 @@ def test_offsets_beyond_two_to_the_31() -> None:
 
 
 def test_blocks_have_neighbouring_pixels() -> None:
-    """Where queries are pixels, tiles of 4 x 4 with two heads of 32 bfloat16 channels, which share a line."""
+    """64 threads have 8 queries of two heads of 32 bfloat16 channels: 4 x 2 where queries are pixels."""
     inputs = sample_inputs(
-        encoder=True, levels=((9, 10), (4, 5)), heads=3, batch=1, points=1, dtype=torch.bfloat16
+        encoder=True, levels=((5, 6), (3, 3)), heads=2, batch=1, points=1, dtype=torch.bfloat16
     )
-    grids = {}
-    for levels in ("host", "device"):
-        with kernels("emulated", levels) as emulation:
+    for levels, blocks in (("host", 2 * 3 + 1 * 2), ("device", -(-39 // 8))):
+        with kernels("emulated", levels, multiprocessors=1000) as emulation:
             plain._forward_cuda(*inputs.args())
-            assert emulation is not None
-            grids[levels] = emulation.launches[0].grid[0], emulation.launches[0].block[0]
-    # 64 threads are 16 items of 4 lanes: 4 x 2 queries of 2 heads. 3 * 5 and 2 * 2 tiles, 2 pairs of heads;
-    # under emulation a grid has at most 24 blocks.
-    assert grids["host"] == (24, 64)
-    # In a row, 8 queries to a block: 14 tiles.
-    assert grids["device"] == (24, 64)
+        assert emulation is not None
+        assert [(n.grid[0], n.block[0]) for n in emulation.launches] == [(blocks, 64)]
 
 
 def test_refusals() -> None:
