@@ -71,6 +71,8 @@ _SPELLED_OUT = {"slot_head_predict": _predict, "slot_head_cross_entropy": _cross
 CASES = (
     Case("ms_deform_attn", "ms_deform_attn", dict(queries=5, heads=3, channels=24, points=3)),
     Case("ms_deform_attn", "ms_deform_attn", dict(queries=70, heads=2, channels=32)),
+    Case("ms_deform_attn_fused", "ms_deform_attn_fused", dict(queries=5, heads=3, channels=24, points=3)),
+    Case("ms_deform_attn_fused", "ms_deform_attn_fused", dict(queries=70, heads=2, boxes=True)),
     Case("lora_linear", "lora_linear", dict(rows=3, inputs=72, outputs=40)),
     Case("lora_linear", "lora_linear", dict(rows=133, inputs=72, outputs=200, rank=16)),
     Case("lora_linear", "lora_linear", dict(rows=37, adapters=3, indexed=True)),
