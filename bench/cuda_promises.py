@@ -46,7 +46,123 @@ class Promise:
         return problems
 
 
-PROMISES: tuple[Promise, ...] = ()
+_16 = "(?:bf16|fp16)"
+_ANY = "(?:bf16|fp16|fp32)"
+_BOOL = "(?:true|false)"
+
+# Dynamic shared memory is that of C = 256 channels in heads of 32, 64 text tokens, 4 levels of 4 points.
+PROMISES = (
+    # One channel a lane serves head dimensions that are no multiple of a vector.
+    Promise(f"ms_deform_attn_kernel<{_ANY}, 1, {_BOOL}>", "ms_deform_attn"),
+    Promise(f"ms_deform_attn_kernel<{_ANY}, [48], {_BOOL}>", "ms_deform_attn", loads_16=True),
+    Promise(f"ms_deform_attn_backward_kernel<{_ANY}, 1, false>", "ms_deform_attn"),
+    Promise(f"ms_deform_attn_backward_kernel<{_ANY}, [48], false>", "ms_deform_attn", loads_16=True),
+    Promise(f"ms_deform_attn_backward_kernel<{_ANY}, 1, true>", "ms_deform_attn", dynamic_shared=512),
+    Promise(
+        f"ms_deform_attn_backward_kernel<{_ANY}, ([48]), true>",
+        "ms_deform_attn",
+        loads_16=True,
+        dynamic_shared=lambda m: 512 * int(m[1]),
+    ),
+    Promise("reference_gradient_kernel|fill_zero_kernel", "ms_deform_attn"),
+    Promise(f"convert_kernel<{_ANY}>", "ms_deform_attn"),
+    Promise("(?:bounds|gather)_kernel(?:<.*>)?", "ms_deform_attn"),
+    # lora_linear: the stream kernel for few rows, the tiled product for many; float32 multiplies in float32.
+    Promise(f"stream_kernel<{_16}, .*, true>", "lora_linear", loads_16=True, tensor=True),
+    Promise(f"stream_kernel<{_16}, .*, false>", "lora_linear", tensor=True),
+    Promise(
+        f"gemm_kernel<{_16}, .*, (64|128)>",
+        "lora_linear",
+        loads_16=True,
+        tensor=True,
+        dynamic_shared=lambda m: 4 * (int(m[1]) + 128) * 64 + int(m[1]) * 4,
+    ),
+    Promise(f"low_rank_kernel<{_16}, .*, true>", "lora_linear", loads_16=True, tensor=True),
+    Promise(f"low_rank_kernel<{_16}, .*, false>", "lora_linear", tensor=True),
+    Promise(f"outer_kernel<{_16}, true>", "lora_linear", loads_16=True, tensor=True),
+    Promise(f"outer_kernel<{_16}, false>", "lora_linear", tensor=True),
+    Promise(r"product_kernel<.*>|low_rank_float_kernel|outer_float_kernel", "lora_linear"),
+    Promise(f"add_partial_kernel<{_ANY}>", "lora_linear"),
+    # fusion_attention: float32 multiplies on tensor cores too, as three TF32 products.
+    Promise(
+        f"fusion::fusion_attention_kernel<{_16}>",
+        "fusion_attention",
+        loads_16=True,
+        tensor=True,
+        dynamic_shared=67856,
+    ),
+    Promise(
+        "fusion::fusion_attention_kernel<fp32>",
+        "fusion_attention",
+        loads_16=True,
+        tensor=True,
+        dynamic_shared=68880,
+    ),
+    Promise(
+        f"fusion::fusion_attention_backward_rows_kernel<{_ANY}>",
+        "fusion_attention",
+        loads_16=True,
+        tensor=True,
+        dynamic_shared=93200,
+    ),
+    Promise(
+        f"fusion::fusion_attention_backward_keys_kernel<{_16}>",
+        "fusion_attention",
+        loads_16=True,
+        tensor=True,
+        dynamic_shared=31744,
+    ),
+    Promise(
+        "fusion::fusion_attention_backward_keys_kernel<fp32>",
+        "fusion_attention",
+        loads_16=True,
+        tensor=True,
+        dynamic_shared=41472,
+    ),
+    Promise(
+        f"fusion::fusion_attention_backward_weights_kernel<{_ANY}>",
+        "fusion_attention",
+        loads_16=True,
+        tensor=True,
+        dynamic_shared=52224,
+    ),
+    Promise(f"fusion::fusion_attention_backward_finish_kernel<{_ANY}>", "fusion_attention"),
+    # query_attention
+    Promise(
+        f"query_attention_(?:kernel|grad_q_kernel)<{_ANY}, ([0-9]+)>",
+        "query_attention",
+        loads_16=True,
+        tensor=True,
+        dynamic_shared=lambda m: 768 * int(m[1]),
+    ),
+    Promise(
+        f"query_attention_grad_kv_kernel<({_ANY}), ([0-9]+)>",
+        "query_attention",
+        loads_16=True,
+        tensor=True,
+        dynamic_shared=lambda m: 768 * int(m[2]) + 256 if m[1] == "fp32" else 512 * int(m[2]) + 512,
+    ),
+    Promise(f"query_attention_merge_kernel<{_ANY}>", "query_attention"),
+    # slot_head
+    Promise(
+        f"slot_head_detail::logits_kernel<{_ANY}, (64|128), (64|128)>",
+        "slot_head",
+        loads_16=True,
+        tensor=True,
+        dynamic_shared=lambda m: (3 if m[1] == "128" else 4) * (int(m[1]) + int(m[2])) * 128,
+    ),
+    Promise(
+        f"slot_head_detail::product_kernel<{_ANY}>",
+        "slot_head",
+        loads_16=True,
+        tensor=True,
+        dynamic_shared=98304,
+    ),
+    Promise(
+        "slot_head_detail::(?:normalise|merge|factor|norm_weight|norm_weight_sum|norm_states)_kernel(?:<.*>)?",
+        "slot_head",
+    ),
+)
 
 
 def promise_of(kernel: str) -> Promise:
