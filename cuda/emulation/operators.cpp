@@ -114,6 +114,26 @@ VISIONLLM_OPERATOR(
 
 #ifdef VISIONLLM_EMULATE_slot_head
 #include "visionllm/slot_head.h"
+namespace visionllm {
+// `rows` [1, 1, C] is the last of [1, V, C] with such a stride, of which nothing else is in memory.
+static Status slot_head_cross_entropy_far(const TensorView& loss, const TensorView& logsumexp,
+                                          const TensorView& target_logsumexp, const TensorView& workspace,
+                                          const TensorView& states, const TensorView& rows,
+                                          const TensorView& target, const TensorView& weight,
+                                          const TensorView& valid, const TensorView& norm_weight,
+                                          double epsilon, double scale, double sigma, std::int64_t stride,
+                                          const Execution& execution) {
+  TensorView far = rows;
+  far.shape[1] = valid.shape[1], far.strides[1] = stride;
+  far.data = reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(rows.data) -
+                                     (far.shape[1] - 1) * stride * element_size(rows.dtype));
+  return slot_head_cross_entropy(loss, logsumexp, target_logsumexp, workspace, states, far, target, weight,
+                                 valid, norm_weight, epsilon, scale, sigma, execution);
+}
+}  // namespace visionllm
+VISIONLLM_OPERATOR(
+    slot_head_cross_entropy_far,
+    ">loss >logsumexp >target_logsumexp ~workspace states rows target weight valid norm_weight")
 VISIONLLM_OPERATOR(slot_head_predict,
                    ">best >probability >logsumexp >expectation >probabilities ~workspace states rows valid "
                    "norm_weight")
