@@ -195,6 +195,9 @@ def demangle(symbols: list[str]) -> dict[str, str]:
     return {s: _short(name) for s, name in zip(symbols, result.stdout.splitlines(), strict=True)}
 
 
+_TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32", "signed char": "int8"}
+
+
 def _short(name: str) -> str:
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
     name = name.replace("visionllm::cuda::", "").replace("visionllm::", "")
@@ -205,7 +208,9 @@ def _short(name: str) -> str:
             name = name[:i]
             break
     name = re.sub(r"\((?:bool|int|unsigned int|long)\)", "", name)  # casts of template arguments
-    return name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace("float", "fp32")
+    for type_name, short in _TYPES.items():
+        name = re.sub(rf"\b{type_name}\b", short, name)
+    return name
 
 
 def occupancy(chip: Chip, threads: int, registers: int, shared: int) -> float:

@@ -24,7 +24,10 @@ class Promise:
     # Bytes a block asks for at launch, at most at the model's sizes; groups of `kernels` are at hand.
     dynamic_shared: int | Callable[[re.Match[str]], int] = 0
     adapts: bool = False  # asks for less where a chip has less
-    stack: str = ""  # why it may use a stack frame; "" for: it may not
+    stack_bytes: int = (
+        0  # a thread's stack frame at most, spilled registers included; and why there may be one:
+    )
+    stack_reason: str = ""
 
     def dynamic_shared_of(self, kernel: str) -> int:
         match = re.fullmatch(self.kernels, kernel)
@@ -39,10 +42,9 @@ class Promise:
             problems.append("has no 16-byte global load")
         if self.tensor and not counts["tensor"]:
             problems.append("has no tensor-core instruction")
-        if not self.stack and stack:
-            problems.append(f"has a stack frame of {stack} bytes a thread")
-        if not self.stack and counts["local"]:
-            problems.append(f"accesses local memory in {counts['local']} places")
+        if stack > self.stack_bytes or (counts["local"] and not self.stack_reason):
+            local = counts["local"]
+            problems.append(f"has a stack frame of {stack} bytes a thread, accessed in {local} places")
         return problems
 
 

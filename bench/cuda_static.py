@@ -186,8 +186,6 @@ def problems_of(table: Mapping[str, Any], root: Path = ROOT) -> list[str]:
             problems.append(f"{source}: {error}")
             continue
         broken = promise.broken_by(kernel["counts"], kernel["stack"])
-        if kernel["spills"] and not promise.stack:
-            broken.append(f"spills {kernel['spills']} bytes")
         shared = kernel["shared"] + promise.dynamic_shared_of(name)
         if shared > CHIPS[chip].shared_bytes_block and not promise.adapts:
             broken.append("asks for more shared memory than a block can have")

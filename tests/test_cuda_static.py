@@ -36,12 +36,16 @@ def test_every_promise_is_somebodys() -> None:
     assert [p.kernels for p in PROMISES if p not in used] == []
 
 
+def test_stack_frames_are_excused_with_a_reason() -> None:
+    assert [p.kernels for p in PROMISES if bool(p.stack_bytes) != bool(p.stack_reason)] == []
+
+
 def spoilt(change) -> dict:
     """The table with one kernel's numbers for one chip changed."""
     table = copy.deepcopy(TABLE)
     for entry in table["files"].values():
         for name, chips in entry["kernels"].items():
-            if not promise_of(name).stack and promise_of(name).loads_16:
+            if not promise_of(name).stack_bytes and promise_of(name).loads_16:
                 change(chips["sm_90a"])
                 return table
     raise AssertionError("no kernel promises 16-byte loads")
@@ -50,9 +54,8 @@ def spoilt(change) -> dict:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda k: k.update(spills=8), "spills 8 bytes"),
         (lambda k: k.update(stack=16), "stack frame of 16 bytes"),
-        (lambda k: k["counts"].update(local=3), "accesses local memory in 3 places"),
+        (lambda k: k["counts"].update(local=3), "accessed in 3 places"),
         (lambda k: k["counts"].update(loads_16=0), "no 16-byte global load"),
         (lambda k: k.update(shared=228 * 1024), "more shared memory than a block can have"),
     ],
@@ -188,7 +191,7 @@ def test_compiled_kernels_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     promise = Promise(".*", "copy", loads_16=True)
     assert promise.broken_by(copying["counts"], copying["stack"]) == []
     assert bad["spills"] > 0 and bad["stack"] > 0 and bad["registers"] <= 32
-    assert len(promise.broken_by(bad["counts"], bad["stack"])) == 3
+    assert len(promise.broken_by(bad["counts"], bad["stack"])) == 2
 
 
 def test_differences_are_found_in_both_directions() -> None:
