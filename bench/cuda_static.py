@@ -1,6 +1,7 @@
 """What can be known of the CUDA kernels without a GPU: registers, memory, occupancy and machine code by chip.
 
     python bench/cuda_static.py           compile what has changed and write the table (minutes)
+    python bench/cuda_static.py cuda/slot_head.cu        look at some of the files only
     python bench/cuda_static.py --check   compile nothing; fail when the table is stale or a promise broken
     python bench/cuda_static.py --check --built DIR    also hold the object files of a CMake build against it
 
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def describe(kernels: Iterable[tuple[str, Kernel]], spills: Mapping[str, int]) -
     return dict(sorted(table.items()))
 
 
-def build(chips: Iterable[str], everything: bool) -> dict[str, Any]:
+def build(chips: Iterable[str], everything: bool, only: Sequence[str] = ()) -> dict[str, Any]:
     """Compiles what has changed since the last table, one file for one chip at a time."""
     nvcc = find_nvcc()
     if nvcc is None:
@@ -147,6 +148,10 @@ def build(chips: Iterable[str], everything: bool) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for source in sources():
         mark = digest(source)
+        if only and source not in only:
+            if source in known:
+                files[source] = known[source]
+            continue
         if known.get(source, {}).get("digest") == mark:
             files[source] = known[source]
             continue
@@ -301,7 +306,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="compile what has not changed, too")
     arguments = parser.parse_args()
     if not arguments.check:
-        table = build(CHIPS, arguments.all)
+        table = build(CHIPS, arguments.all, arguments.sources)
         RESULTS.write_text(json.dumps(table, indent=1) + "\n")
     table = json.loads(RESULTS.read_text())
     problems = problems_of(table)
