@@ -65,7 +65,9 @@ __device__ __forceinline__ void copy_chunk(unsigned char* shared, const T* sourc
 }
 
 template <typename T, typename W, bool kTransposed, int kRows>
-__global__ __launch_bounds__(kGemmThreads, kRows == 128 ? 2 : 3) void gemm_kernel(ProductParams p) {
+__global__ __launch_bounds__(kGemmThreads, kRows == 128 || (sizeof(W) == 1 && kTransposed)
+                                               ? 2
+                                               : 3) void gemm_kernel(ProductParams p) {
   using Shared = GemmShared<kRows>;
   constexpr bool kInt8 = sizeof(W) == 1;
   constexpr int kWarpRows = kRows / 2, kRowTiles = kWarpRows / 16, kColumnTiles = 8;
@@ -208,14 +210,25 @@ __global__ __launch_bounds__(kGemmThreads, kRows == 128 ? 2 : 3) void gemm_kerne
     const unsigned char* const columns = rows + Shared::kLeft;
 #pragma unroll
     for (int k = 0; k < kGemmDepth / 16; ++k) {
-      std::uint32_t a[kRowTiles][4], b[kColumnTiles][2];
+      std::uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int tile = 0; tile < kRowTiles; ++tile) {
         ldmatrix_x4(a[tile], rows + chunk_of_64(warp_row + 16 * tile + lane % 16, 2 * k + lane / 16));
       }
-      if (!kInt8 || stage >= base_stages) {
+      // int8, transposed: the scales of the lane's terms 2q, 2q + 1, 2q + 8 and 2q + 9 of these 16.
+      [[maybe_unused]] float scale[4];
+      if constexpr (kInt8 && kTransposed) {
+        const std::int64_t i0 = begin + static_cast<std::int64_t>(stage) * kGemmDepth + 16 * k + 2 * q;
 #pragma unroll
-        for (int j = 0; j < kColumnTiles; j += 2) {
+        for (int i = 0; i < 4; ++i) {
+          const std::int64_t term = i0 + i % 2 + i / 2 * 8;
+          scale[i] = term < end ? p.w_scale[term] : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; j += 2) {
+        std::uint32_t b[2][2];
+        if (!kInt8 || stage >= base_stages) {
           std::uint32_t pair[4];
           if constexpr (kTransposed) {
             ldmatrix_x4_trans(
@@ -224,43 +237,34 @@ __global__ __launch_bounds__(kGemmThreads, kRows == 128 ? 2 : 3) void gemm_kerne
             const int column = warp_column + 8 * j + lane / 16 * 8 + lane % 8;
             ldmatrix_x4(pair, columns + chunk_of_64(column, 2 * k + lane / 8 % 2));
           }
-          b[j][0] = pair[0], b[j][1] = pair[1], b[j + 1][0] = pair[2], b[j + 1][1] = pair[3];
-        }
-      } else if constexpr (kInt8 && !kTransposed) {
+          b[0][0] = pair[0], b[0][1] = pair[1], b[1][0] = pair[2], b[1][1] = pair[3];
+        } else if constexpr (kInt8) {
 #pragma unroll
-        for (int j = 0; j < kColumnTiles; ++j) {
-          const unsigned char* const chunk = columns + chunk_of_32(warp_column + 8 * j + g, k) + 2 * q;
-          const std::uint32_t bytes = *reinterpret_cast<const unsigned short*>(chunk) |
-                                      *reinterpret_cast<const unsigned short*>(chunk + 8) << 16;
-          widen_int8<T>(b[j], bytes);
-        }
-      } else if constexpr (kInt8) {
-        const std::int64_t i0 = begin + static_cast<std::int64_t>(stage) * kGemmDepth + 16 * k + 2 * q;
-        float scale[4];
-        int row[4];
+          for (int e = 0; e < 2; ++e) {
+            const int column = warp_column + 8 * (j + e) + g;
+            if constexpr (kTransposed) {
+              T element[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int away = i % 2 + i / 2 * 8;  // terms 2q, 2q + 1, 2q + 8, 2q + 9 of the 16
-          row[i] = 16 * k + 2 * q + away;
-          scale[i] = i0 + away < end ? p.w_scale[i0 + away] : 0.0f;
-        }
-#pragma unroll
-        for (int j = 0; j < kColumnTiles; ++j) {
-          const int column = warp_column + 8 * j + g;
-          T element[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const auto* const byte =
-                reinterpret_cast<const signed char*>(columns) + chunk_of_128(row[i], column / 16);
-            element[i] = from_float<T>(scale[i] * static_cast<float>(byte[column % 16]));
+              for (int i = 0; i < 4; ++i) {
+                const int row = 16 * k + 2 * q + i % 2 + i / 2 * 8;
+                const unsigned char* const byte = columns + chunk_of_128(row, column / 16) + column % 16;
+                const float value = static_cast<float>(*reinterpret_cast<const signed char*>(byte));
+                element[i] = from_float<T>(scale[i] * value);
+              }
+              b[e][0] = pack2(element[0], element[1]), b[e][1] = pack2(element[2], element[3]);
+            } else {
+              const unsigned char* const chunk = columns + chunk_of_32(column, k) + 2 * q;
+              const std::uint32_t low = *reinterpret_cast<const unsigned short*>(chunk);
+              const std::uint32_t high = *reinterpret_cast<const unsigned short*>(chunk + 8);
+              widen_int8<T>(b[e], low | high << 16);
+            }
           }
-          b[j][0] = pack2(element[0], element[1]), b[j][1] = pack2(element[2], element[3]);
         }
-      }
 #pragma unroll
-      for (int tile = 0; tile < kRowTiles; ++tile) {
+        for (int e = 0; e < 2; ++e) {
 #pragma unroll
-        for (int j = 0; j < kColumnTiles; ++j) mma_16x8x16(sum[tile][j], a[tile], b[j], T{});
+          for (int tile = 0; tile < kRowTiles; ++tile) mma_16x8x16(sum[tile][j + e], a[tile], b[e], T{});
+        }
       }
     }
   }

@@ -93,7 +93,7 @@ __global__ __launch_bounds__(kWarps* kWarpSize) void low_rank_kernel(LowRankPara
   for (int a = next_adapter(mine, -1); a != INT_MAX; a = next_adapter(mine, a)) {
     const T* const v = static_cast<const T*>(p.v) + static_cast<std::int64_t>(a) * R * p.columns;
     float sum[kTiles][4] = {};
-#pragma unroll(kTiles == 2 ? 4 : 1)
+#pragma unroll(kTiles == 2 ? 2 : 1)
     for (std::int64_t c0 = warp * 32; c0 < p.columns; c0 += kWarps * 32) {
       const std::int64_t c = c0 + 8 * q, terms = p.columns - c;
       std::uint32_t x[2][4];  // rows g and g + 8

@@ -11,6 +11,7 @@ reference below.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -384,13 +385,25 @@ def sample_inputs(
     if indexed:
         scale = torch.rand(adapters, generator=random, dtype=real) + 0.5
         index = torch.randint(-1, adapters, (rows,), generator=random)
-    learnt = [x, lora_a, lora_b]
-    x, lora_a, lora_b = (None if t is None else t.to(device).requires_grad_(requires_grad) for t in learnt)
-    rest = [weight, draw(outputs) if bias else None, weight_scale, index]
-    weight, bias_values, weight_scale, index = (None if t is None else t.to(device) for t in rest)
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.to(device).requires_grad_(requires_grad)
+
+    def put(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
     scale = scale.to(device) if isinstance(scale, Tensor) else scale
-    assert x is not None and weight is not None
-    return SampleInputs(x, weight, bias_values, lora_a, lora_b, scale, index, weight_scale)
+    offsets = put(draw(outputs)) if bias else None
+    return SampleInputs(
+        leaf(x),
+        weight.to(device),
+        offsets,
+        None if lora_a is None else leaf(lora_a),
+        None if lora_b is None else leaf(lora_b),
+        scale,
+        put(index),
+        put(weight_scale),
+    )
 
 
 # ---- the kernels ------------------------------------------------------------------------------------------
@@ -507,21 +520,19 @@ _library.define(
 )
 
 
-def _forward_gpu(x: Tensor, *rest: Tensor | float | None) -> tuple[Tensor, Tensor]:
+def _forward_gpu(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
         return lora_linear_reference(x, *rest)
     return _forward_cuda(x, *rest) if native.has_cuda_kernels() else _forward_elsewhere(x, *rest)
 
 
-def _backward_gpu(
-    grad_output: Tensor, x: Tensor, *rest: Tensor | float | bool | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_gpu(grad_output: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64 or not native.has_cuda_kernels():
         return lora_linear_backward_reference(grad_output, x, *rest)
     return _backward_cuda(grad_output, x, *rest)
 
 
-def _forward_elsewhere(x: Tensor, *rest: Tensor | float | None) -> tuple[Tensor, Tensor]:
+def _forward_elsewhere(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Devices that this build has no kernels for."""
     outputs = lora_linear_reference(x, *rest)
     fallback.warn_of_reference("lora_linear", x.device.type)
