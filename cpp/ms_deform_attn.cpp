@@ -155,7 +155,7 @@ Status choose_kernels(Kernels* kernels) {
       *kernels = {cpu::neon::ms_deform_attn_kernel, cpu::neon::ms_deform_attn_backward_kernel};
       break;
 #endif
-    default: break;
+    default: (void)kernels;
   }
   return {};
 }
@@ -331,6 +331,7 @@ void set_gradients(const TensorView& grad_locations, const TensorView& grad_atte
 Status run_on_cuda(const char* op, bool nothing_to_do, const cuda::MsDeformAttnParams& params,
                    const Execution& execution, bool backward) {
 #ifdef VISIONLLM_HAVE_CUDA
+  (void)op;
   if (nothing_to_do) return {};
   return backward ? cuda::ms_deform_attn_backward(params, execution.stream)
                   : cuda::ms_deform_attn(params, execution.stream);

@@ -47,8 +47,10 @@ struct DeformWorkspace {
 
 inline void set_strides(const TensorView& tensor, std::int64_t* b, std::int64_t* second,
                         std::int64_t* third) {
-  // A dimension of one element has any stride, which would spoil the test for aligned ones.
-  const auto stride = [&](int i) { return tensor.shape[i] == 1 ? 0 : tensor.strides[i]; };
+  // A dimension of one element has any stride, which would spoil the test for aligned ones; and an empty tensor
+  // has no address to add to.
+  const bool empty = tensor.size() == 0;
+  const auto stride = [&](int i) { return empty || tensor.shape[i] == 1 ? 0 : tensor.strides[i]; };
   *b = stride(0), *second = stride(1);
   if (third != nullptr) *third = stride(2);
 }
