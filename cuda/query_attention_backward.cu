@@ -12,6 +12,7 @@
 //   2. grad_k, grad_v: a block has 64 keys of a KV head, prefix or slots, and walks over the query rows that
 //      see them, all rows for the prefix, in tiles of 32 (float32: 16). A warp has 16 keys and computes
 //      scores with keys as rows, so that weights go from accumulators into the next product without a detour.
+//      float32: grad_k and grad_v are two blocks' work, as one has no registers for both.
 //
 // Counted for 100 groups of 5 slots, prefix 300, 32 heads of 128, bfloat16 (minimum in brackets; a product is
 // 500 rows x 303 keys x 32 heads x 2 x 128 = 1.24 GFLOP, of which the backward has 5 and recomputes 2):
@@ -156,19 +157,21 @@ struct KeyTiles {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kKeys = 16 * kWarps;
   static constexpr int kRows = sizeof(T) == 2 ? 32 : 16;
+  static constexpr bool kApart = sizeof(T) == 4;  // grad_k and grad_v
   static constexpr int kTileBytes = (2 * kKeys + 4 * kRows) * DP * static_cast<int>(sizeof(T));
   static constexpr int kBytes = kTileBytes + 4 * kRows * static_cast<int>(sizeof(float));
   static_assert(kKeys * kStagingStride<DP> * 4 <= kTileBytes,
                 "finished rows are staged in the tiles' memory");
 };
 
-// One block per (batch, KV head, tile of keys): tiles of the prefix, then of the slots' tokens.
+// One block per (batch, KV head, tile of keys), or two: tiles of the prefix, then of the slots' tokens.
 template <typename T, int DP>
 __global__ void __launch_bounds__(KeyTiles<T, DP>::kThreads, 1)
     query_attention_grad_kv_kernel(const QueryAttentionBackwardParams backward, int prefix_tiles,
                                    int key_tiles, float scale) {
   using Tiles = KeyTiles<T, DP>;
   constexpr int kKeys = Tiles::kKeys, kRows = Tiles::kRows, kThreads = Tiles::kThreads;
+  constexpr bool kApart = Tiles::kApart;
   VISIONLLM_DYNAMIC_SHARED(shared);
   T* const k_tile = reinterpret_cast<T*>(shared);  // [kKeys][DP]
   T* const v_tile = k_tile + kKeys * DP;           // [kKeys][DP]
@@ -177,8 +180,10 @@ __global__ void __launch_bounds__(KeyTiles<T, DP>::kThreads, 1)
   const QueryAttentionParams& p = backward.forward;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane >> 2, t = lane & 3;
 
-  const Place at(p, blockIdx.x / key_tiles);
-  const int key_tile = static_cast<int>(blockIdx.x % key_tiles);
+  const int block = blockIdx.x / (kApart ? 2 : 1);
+  const bool with_v = !kApart || blockIdx.x % 2 == 0, with_k = !kApart || !with_v;
+  const Place at(p, block / key_tiles);
+  const int key_tile = block % key_tiles;
   const bool own = key_tile >= prefix_tiles;
   const int first_key = (own ? key_tile - prefix_tiles : key_tile) * kKeys;
   const int key_end = own ? at.tokens : at.length;  // of all tiles
@@ -219,7 +224,7 @@ __global__ void __launch_bounds__(KeyTiles<T, DP>::kThreads, 1)
     }
   };
 
-  float grad_k[DP / 8][4] = {}, grad_v[DP / 8][4] = {};
+  float sums[kApart ? 1 : 2][DP / 8][4] = {};  // the block's gradient, or that of v and that of k
   if (row_begin < row_end) {
     const PrefixTensor &pk = p.prefix_k, &pv = p.prefix_v;
     load_tile<T, DP, kKeys, kThreads>(k_tile, p.channels, [&](int i) -> const T* {
@@ -268,7 +273,7 @@ __global__ void __launch_bounds__(KeyTiles<T, DP>::kThreads, 1)
     // [16 keys][kRows rows]
     float weights[kRows / 8][4] = {}, products[kRows / 8][4] = {};
     multiply_rows<T, DP>(weights, k_tile, warp * 16, queries, lane);
-    multiply_rows<T, DP>(products, v_tile, warp * 16, gradients, lane);
+    if (with_k) multiply_rows<T, DP>(products, v_tile, warp * 16, gradients, lane);
 #pragma unroll
     for (int n = 0; n < kRows / 8; ++n) {
 #pragma unroll
@@ -280,8 +285,17 @@ __global__ void __launch_bounds__(KeyTiles<T, DP>::kThreads, 1)
         products[n][i] = seen ? weight * (products[n][i] - means[column]) * scale : 0.0f;
       }
     }
-    add_weighted_rows<T, DP>(grad_v, weights, gradients, lane);
-    add_weighted_rows<T, DP>(grad_k, products, queries, lane);
+    if constexpr (kApart) {
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weights[n][i] = with_v ? weights[n][i] : products[n][i];
+      }
+      add_weighted_rows<T, DP>(sums[0], weights, with_v ? gradients : queries, lane);
+    } else {
+      add_weighted_rows<T, DP>(sums[0], weights, gradients, lane);
+      add_weighted_rows<T, DP>(sums[1], products, queries, lane);
+    }
   }
 
   __syncthreads();  // the tiles' memory becomes the staging rows'
@@ -299,8 +313,10 @@ __global__ void __launch_bounds__(KeyTiles<T, DP>::kThreads, 1)
     }
     __syncwarp();
   };
-  store(own ? backward.grad_k : backward.grad_prefix_k, grad_k, own && p.cosine != nullptr);
-  store(own ? backward.grad_v : backward.grad_prefix_v, grad_v, false);
+  if (with_v) store(own ? backward.grad_v : backward.grad_prefix_v, sums[0], false);
+  if (with_k) {
+    store(own ? backward.grad_k : backward.grad_prefix_k, sums[kApart ? 0 : 1], own && p.cosine != nullptr);
+  }
 }
 
 template <typename T, int DP>
@@ -322,8 +338,8 @@ Status launch_backward(const QueryAttentionBackwardParams& backward, cudaStream_
   const int prefix_tiles = (p.prefix + Tiles::kKeys - 1) / Tiles::kKeys;
   const int key_tiles = prefix_tiles + static_cast<int>((tokens + Tiles::kKeys - 1) / Tiles::kKeys);
   return launch("query_attention_grad_kv_kernel", query_attention_grad_kv_kernel<T, DP>,
-                dim3(heads * key_tiles), dim3(Tiles::kThreads), Tiles::kBytes, stream, backward, prefix_tiles,
-                key_tiles, scale);
+                dim3(heads * key_tiles * (Tiles::kApart ? 2 : 1)), dim3(Tiles::kThreads), Tiles::kBytes,
+                stream, backward, prefix_tiles, key_tiles, scale);
 }
 
 template <typename T>
