@@ -297,6 +297,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("sources", nargs="*", help="compile these, if they have changed; all by default")
     parser.add_argument(
         "--check", action="store_true", help="compile nothing; fail when the table cannot stand"
     )
