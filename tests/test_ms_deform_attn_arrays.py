@@ -90,6 +90,20 @@ def test_backward_in_low_precision_keeps_the_types() -> None:
         assert np.array_equal(array, tensor.numpy())
 
 
+def test_workspace_that_cuda_needs() -> None:
+    """Sums of 16-bit gradients in float32; and a list of points and bounds where the order is fixed."""
+    inputs = sample_inputs(queries=33, heads=3, channels=5)
+    value, locations = inputs.value.numpy(), inputs.sampling_locations.numpy()
+    assert arrays.ms_deform_attn_backward_workspace(value, locations) == 0
+    low = value.astype(np.float16)
+    sums = -(-value.size // 4) * 4
+    assert arrays.ms_deform_attn_backward_workspace(low, locations) == sums
+    fixed = arrays.ms_deform_attn_backward_workspace(low, locations, deterministic=True)
+    assert fixed == sums + 3 * (locations.size // 2) + 4 * (2 * 3 * 4 * 2)
+    with pytest.raises(ValueError, match="value must be an array that speaks DLPack, got list"):
+        arrays.ms_deform_attn_backward_workspace(value.tolist(), locations)
+
+
 def test_torch_bfloat16_with_an_output() -> None:
     inputs = sample_inputs(dtype=torch.bfloat16)
     output = torch.full((2, 17, 256), float("nan"), dtype=torch.bfloat16)
