@@ -68,7 +68,7 @@ __device__ __forceinline__ void attend_backward(T* query, const T* grad_attended
                                                 const Workspace& layout, unsigned char* workspace, int b,
                                                 int first, int columns) {
   using W = Tile<T>;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int thread = anew(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const int channels = params.channels, head_channels = params.head_channels, stride = channels + kPadding;
   const int at_once = heads_at_once<T>(head_channels);
@@ -77,12 +77,6 @@ __device__ __forceinline__ void attend_backward(T* query, const T* grad_attended
   const int group = warp % W::kRowGroups * 16;
   T* const keys = stage;
   T* const values = stage + kKeys<T> * columns;
-  const T* const key = static_cast<const T*>(params.key) + b * params.key_stride_b;
-  const T* const value = static_cast<const T*>(params.value) + b * params.value_stride_b;
-  T* const attended = reinterpret_cast<T*>(workspace + layout.attended) +
-                      static_cast<std::int64_t>(b) * params.positions * channels;
-  float* const logsumexp = reinterpret_cast<float*>(workspace + layout.logsumexp);
-  float* const mean = reinterpret_cast<float*>(workspace + layout.mean);
 
   for (int head_0 = 0; head_0 < params.heads; head_0 += at_once) {
     const int head = head_0 + slot;
@@ -91,6 +85,9 @@ __device__ __forceinline__ void attend_backward(T* query, const T* grad_attended
     const T* const grad_rows = grad_attended + group * stride + head * head_channels;
     const auto copy = [&](int chunk) {
       __syncthreads();  // nobody reads the tokens before any more
+      const std::int64_t entry = anew(b);
+      const T* const key = static_cast<const T*>(params.key) + entry * params.key_stride_b;
+      const T* const value = static_cast<const T*>(params.value) + entry * params.value_stride_b;
       const int head_vectors = head_channels / W::kVector, vectors = at_once * head_vectors;
 #pragma unroll 1
       for (int i = threadIdx.x; i < kKeys<T> * vectors; i += kThreads) {
@@ -127,6 +124,10 @@ __device__ __forceinline__ void attend_backward(T* query, const T* grad_attended
     }
     float log_sum[2], dot[2];  // of the lane's two rows
     if (busy) {
+      const std::int64_t entry = anew(b);
+      T* const attended = reinterpret_cast<T*>(workspace + layout.attended) +
+                          entry * params.positions * channels + head * head_channels + t * 2;
+      const std::int64_t head_rows = (entry * params.heads + head) * params.positions;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const float sum = warp_sum<4>(softmax.sum[k]);
@@ -142,18 +143,14 @@ __device__ __forceinline__ void attend_backward(T* query, const T* grad_attended
             const Vector<T, 2> grad = load_vector<T, 2>(grad_rows + (k * 8 + g) * stride + j * 8 + t * 2);
             partial += a0 * to_float(grad[0]) + a1 * to_float(grad[1]);
             if (n < params.positions) {
-              store_pair(
-                  attended + static_cast<std::int64_t>(n) * channels + head * head_channels + j * 8 + t * 2,
-                  a0, a1);
+              store_pair(attended + static_cast<std::int64_t>(n) * channels + j * 8, a0, a1);
             }
           }
         }
         dot[k] = warp_sum<4>(partial);
         if (t == 0 && n < params.positions) {
-          const std::int64_t place =
-              (static_cast<std::int64_t>(b) * params.heads + head) * params.positions + n;
-          logsumexp[place] = log_sum[k];
-          mean[place] = dot[k];
+          reinterpret_cast<float*>(workspace + layout.logsumexp)[head_rows + n] = log_sum[k];
+          reinterpret_cast<float*>(workspace + layout.mean)[head_rows + n] = dot[k];
         }
       }
     }
@@ -206,7 +203,7 @@ template <typename T>
 __device__ __forceinline__ void finish_rows(unsigned char* shared, const T* grad_query, const T* grad_normed,
                                             const Params& params, const Workspace& layout, int b, int first) {
   const FusionAttentionParams& forward = params.forward;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int thread = anew(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
   const int channels = forward.channels, stride = channels + kPadding;
   const std::int64_t entry = static_cast<std::int64_t>(b) * forward.positions * channels;
   const T* const x = static_cast<const T*>(forward.x) + entry;

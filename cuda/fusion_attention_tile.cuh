@@ -22,6 +22,15 @@ constexpr int kPadding = 8;  // elements after each row in shared memory
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// x as a number of which the compiler knows nothing: it does not keep in registers what it computed from x
+// before, from one phase of a kernel to a later one.
+__device__ __forceinline__ int anew(int x) {
+#ifndef VISIONLLM_EMULATION
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // Products of 16 x kDepth by kDepth x 8 and their operands, for 16-bit elements. `Left` is 16 rows of the left
 // matrix, `Right` 8 columns of the right one. "Transposed" is said of what lies in memory: the depth runs
 // along rows (false) or along columns (true) there.
@@ -308,15 +317,6 @@ __device__ __forceinline__ void project(typename Tile<T>::Accumulators& acc, con
       }
     }
   }
-}
-
-// x as a number of which the compiler knows nothing: it does not keep in registers what it computed from x
-// before, from one phase of a kernel to a later one.
-__device__ __forceinline__ int anew(int x) {
-#ifndef VISIONLLM_EMULATION
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
 }
 
 // f(place, column, first, second): the two neighbouring elements of a tile that a thread has, and where.
