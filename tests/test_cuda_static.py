@@ -30,6 +30,11 @@ def test_every_kernel_is_compiled_for_every_chip() -> None:
     assert operators == {"ms_deform_attn", "lora_linear", "fusion_attention", "query_attention", "slot_head"}
 
 
+def test_every_source_is_built() -> None:
+    cmake = (cuda_static.ROOT / "CMakeLists.txt").read_text()
+    assert [source for source in cuda_static.sources() if f"{source}\n" not in cmake.replace(")", "\n")] == []
+
+
 def test_every_promise_is_somebodys() -> None:
     names = [name for entry in TABLE["files"].values() for name in entry["kernels"]]
     used = {promise_of(name) for name in names}
