@@ -66,7 +66,7 @@ struct LowRankOperand {
 };
 
 template <typename T, bool kTransposed, int kTiles, int kWarps, bool kVector>
-__global__ __launch_bounds__(kWarps* kWarpSize) void low_rank_kernel(LowRankParams p) {
+__global__ __launch_bounds__(kWarps* kWarpSize, 1) void low_rank_kernel(LowRankParams p) {
   constexpr int kRanks = 8 * kTiles;
   VISIONLLM_SHARED_ARRAY(float, part, kWarps * kTileRows * kRanks);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, g = lane / 4, q = lane % 4;
@@ -93,7 +93,7 @@ __global__ __launch_bounds__(kWarps* kWarpSize) void low_rank_kernel(LowRankPara
   for (int a = next_adapter(mine, -1); a != INT_MAX; a = next_adapter(mine, a)) {
     const T* const v = static_cast<const T*>(p.v) + static_cast<std::int64_t>(a) * R * p.columns;
     float sum[kTiles][4] = {};
-#pragma unroll(kTiles == 2 ? 2 : 1)
+#pragma unroll(kVector && !kTransposed && kTiles == 2 ? 4 : 1)  // as many as registers are there for
     for (std::int64_t c0 = warp * 32; c0 < p.columns; c0 += kWarps * 32) {
       const std::int64_t c = c0 + 8 * q, terms = p.columns - c;
       std::uint32_t x[2][4];  // rows g and g + 8
@@ -189,7 +189,7 @@ Status launch_low_rank_type(const LowRankParams& p, cudaStream_t stream) {
       aligned(p.m) && aligned(p.v) && p.m_stride % 8 == 0 && p.columns % 8 == 0 && length % run == 0;
   if (p.transposed) {
     return wide ? launch_low_rank<T, true, 8, 8>(p, vector, stream)
-                : launch_low_rank<T, true, 2, 16>(p, vector, stream);
+                : launch_low_rank<T, true, 2, 8>(p, vector, stream);
   }
   return wide ? launch_low_rank<T, false, 8, 8>(p, vector, stream)
               : launch_low_rank<T, false, 2, 16>(p, vector, stream);
