@@ -32,7 +32,7 @@ __device__ __forceinline__ const OuterProblem& problem_of(const OuterParams& p, 
 }
 
 template <typename T, bool kVector>
-__global__ __launch_bounds__(kThreads) void outer_kernel(OuterParams p) {
+__global__ __launch_bounds__(kThreads, 1) void outer_kernel(OuterParams p) {
   VISIONLLM_SHARED_ARRAY(float, part, kWarps * kRanks * kColumns);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, g = lane / 4, q = lane % 4;
   std::int64_t c0;
