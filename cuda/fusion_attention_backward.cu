@@ -19,13 +19,13 @@
 //   finish   adds up the slices' partial sums.
 //
 // At B = 1, N = 22223, C = 256, H = 8, T = 64 in bfloat16:
-//   device memory  x and grad_output in, grad_x out: 34 MB is the minimum. Between the launches five tensors of
-//                  11.4 MB (57 MB, written once and read once; about what L2 of the largest GPUs holds), 16.8 MB
-//                  of partial sums of weights and 8.4 MB of keys and values, written and read. 34 + 165 MB.
+//   device memory  x and grad_output in, grad_x out: 34 MB is the minimum. Between the launches, written and read:
+//                  five tensors of 11.4 MB, 16.8 MB of partial sums of weights, 7.6 MB of keys and values, 2.8 MB
+//                  of columns, logsumexp and mean, 84 MB in all, of which the largest L2 caches keep a part.
 //   products       five projections' worth (query again, grad_attended, grad_query Wq, two weight gradients)
 //                  14.6 GFLOP; 0.73 GFLOP each for the scores three times, weights V, grad_attended V^T twice,
-//                  grad_query, grad_key and grad_value: 6.6. In all 21; the score matrix stored once would save
-//                  2.9 of them and cost 2 * 22.8 MB.
+//                  grad_query, grad_key and grad_value: 6.6. In all 21. To keep weights and grad_scores between
+//                  the launches would save 2.2 of them and cost 2 * 22.8 MB, written and read.
 #include "fusion_attention.h"
 #include "fusion_attention_tile.cuh"
 
