@@ -10,7 +10,7 @@
 //   grad_output_weight = gate * G     grad_output_bias = gate * s     grad_gate = rows of (Wo * G) + bo * s
 //   grad_x            = grad_output + layer norm's backward of grad_query Wq
 //
-// Four launches; no atomics, every sum in one order, whatever the device:
+// Four launches; no sum is by atomics, each is in one order, whatever the device:
 //   rows     as the forward, a tile of rows a block: computes normed, query, attended and the score matrix anew,
 //            then everything that belongs to a row, down to grad_x. Leaves five [B, N, C] tensors for the sums.
 //   keys     a block takes some tokens of one head and a slice of the rows; the transposed scores are

@@ -27,9 +27,9 @@
 //   output         [B, N, C]     contiguous
 //
 // All addresses are multiples of 16 bytes. The CUDA kernels take C up to 256 that is a multiple of 16, D up
-// to 64 that is a multiple of 8, T up to 512, and N up to 2^31 - 256. Accumulation is in float32. In bfloat16 and float16 the
-// tensor cores' operands (normed, query, the softmax's exponentials, attended) are rounded to that type.
-// Forward and backward are deterministic.
+// to 64 that is a multiple of 8, T up to 512 and N up to 2^31 - 256. Accumulation is in float32. In bfloat16
+// and float16 the tensor cores' operands (normed, query, the softmax's exponentials, attended) are rounded to
+// that type. Forward and backward are deterministic.
 #pragma once
 
 #include <cstdint>
