@@ -16,9 +16,9 @@ constexpr int kThreads = 256;
 constexpr int kPitch = kSimtRows + 4;  // keeps the banks of neighbouring terms apart, and 16-byte alignment
 static_assert(kSimtRows == 64 && kSimtColumns == 64 && kSimtDepth == 16, "the division of work below");
 
-// Three blocks on a multiprocessor: left to itself ptxas aims at four on some chips, and spills.
+// With the 1 ptxas takes the registers it needs; without, it aims at more blocks on some chips, and spills.
 template <typename W, bool kTransposed>
-__global__ __launch_bounds__(kThreads, 3) void product_kernel(ProductParams p) {
+__global__ __launch_bounds__(kThreads, 1) void product_kernel(ProductParams p) {
   VISIONLLM_SHARED_ARRAY(float, left, 2 * kSimtDepth * kPitch);   // x, by terms
   VISIONLLM_SHARED_ARRAY(float, right, 2 * kSimtDepth * kPitch);  // w, by terms
   VISIONLLM_SHARED_ARRAY(int, row_adapter, kSimtRows);
