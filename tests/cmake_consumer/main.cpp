@@ -124,8 +124,9 @@ bool run(const char* isa, Problem& in, const Result& want) {
     status = visionllm::ms_deform_attn_backward(view(got.grad_value, DType::float32, {B, S, H, D}),
                                                 view(got.grad_locations, DType::float32, {B, Q, H, L, P, 2}),
                                                 view(got.grad_weights, DType::float32, {B, Q, H, L, P}),
+                                                visionllm::TensorView(),  // no workspace on the CPU
                                                 view(in.grad_output, DType::float32, {B, Q, H * D}), value,
-                                                shapes, starts, locations, weights, execution);
+                                                shapes, starts, locations, weights, false, execution);
   }
   if (!status.ok()) {
     std::printf("%s: %s\n", isa, status.message().c_str());
