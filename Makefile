@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find cmake cpp cuda bindings python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 CPP_SOURCES := $(shell find cpp cuda bindings tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_SOURCES := python tests bench
-INSTRUCTION ?= The image is: <image>. Detect every object of {"cat": <c0>, "cup": <c1>, "person": <c2>, "sheep": <c3>, "bear": <c4>, "fire": <c5>, "headphones": <c6>, "croissant": <c7>, "cupcake": <c8>, "wine glass": <c9>}, with offsets within the range 512.
+INSTRUCTION ?= The image is: <image>. Detect every object of {"person": <c0>, "cup": <c1>, "cat": <c2>, "sheep": <c3>, "bear": <c4>, "fire": <c5>, "wine glass": <c6>, "cupcake": <c7>}, with offsets within the range 512.
 
 .PHONY: demo test lint format bench core cuda-static gpu-check clean
 
