@@ -1,4 +1,7 @@
-"""A network as a folder: config.json, model.safetensors, tokenizer.model. Written whole, checked on load."""
+"""A network as a folder: config.json, model.safetensors, tokenizer.model, and known_names.txt if it has any.
+
+Written whole, checked on load.
+"""
 
 from __future__ import annotations
 

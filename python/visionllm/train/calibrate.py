@@ -64,16 +64,15 @@ def best_threshold(
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one way to make scores gives: means over the sets of AP, best F1 and the threshold for it."""
+    """What one way to make scores gives: means over the sets of AP and of the threshold with the best F1."""
 
     config: ModelConfig
     precision: float
-    f1: float
     threshold: float
 
 
 def measure(network: Network, config: ModelConfig, sets: Sequence[ValidationSet], batch_size: int) -> Outcome:
-    """AP, F1 and threshold under another way to make scores."""
+    """AP and threshold under another way to make scores; prints them and F1 for each set."""
     original, rows = network.config, []
     network.config = config
     try:
@@ -88,8 +87,8 @@ def measure(network: Network, config: ModelConfig, sets: Sequence[ValidationSet]
         for one, (ap, f1, score) in zip(sets, rows, strict=True)
     )
     print(f"a = {config.objectness_power:.2f}, c = {config.known_power:.2f}  {each}", file=sys.stderr)
-    precision, f1, threshold = np.mean(rows, 0)
-    return Outcome(config, float(precision), float(f1), float(threshold))
+    precision, _, threshold = np.mean(rows, 0)
+    return Outcome(config, float(precision), float(threshold))
 
 
 def calibrate(network: Network, sets: Sequence[ValidationSet], batch_size: int = 8) -> ModelConfig:
