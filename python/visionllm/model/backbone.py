@@ -8,6 +8,9 @@ published weights, which puts the odd row and column at the bottom right.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,15 +79,26 @@ class InvertedResidual(nn.Module):
 class EfficientNetLite(nn.Module):
     """Picture ``[B, 3, H, W]`` (normalised by PIXEL_MEAN, PIXEL_STD) to ``[C3, C4, C5]``.
 
+    Training on one kind of pictures unlearns the others: after four hours of mostly drawings, a linear probe
+    on the trained C3 to C5 named 26 % of the large objects of photos never seen (people left out), on the
+    pretrained ones 47 %. With `keep_pretrained` the stages that training changes stand there twice, and their
+    pretrained C4 and C5 follow: ``[C3, C4, C5, pretrained C4, pretrained C5]``.
+
     Args:
         frozen_stages: the stem and this many stages get no gradient, so that training neither stores nor
             walks back through the largest feature maps.
         freeze_depthwise: the depthwise convolutions get no gradient. They hold 5 % of the values, and their
             weight gradient (which a bias's gradient brings with it) took more time on a CPU than all the rest
             of the trunk's backward pass.
+        keep_pretrained: see above; needs frozen stages, which end with C3.
+
+    Raises:
+        ValueError: keep_pretrained with other frozen stages.
     """
 
-    def __init__(self, frozen_stages: int = 0, freeze_depthwise: bool = False) -> None:
+    def __init__(
+        self, frozen_stages: int = 0, freeze_depthwise: bool = False, keep_pretrained: bool = False
+    ) -> None:
         super().__init__()
         self.frozen_stages = frozen_stages
         self.stem = SameConv(3, STEM_CHANNELS, 3, 2)
@@ -100,6 +114,13 @@ class EfficientNetLite(nn.Module):
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
                 nn.init.zeros_(module.bias)
+        self.pretrained = None
+        if keep_pretrained:
+            if frozen_stages != OUTPUT_STAGES[0] + 1:
+                raise ValueError(
+                    f"keep_pretrained: expected {OUTPUT_STAGES[0] + 1} frozen stages, got {frozen_stages}"
+                )
+            self.pretrained = copy.deepcopy(self.stages[frozen_stages:]).requires_grad_(False)
         for module in (self.stem, *self.stages[:frozen_stages]):
             module.requires_grad_(False)
         if freeze_depthwise:
@@ -116,14 +137,24 @@ class EfficientNetLite(nn.Module):
                 x = stage(x)
             if i in OUTPUT_STAGES:
                 features.append(x)
+        if self.pretrained is not None:
+            x = features[0]
+            with torch.no_grad():
+                for i, stage in enumerate(self.pretrained, self.frozen_stages):
+                    x = stage(x)
+                    if i in OUTPUT_STAGES:
+                        features.append(x)
         return features
 
-    def load_imagenet(self, state: dict[str, Tensor], epsilon: float = 1e-3) -> None:
+    def load_imagenet(
+        self, state: dict[str, Tensor], epsilon: float = 1e-3, pretrained_only: bool = False
+    ) -> None:
         """Folds the batch norms of a published EfficientNet-Lite0 state dict into this trunk.
 
         Args:
             state: names as in the `efficientnet-lite-pytorch` package (``_conv_stem.weight``,
                 ``_bn0.weight``, ``_blocks.0._depthwise_conv.weight``, …).
+            pretrained_only: fill only the stages that training does not follow (`keep_pretrained`).
 
         Raises:
             KeyError, RuntimeError: a name is missing or a shape differs.
@@ -136,10 +167,16 @@ class EfficientNetLite(nn.Module):
                 assert conv.bias is not None
                 conv.bias.copy_(state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale)
 
-        fold(self.stem, "_conv_stem", "_bn0")
-        blocks = [module for module in self.stages.modules() if isinstance(module, InvertedResidual)]
-        for i, block in enumerate(blocks):
-            if block.expand is not None:
-                fold(block.expand, f"_blocks.{i}._expand_conv", f"_blocks.{i}._bn0")
-            fold(block.depthwise, f"_blocks.{i}._depthwise_conv", f"_blocks.{i}._bn1")
-            fold(block.project, f"_blocks.{i}._project_conv", f"_blocks.{i}._bn2")
+        def fold_stages(stages: Iterable[nn.Module], first: int) -> None:
+            for i, block in enumerate((block for stage in stages for block in stage.children()), first):
+                assert isinstance(block, InvertedResidual)
+                if block.expand is not None:
+                    fold(block.expand, f"_blocks.{i}._expand_conv", f"_blocks.{i}._bn0")
+                fold(block.depthwise, f"_blocks.{i}._depthwise_conv", f"_blocks.{i}._bn1")
+                fold(block.project, f"_blocks.{i}._project_conv", f"_blocks.{i}._bn2")
+
+        if not pretrained_only:
+            fold(self.stem, "_conv_stem", "_bn0")
+            fold_stages(self.stages, 0)
+        if self.pretrained is not None:
+            fold_stages(self.pretrained, sum(stage[0] for stage in STAGES[: self.frozen_stages]))

@@ -23,6 +23,8 @@ class ModelConfig:
     # Backbone
     frozen_stages: int = 3  # EfficientNet-Lite0 stages (after the stem) that are never trained
     freeze_depthwise: bool = True  # depthwise kernels keep their pretrained values
+    # The stages that training changes stand there twice: the pretrained ones' C4 and C5 are added to theirs.
+    keep_pretrained: bool = False
     # Text
     vocab_size: int = 2048  # SentencePiece pieces; the added tokens follow
     text_dim: int = 160  # text encoder width
@@ -73,6 +75,11 @@ class ModelConfig:
                     f"ModelConfig: {width} must be a multiple of {heads}, got {getattr(self, width)} and "
                     f"{getattr(self, heads)}"
                 )
+        if self.keep_pretrained and self.frozen_stages != 3:
+            raise ValueError(
+                "ModelConfig: frozen_stages must be 3 with keep_pretrained: both trunks share C3, "
+                f"got {self.frozen_stages}"
+            )
         if self.dim % GROUPS:
             raise ValueError(f"ModelConfig: dim must be a multiple of {GROUPS}, got {self.dim}")
         if self.llm_dim // self.llm_heads % 2:

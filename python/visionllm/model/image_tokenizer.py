@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from visionllm.model.fusion import LanguageFusion
 from visionllm.model.position_encoding import sine_encoding
 
 LEVELS = len(STRIDES)
+TRAINED_DROPOUT = 0.5  # share of the training pictures that the pretrained stages must do alone
 ANCHOR_SIDE = 0.08  # the finest scale's first guess of a box's side; doubled with every scale
 
 
@@ -77,7 +79,9 @@ class ImageTokenizer(nn.Module):
         super().__init__()
         dim = config.dim
         self.num_queries = config.num_queries
-        self.backbone = EfficientNetLite(config.frozen_stages, config.freeze_depthwise)
+        self.backbone = EfficientNetLite(
+            config.frozen_stages, config.freeze_depthwise, config.keep_pretrained
+        )
         self.lateral = nn.ModuleList(
             nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(GROUPS, dim))
             for channels in OUTPUT_CHANNELS
@@ -85,6 +89,17 @@ class ImageTokenizer(nn.Module):
         self.coarsest = nn.Sequential(
             nn.Conv2d(OUTPUT_CHANNELS[-1], dim, 3, stride=2, padding=1), nn.GroupNorm(GROUPS, dim)
         )
+        # Of the pretrained C4 and C5, for the scales of strides 16, 32 and 64; at first they add nothing.
+        self.pretrained_lateral = nn.ModuleList()
+        if config.keep_pretrained:
+            c4, c5 = OUTPUT_CHANNELS[1:]
+            for convolution in (
+                nn.Conv2d(c4, dim, 1, bias=False),
+                nn.Conv2d(c5, dim, 1, bias=False),
+                nn.Conv2d(c5, dim, 3, stride=2, padding=1, bias=False),
+            ):
+                nn.init.zeros_(convolution.weight)
+                self.pretrained_lateral.append(convolution)
         self.level = nn.Parameter(torch.empty(LEVELS, dim).normal_(std=0.1))
         self.fusion = LanguageFusion(dim, config.text_dim, config.fusion_heads, config.fusion_gate)
         layer = (dim, config.heads, LEVELS, config.points, config.ffn_dim)
@@ -101,13 +116,27 @@ class ImageTokenizer(nn.Module):
         self.box = nn.ModuleList(BoxHead(dim) for _ in range(config.decoder_layers))
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """uint8 [B, H, W, 3] → four scales [B, C, H / stride, W / stride]."""
+        """uint8 [B, H, W, 3] → four scales [B, C, H / stride, W / stride].
+
+        With pretrained stages beside the trained ones, training leaves the trained C4 and C5 of every second
+        picture out: what they have learned by heart of a few photos must not make the pretrained ones idle.
+        """
         mean = torch.tensor(PIXEL_MEAN, device=images.device)
         std = torch.tensor(PIXEL_STD, device=images.device)
         x = ((images.float() - mean) / std).permute(0, 3, 1, 2)  # channels last in memory, as oneDNN likes it
-        c3, c4, c5 = self.backbone(x)
-        scales = [lateral(c) for lateral, c in zip(self.lateral, (c3, c4, c5), strict=True)]
-        return [*scales, self.coarsest(c5)]
+        c3, c4, c5, *pretrained = self.backbone(x)
+        if pretrained and self.training:
+            kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= TRAINED_DROPOUT
+            c4, c5 = c4 * kept, c5 * kept
+        projections = cast(
+            list[nn.Sequential], [*self.lateral, self.coarsest]
+        )  # a convolution and a norm each
+        scales = [p[0](c) for p, c in zip(projections, (c3, c4, c5, c5), strict=True)]
+        if pretrained:
+            c4, c5 = pretrained
+            for i, (convolution, c) in enumerate(zip(self.pretrained_lateral, (c4, c5, c5), strict=True), 1):
+                scales[i] = scales[i] + convolution(c)
+        return [p[1](scale) for p, scale in zip(projections, scales, strict=True)]
 
     def flatten(self, scales: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The pyramid as one sequence: shapes [L, 2], first positions [L], features and level [B, S, C]."""

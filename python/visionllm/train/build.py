@@ -69,6 +69,9 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
         network = Network.from_pretrained(config.init)
         # Nothing in the network depends on the pictures' side: a run may start from smaller pictures.
         network.config = dataclasses.replace(network.config, image_size=config.image_size)
+        if config.model.get("keep_pretrained") and not network.config.keep_pretrained:
+            assert config.init_backbone is not None
+            network = with_pretrained_stages(network, _backbone_weights(config.init_backbone))
     else:
         network = _new_network(config, resuming)
     if write and not resuming:
@@ -77,6 +80,19 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
         with replacing(Path(config.output) / "network.json") as part:
             part.write_text(network.config.to_json())
     return network
+
+
+def with_pretrained_stages(network: Network, backbone: dict[str, torch.Tensor]) -> Network:
+    """The network with the pretrained late stages beside its own; it gives the same results as before.
+
+    Args:
+        backbone: EfficientNet-Lite0 state dict, for these stages alone.
+    """
+    config = dataclasses.replace(network.config, keep_pretrained=True)
+    wider = Network(config, network.tokenizer)
+    wider.load_state_dict(network.state_dict(), strict=False)
+    wider.image_tokenizer.backbone.load_imagenet(backbone, pretrained_only=True)
+    return wider
 
 
 def _new_network(config: TrainConfig, resuming: bool) -> Network:

@@ -170,12 +170,16 @@ def _check_files(config: TrainConfig) -> None:
 def _check_start(config: TrainConfig) -> None:
     """Where the first weights come from."""
     if config.init is not None:
-        if config.model:
-            raise ConfigError(f"model.{next(iter(config.model))}: the model comes from init={config.init}")
+        for key in config.model.keys() - {"keep_pretrained"}:
+            raise ConfigError(f"model.{key}: the model comes from init={config.init}")
         if not (Path(config.init) / "config.json").is_file():
             raise ConfigError(f"init: expected a model folder, found no config.json in {config.init}")
-        return
-    model_config(config)
+        if not config.model:
+            return
+        if config.init_backbone is None:
+            raise ConfigError(f"model.keep_pretrained with init={config.init} needs init_backbone")
+    else:
+        model_config(config)
     if config.tokenizer is not None and not Path(config.tokenizer).is_file():
         raise ConfigError(f"tokenizer: no such file: {config.tokenizer}")
     if config.init_backbone == "imagenet":
