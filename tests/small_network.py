@@ -85,6 +85,7 @@ def train_batch(
         unlisted=arrays(unlisted),
         unlisted_names=[["truck"] * len(row) for row in arrays(unlisted)],
         source=["noise"] * len(boxes),
+        photo=[b % 2 == 1 for b in range(len(boxes))],
     )
 
 

@@ -205,23 +205,47 @@ class KnownTrunk(torch.nn.Module):
         return [f.expand(len(x), -1, -1, -1) for f in features]
 
 
-@torch.no_grad()
-def test_kept_stages_do_without_the_trained_ones_in_half_of_the_training_pictures():
+def routed_tokenizer():
+    """A tokenizer with a known trunk, and what it says with all and with none of the trained features."""
     tokenizer = small_network(keep_pretrained=True).image_tokenizer
     tokenizer.backbone = trunk = KnownTrunk()
-    images = pictures(32, 8)
-    torch.manual_seed(0)
-    scales = tokenizer.train().pyramid(images)
-    whole = tokenizer.eval().pyramid(images[:1])
+    drawings = torch.tensor([True])
+    whole, _ = tokenizer.pyramid(pictures(1, 8), drawings)
     trunk.trained = 0.0
-    alone = tokenizer.pyramid(images[:1])
-    for i, scale in enumerate(scales):
-        both = [torch.allclose(s, whole[i][0], atol=TOLERANCE) for s in scale]
-        without = [torch.allclose(s, alone[i][0], atol=TOLERANCE) for s in scale]
-        if i == 0:
-            assert all(both) and all(without)
-        else:
-            assert 4 < sum(both) < 28 and without == [not b for b in both]
+    alone, _ = tokenizer.pyramid(pictures(1, 8), drawings)
+    trunk.trained = 1.0
+    return tokenizer, whole, alone
+
+
+@torch.no_grad()
+def test_photos_are_seen_through_the_pretrained_stages_alone():
+    tokenizer, whole, alone = routed_tokenizer()
+    tokenizer.router.weight.zero_()
+    for known, bias, expected in (
+        (True, 0.0, whole),
+        (False, 0.0, alone),
+        (None, 50.0, whole),
+        (None, -50.0, alone),
+    ):
+        tokenizer.router.bias.fill_(bias)
+        scales, drawing = tokenizer.pyramid(pictures(1, 8), None if known is None else torch.tensor([known]))
+        assert drawing.tolist() == [bias]
+        for i in range(4):
+            torch.testing.assert_close(scales[i], expected[i])
+    for i in range(1, 4):
+        assert (whole[i] - alone[i]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_some_training_drawings_do_without_the_trained_stages(monkeypatch):
+    monkeypatch.setattr("visionllm.model.image_tokenizer.PRETRAINED_DROPOUT", 0.0)
+    tokenizer, whole, alone = routed_tokenizer()
+    torch.manual_seed(0)
+    scales, _ = tokenizer.train().pyramid(pictures(64, 8), torch.ones(64, dtype=torch.bool))
+    for i in range(1, 4):
+        both = [torch.allclose(s, whole[i][0], atol=TOLERANCE) for s in scales[i]]
+        without = [torch.allclose(s, alone[i][0], atol=TOLERANCE) for s in scales[i]]
+        assert 2 < sum(without) < 24 and both == [not w for w in without]
 
 
 def test_kept_stages_share_the_frozen_ones():

@@ -207,7 +207,7 @@ class Oracle:
             known[:, listed] = True
         self.known = known  # where it says that there is an object
 
-    def image_tokens(self, images, _text, queries):
+    def image_tokens(self, images, _text, queries, _drawings):
         assert queries.boxes.shape[1] == self.truth.shape[1] - SMALL.num_queries
         boxes = self.truth.clone()
         boxes[:, : self.listed, 0] += self.shift

@@ -66,3 +66,24 @@ def test_a_batch_without_objects_has_a_loss_of_zero_and_gradients():
 def test_an_unknown_name_is_named():
     with pytest.raises(ValueError, match="'truck'"):
         recognition_loss(small_network(), two_pictures(), NAMES)
+
+
+def test_the_router_learns_which_pictures_are_photos():
+    torch.manual_seed(0)
+    network = small_network(keep_pretrained=True)
+    with torch.no_grad():  # a random trunk's features are too small to learn from
+        for parameter in network.image_tokenizer.backbone.pretrained.parameters():
+            parameter.mul_(3.0)
+    batch = two_pictures()
+    assert batch.photo == [False, True]
+    first = recognition_loss(network, batch, ALL_NAMES)
+    assert first["total"].item() == pytest.approx((first["recognition"] + first["router"]).item())
+    optimizer = torch.optim.AdamW(network.image_tokenizer.router.parameters(), 0.3)
+    for _ in range(60):
+        loss = recognition_loss(network, batch, ALL_NAMES)["router"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    _, drawing = network.image_tokenizer.pyramid(torch.from_numpy(batch.images))
+    assert loss.item() < 0.3 < first["router"].item()
+    assert (drawing > 0).tolist() == [True, False]

@@ -57,6 +57,7 @@ class TrainBatch:
             be said there.
         unlisted_names: the m names of those.
         source: the B names of the sources.
+        photo: B times whether it is a photo source.
     """
 
     images: np.ndarray
@@ -67,6 +68,7 @@ class TrainBatch:
     unlisted: list[np.ndarray]
     unlisted_names: list[list[str]]
     source: list[str]
+    photo: list[bool]
 
 
 class TrainingBatches:
@@ -167,6 +169,7 @@ class TrainingBatches:
             unlisted=[],
             unlisted_names=[],
             source=[self.sources[index].name for index in chosen],
+            photo=[self.sources[index].photo for index in chosen],
         )
         for sample, rng in zip(samples, rngs, strict=True):
             self._add_prompt(batch, sample, count, template, rng)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionllm.model.backbone import OUTPUT_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite
@@ -23,7 +24,9 @@ from visionllm.model.fusion import LanguageFusion
 from visionllm.model.position_encoding import sine_encoding
 
 LEVELS = len(STRIDES)
-TRAINED_DROPOUT = 0.5  # share of the training pictures that the pretrained stages must do alone
+# Share of the training drawings that the pretrained stages must do alone, so that a drawing mistaken for a
+# photo is not lost; and of the pretrained channels that are dropped: a few photos are soon learned by heart.
+TRAINED_DROPOUT, PRETRAINED_DROPOUT = 0.15, 0.2
 ANCHOR_SIDE = 0.08  # the finest scale's first guess of a box's side; doubled with every scale
 
 
@@ -44,6 +47,7 @@ class ImageTokens:
         objectness: per decoder layer, [B, N] logits.
         memory: [B, S, C], the encoder's output.
         proposal_boxes, proposal_objectness: [B, S, 4], [B, S] of its positions.
+        drawing: [B] logits of the picture being a drawing; None without pretrained stages of its own.
     """
 
     features: Tensor
@@ -52,6 +56,7 @@ class ImageTokens:
     memory: Tensor
     proposal_boxes: Tensor
     proposal_objectness: Tensor
+    drawing: Tensor | None = None
 
 
 class BoxHead(nn.Sequential):
@@ -100,6 +105,9 @@ class ImageTokenizer(nn.Module):
             ):
                 nn.init.zeros_(convolution.weight)
                 self.pretrained_lateral.append(convolution)
+            self.router = nn.Linear(c5, 1)
+            nn.init.zeros_(self.router.weight)
+            nn.init.zeros_(self.router.bias)
         self.level = nn.Parameter(torch.empty(LEVELS, dim).normal_(std=0.1))
         self.fusion = LanguageFusion(dim, config.text_dim, config.fusion_heads, config.fusion_gate)
         layer = (dim, config.heads, LEVELS, config.points, config.ffn_dim)
@@ -115,28 +123,44 @@ class ImageTokenizer(nn.Module):
         self.objectness = nn.ModuleList(objectness_head(dim) for _ in range(config.decoder_layers))
         self.box = nn.ModuleList(BoxHead(dim) for _ in range(config.decoder_layers))
 
-    def pyramid(self, images: Tensor) -> list[Tensor]:
-        """uint8 [B, H, W, 3] → four scales [B, C, H / stride, W / stride].
+    def pyramid(self, images: Tensor, drawings: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """Four scales, of features that suit the kind of picture.
 
-        With pretrained stages beside the trained ones, training leaves the trained C4 and C5 of every second
-        picture out: what they have learned by heart of a few photos must not make the pretrained ones idle.
+        With pretrained stages beside the trained ones, photos are seen through the pretrained ones alone, and
+        a router, which knows photos from drawings, decides how much the trained ones add. Why: of few photos
+        the trained stages learn the photos themselves. At known boxes they named 98 % of the large objects of
+        the 238 training photos and 44 % of others' (26 % without people); the pretrained ones alone 88 and
+        53 % (39 %).
+
+        Args:
+            images: uint8 [B, H, W, 3].
+            drawings: bool [B], where it is known what the pictures are; None asks the router.
+
+        Returns:
+            the scales [B, C, H / stride, W / stride], and the router's logits [B] of "drawing".
         """
         mean = torch.tensor(PIXEL_MEAN, device=images.device)
         std = torch.tensor(PIXEL_STD, device=images.device)
         x = ((images.float() - mean) / std).permute(0, 3, 1, 2)  # channels last in memory, as oneDNN likes it
         c3, c4, c5, *pretrained = self.backbone(x)
-        if pretrained and self.training:
-            kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= TRAINED_DROPOUT
-            c4, c5 = c4 * kept, c5 * kept
+        more, drawing = [], None
+        if pretrained:
+            drawing = self.router(pretrained[1].mean((2, 3))).squeeze(-1).float()
+            share = drawing.sigmoid() if drawings is None else drawings.float()
+            if self.training:
+                share = share * (torch.rand_like(share) >= TRAINED_DROPOUT)
+                pretrained = [F.dropout2d(c, PRETRAINED_DROPOUT) for c in pretrained]
+            share = share.to(c4.dtype)[:, None, None, None]
+            c4, c5 = c4 * share, c5 * share
+            own = (pretrained[0], pretrained[1], pretrained[1])
+            more = [convolution(c) for convolution, c in zip(self.pretrained_lateral, own, strict=True)]
         projections = cast(
             list[nn.Sequential], [*self.lateral, self.coarsest]
         )  # a convolution and a norm each
         scales = [p[0](c) for p, c in zip(projections, (c3, c4, c5, c5), strict=True)]
-        if pretrained:
-            c4, c5 = pretrained
-            for i, (convolution, c) in enumerate(zip(self.pretrained_lateral, (c4, c5, c5), strict=True), 1):
-                scales[i] = scales[i] + convolution(c)
-        return [p[1](scale) for p, scale in zip(projections, scales, strict=True)]
+        for i, scale in enumerate(more, 1):
+            scales[i] = scales[i] + scale
+        return [p[1](scale) for p, scale in zip(projections, scales, strict=True)], drawing
 
     def flatten(self, scales: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The pyramid as one sequence: shapes [L, 2], first positions [L], features and level [B, S, C]."""
@@ -146,10 +170,16 @@ class ImageTokenizer(nn.Module):
         return shapes, starts, torch.cat(flat, 1)
 
     def forward(
-        self, images: Tensor, text: Tensor, text_mask: Tensor, denoising: DenoisingQueries | None = None
+        self,
+        images: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        denoising: DenoisingQueries | None = None,
+        drawings: Tensor | None = None,
     ) -> ImageTokens:
-        """images: uint8 [B, H, W, 3]; text: [B, T, C_text]; text_mask: [B, T]."""
-        shapes, starts, x = self.flatten(self.pyramid(images))
+        """images: uint8 [B, H, W, 3]; text: [B, T, C_text]; text_mask: [B, T]; drawings: as in `pyramid`."""
+        scales, drawing = self.pyramid(images, drawings)
+        shapes, starts, x = self.flatten(scales)
         dim = x.shape[-1]
         x = self.fusion(x, text, text_mask)
 
@@ -184,7 +214,7 @@ class ImageTokenizer(nn.Module):
             layer_objectness.append(objectness(features).squeeze(-1).float())
             boxes = refined.detach()
         return ImageTokens(
-            features, layer_boxes, layer_objectness, memory, proposal_boxes, proposal_objectness
+            features, layer_boxes, layer_objectness, memory, proposal_boxes, proposal_objectness, drawing
         )
 
 

@@ -125,10 +125,14 @@ class Network(nn.Module):
         return super().load_state_dict(*args, **kwargs)
 
     def image_tokens(
-        self, images: Tensor, text: Text, denoising: DenoisingQueries | None = None
+        self,
+        images: Tensor,
+        text: Text,
+        denoising: DenoisingQueries | None = None,
+        drawings: Tensor | None = None,
     ) -> ImageTokens:
-        """images: uint8 [B, S, S, 3]."""
-        return self.image_tokenizer(images, text.tokens, text.mask, denoising)
+        """images: uint8 [B, S, S, 3]; drawings: bool [B], where it is known which are no photos."""
+        return self.image_tokenizer(images, text.tokens, text.mask, denoising, drawings)
 
     def decode_slots(
         self, prompts: Prompts, text: Text, tokens: ImageTokens, groups: Tensor | None = None, points: int = 2

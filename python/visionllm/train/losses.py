@@ -4,7 +4,8 @@ L_tok, on the image tokenizer, is category-agnostic: focal objectness and L1 on 
 paper's terms L1 and GIoU on the box, on every decoder layer and on the encoder's proposals. L_dec, on the
 LLM's slots, is cross-entropy of the class and the coordinate tokens after bipartite matching. Denoising
 queries (DINO, 2203.03605) give both parts more to learn from: near an object that is listed, its box and
-class; near one that is not listed, silence.
+class; near one that is not listed, silence. With pretrained stages of its own (`keep_pretrained`) the image
+tokenizer also learns which pictures are drawings.
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     denoised_valid = torch.cat([targets.valid[:, :listed], unlisted_valid], 1)
     extra = denoised.shape[1]
     queries = DenoisingQueries(noised(denoised)) if extra else None
-    tokens = network.image_tokens(torch.from_numpy(batch.images).to(device), text, queries)
+    drawings = ~torch.tensor(batch.photo, device=device)
+    tokens = network.image_tokens(torch.from_numpy(batch.images).to(device), text, queries, drawings)
 
     losses: dict[str, Tensor] = {
         name: torch.zeros((), device=device)
@@ -254,6 +256,8 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     losses["alignment"] = alignment_loss(
         network, batch, text, tokens, targets, at_positions, of_token, astray, listed
     )
+    if tokens.drawing is not None:
+        losses["router"] = router_loss(tokens.drawing, drawings)
     result = dict(losses)
     result["total"] = torch.stack(list(result.values())).sum()
     with torch.no_grad():
@@ -265,6 +269,11 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
             result["metric/iou"] = iou.mean()
             result["metric/class_positive"] = per_group[:, :count][matched].mean()
     return result
+
+
+def router_loss(logits: Tensor, drawings: Tensor) -> Tensor:
+    """Binary cross-entropy of "drawing": logits [B], drawings bool [B]."""
+    return F.binary_cross_entropy_with_logits(logits, drawings.to(logits.dtype))
 
 
 def alignment_loss(

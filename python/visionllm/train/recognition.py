@@ -16,7 +16,7 @@ from torch import Tensor
 
 from visionllm.ops import ms_deform_attn
 from visionllm.tokenizer import MAX_NAME_TOKENS, PADDING, pad
-from visionllm.train.losses import pad_boxes
+from visionllm.train.losses import pad_boxes, router_loss
 
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
@@ -33,7 +33,8 @@ def recognition_loss(network: Network, batch: TrainBatch, names: tuple[str, ...]
         names: all class names of the training data.
 
     Returns:
-        "recognition", "total" (the same), and the detached "metric/name_accuracy".
+        "recognition", "router" where the network has one, "total" (their sum), and the detached
+        "metric/name_accuracy".
 
     Raises:
         ValueError: the batch has an object whose name is not among the names.
@@ -51,7 +52,8 @@ def recognition_loss(network: Network, batch: TrainBatch, names: tuple[str, ...]
     objects, valid = pad_boxes(boxes, device)  # [B, N, 4], [B, N]
 
     tokenizer = network.image_tokenizer
-    scales = tokenizer.pyramid(torch.from_numpy(batch.images).to(device))
+    drawings = ~torch.tensor(batch.photo, device=device)
+    scales, drawing = tokenizer.pyramid(torch.from_numpy(batch.images).to(device), drawings)
     shapes, starts, positions = tokenizer.flatten(scales)
     points = torch.tensor(SAMPLE_POINTS, device=device)
     locations = objects[:, :, None, :2] + points * objects[:, :, None, 2:]  # [B, N, P, 2]
@@ -70,9 +72,12 @@ def recognition_loss(network: Network, batch: TrainBatch, names: tuple[str, ...]
         loss = logits.sum() * 0.0  # without objects it still takes part in the exchange of gradients
     else:
         loss = F.cross_entropy(logits, rows, label_smoothing=0.05)
+    losses = {"recognition": loss}
+    if drawing is not None:
+        losses["router"] = router_loss(drawing, drawings)
     hits = (logits.detach().argmax(-1) == rows).float()
     return {
-        "recognition": loss,
-        "total": loss,
+        **losses,
+        "total": torch.stack(list(losses.values())).sum(),
         "metric/name_accuracy": hits.mean() if len(rows) else torch.zeros((), device=device),
     }
