@@ -23,6 +23,7 @@ bool machine_has(Isa isa) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              machine_has(Isa::avx2);
+    case Isa::avx512_bf16: return __builtin_cpu_supports("avx512bf16") && machine_has(Isa::avx512);
 #elif defined(__aarch64__)
     case Isa::neon: return true;
 #endif
@@ -61,6 +62,7 @@ const char* isa_name(Isa isa) {
     case Isa::scalar: return "scalar";
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::neon: return "neon";
   }
   return "unknown";
@@ -74,6 +76,9 @@ std::vector<Isa> built_isas() {
 #endif
 #ifdef VISIONLLM_HAVE_AVX512
       Isa::avx512,
+#endif
+#ifdef VISIONLLM_HAVE_AVX512_BF16
+      Isa::avx512_bf16,
 #endif
 #ifdef VISIONLLM_HAVE_NEON
       Isa::neon,

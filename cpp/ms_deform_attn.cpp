@@ -11,9 +11,9 @@
 
 #include "check.h"
 #include "cpu/ms_deform_attn.h"
+#include "dispatch.h"
 #include "ms_deform_attn_cuda.h"
 #include "parallel.h"
-#include "visionllm/isa.h"
 
 namespace visionllm {
 namespace {
@@ -132,31 +132,15 @@ cpu::MsDeformAttnParams make_params(const TensorView& value, const TensorView& l
 }
 
 struct Kernels {
-  cpu::MsDeformAttnForward forward = cpu::scalar::ms_deform_attn_kernel;
-  cpu::MsDeformAttnBackward backward = cpu::scalar::ms_deform_attn_backward_kernel;
+  cpu::MsDeformAttnForward forward;
+  cpu::MsDeformAttnBackward backward;
 };
 
 Status choose_kernels(Kernels* kernels) {
   Isa isa;
   VISIONLLM_RETURN_IF_BAD(active_isa(&isa));
-  switch (isa) {
-#ifdef VISIONLLM_HAVE_AVX2
-    case Isa::avx2:
-      *kernels = {cpu::avx2::ms_deform_attn_kernel, cpu::avx2::ms_deform_attn_backward_kernel};
-      break;
-#endif
-#ifdef VISIONLLM_HAVE_AVX512
-    case Isa::avx512:
-      *kernels = {cpu::avx512::ms_deform_attn_kernel, cpu::avx512::ms_deform_attn_backward_kernel};
-      break;
-#endif
-#ifdef VISIONLLM_HAVE_NEON
-    case Isa::neon:
-      *kernels = {cpu::neon::ms_deform_attn_kernel, cpu::neon::ms_deform_attn_backward_kernel};
-      break;
-#endif
-    default: (void)kernels;
-  }
+  kernels->forward = VISIONLLM_KERNEL(isa, ms_deform_attn_kernel);
+  kernels->backward = VISIONLLM_KERNEL(isa, ms_deform_attn_backward_kernel);
   return {};
 }
 

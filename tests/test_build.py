@@ -91,7 +91,7 @@ def test_environment_forces_an_instruction_set(isa: str) -> None:
     assert run(sys.executable, "-c", code, VISIONLLM_ISA=isa).strip() == isa
 
 
-@pytest.mark.parametrize("isa", ["sse9", "neon", "avx512"])
+@pytest.mark.parametrize("isa", ["sse9", "neon", "avx512", "avx512_bf16"])
 def test_instruction_set_that_the_machine_lacks_is_an_error(isa: str) -> None:
     if isa in _core.available_isas():
         pytest.skip(f"this machine has {isa}")

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "every_isa.h"
+
 namespace visionllm::cpu {
 
 // Points are taken in chunks of this many: a multiple of the width of every instruction set.
@@ -65,17 +67,10 @@ static inline int64_t ms_deform_attn_workspace_bytes(const MsDeformAttnParams& p
   return 2 * (params.padded_points * static_cast<int64_t>(4 * (4 + 4 + 4 + 7)) + (chunks + 15) / 16 * 64);
 }
 
-#define VISIONLLM_DECLARE_MS_DEFORM_ATTN(isa)                                                               \
-  namespace isa {                                                                                           \
-  void ms_deform_attn_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace, \
-                             float* value_rows);                                                            \
-  void ms_deform_attn_backward_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end,         \
-                                      void* workspace, float* value_rows, float* grad_rows);                \
-  }
-VISIONLLM_DECLARE_MS_DEFORM_ATTN(scalar)
-VISIONLLM_DECLARE_MS_DEFORM_ATTN(avx2)
-VISIONLLM_DECLARE_MS_DEFORM_ATTN(avx512)
-VISIONLLM_DECLARE_MS_DEFORM_ATTN(neon)
-#undef VISIONLLM_DECLARE_MS_DEFORM_ATTN
+VISIONLLM_FOR_EVERY_ISA(void ms_deform_attn_kernel(const MsDeformAttnParams& params, int64_t begin,
+                                                   int64_t end, void* workspace, float* value_rows);
+                        void ms_deform_attn_backward_kernel(const MsDeformAttnParams& params, int64_t begin,
+                                                            int64_t end, void* workspace, float* value_rows,
+                                                            float* grad_rows);)
 
 }  // namespace visionllm::cpu

@@ -1,13 +1,14 @@
 // Short vectors of float and int32 with one interface for every instruction set, so that a kernel is written
 // once.
 //
-// A kernel source is compiled once per instruction set with VISIONLLM_ISA defined as scalar, avx2, avx512 or
-// neon and puts all it defines in namespace visionllm::cpu::VISIONLLM_ISA. Kernel sources include this header
-// and C headers only: an inline function of the standard library compiled with -mavx512f could be merged by
-// the linker into code that runs everywhere.
+// A kernel source is compiled once per instruction set with VISIONLLM_ISA defined as scalar, avx2, avx512,
+// avx512_bf16 or neon and puts all it defines in namespace visionllm::cpu::VISIONLLM_ISA. Kernel sources
+// include this header and C headers only: an inline function of the standard library compiled with -mavx512f
+// could be merged by the linker into code that runs everywhere.
 //
 //   F, I, M        vectors of kWidth floats, int32s, booleans
-//   load, store    unaligned; from and to float, bfloat16 and float16 memory (round to nearest even)
+//   load, store    unaligned; from and to float, bfloat16 and float16 memory (round to nearest even);
+//                  from int8
 //   *_partial      the first n < kWidth elements only; other lanes are read as zero and not written
 #pragma once
 
@@ -32,7 +33,8 @@ struct float16 {
 #define VISIONLLM_ISA_NUMBER_scalar 1
 #define VISIONLLM_ISA_NUMBER_avx2 2
 #define VISIONLLM_ISA_NUMBER_avx512 3
-#define VISIONLLM_ISA_NUMBER_neon 4
+#define VISIONLLM_ISA_NUMBER_avx512_bf16 4
+#define VISIONLLM_ISA_NUMBER_neon 5
 #define VISIONLLM_ISA_NUMBER_(name) VISIONLLM_ISA_NUMBER_##name
 #define VISIONLLM_ISA_NUMBER(name) VISIONLLM_ISA_NUMBER_(name)
 
@@ -40,12 +42,12 @@ struct float16 {
 #include "simd_scalar.h"
 #elif VISIONLLM_ISA_NUMBER(VISIONLLM_ISA) == 2
 #include "simd_avx2.h"
-#elif VISIONLLM_ISA_NUMBER(VISIONLLM_ISA) == 3
+#elif VISIONLLM_ISA_NUMBER(VISIONLLM_ISA) == 3 || VISIONLLM_ISA_NUMBER(VISIONLLM_ISA) == 4
 #include "simd_avx512.h"
-#elif VISIONLLM_ISA_NUMBER(VISIONLLM_ISA) == 4
+#elif VISIONLLM_ISA_NUMBER(VISIONLLM_ISA) == 5
 #include "simd_neon.h"
 #else
-#error "VISIONLLM_ISA must be scalar, avx2, avx512 or neon"
+#error "VISIONLLM_ISA must be scalar, avx2, avx512, avx512_bf16 or neon"
 #endif
 
 namespace visionllm::cpu::VISIONLLM_ISA {

@@ -74,6 +74,10 @@ VISIONLLM_INLINE void store(float16* p, F a) {
                    _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+VISIONLLM_INLINE F load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+
 VISIONLLM_INLINE __m256 even_order(__m256 v) {  // 64-bit blocks 0 2 1 3
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
 }
@@ -100,6 +104,24 @@ VISIONLLM_INLINE __m256 sum_four_rows(const F* rows) {
 VISIONLLM_INLINE F sum_rows(const F* rows) {
   const __m256 low = sum_four_rows(rows), high = sum_four_rows(rows + 4);
   return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31))};
+}
+
+VISIONLLM_INLINE void transpose(F* rows) {
+  __m256 a[8];
+  for (int i = 0; i < 8; i += 4) {  // 4 x 4 blocks: a[i + j] has column 4 * block + j of rows i .. i + 3
+    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(rows[i].v, rows[i + 1].v));
+    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(rows[i].v, rows[i + 1].v));
+    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(rows[i + 2].v, rows[i + 3].v));
+    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(rows[i + 2].v, rows[i + 3].v));
+    a[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+    a[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+    a[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+    a[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+  }
+  for (int j = 0; j < 4; ++j) {
+    rows[j].v = _mm256_permute2f128_ps(a[j], a[4 + j], 0x20);
+    rows[4 + j].v = _mm256_permute2f128_ps(a[j], a[4 + j], 0x31);
+  }
 }
 
 }  // namespace visionllm::cpu::avx2

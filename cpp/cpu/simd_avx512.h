@@ -1,10 +1,10 @@
-// Sixteen lanes: AVX-512 F, BW, DQ, VL with FMA and F16C. Included by simd.h; see simd_scalar.h for the
-// meaning of each function.
+// Sixteen lanes: AVX-512 F, BW, DQ, VL with FMA and F16C, and for avx512_bf16 its dot products and conversion
+// of bfloat16. Included by simd.h; see simd_scalar.h for the meaning of each function.
 #pragma once
 
 #include <immintrin.h>
 
-namespace visionllm::cpu::avx512 {
+namespace visionllm::cpu::VISIONLLM_ISA {
 
 constexpr int kWidth = 16;
 
@@ -49,6 +49,24 @@ VISIONLLM_INLINE F load(const bfloat16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
 }
 
+#ifdef __AVX512BF16__
+// acc + low(a) * low(b) + high(a) * high(b), where a and b have two bfloat16 in each lane.
+VISIONLLM_INLINE F dot_bfloat16(F acc, I a, I b) {
+  return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+
+// Lane i has the bfloat16 low[i] and, in the upper half, high[i]; both are exact as bfloat16.
+VISIONLLM_INLINE I pair_bfloat16(F low, F high) {
+  const __m512i upper = _mm512_and_si512(_mm512_castps_si512(high.v), _mm512_set1_epi32(-65536));
+  return {_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low.v), 16), upper)};
+}
+
+// Rounds to nearest even as the code below; numbers under 2^-126 become 0.
+VISIONLLM_INLINE void store(bfloat16* p, F a) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(a.v);
+  memcpy(p, &rounded, sizeof rounded);
+}
+#else
 VISIONLLM_INLINE void store(bfloat16* p, F a) {
   const __m512i word = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
@@ -58,6 +76,7 @@ VISIONLLM_INLINE void store(bfloat16* p, F a) {
   rounded = _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(word, 16), _mm512_set1_epi32(0x40));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
 }
+#endif
 
 VISIONLLM_INLINE F load(const float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -66,6 +85,10 @@ VISIONLLM_INLINE F load(const float16* p) {
 VISIONLLM_INLINE void store(float16* p, F a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+VISIONLLM_INLINE F load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 
 VISIONLLM_INLINE void load_pairs(const float* p, F* x, F* y) {
@@ -101,4 +124,41 @@ VISIONLLM_INLINE F sum_rows(const F* rows) {
   return {_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))};
 }
 
-}  // namespace visionllm::cpu::avx512
+VISIONLLM_INLINE F load_partial(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n).v, p)}; }
+VISIONLLM_INLINE void store_partial(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first(n).v, a.v); }
+
+VISIONLLM_INLINE F load_partial(const bfloat16* p, int n) {
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n).v, p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
+}
+
+VISIONLLM_INLINE F load_partial(const float16* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n).v, p))};
+}
+
+VISIONLLM_INLINE void transpose(F* rows) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 4) {  // 4 x 4 blocks: b[i + j] has column 4 * block + j of rows i .. i + 3
+    a[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    a[i + 2] = _mm512_unpacklo_ps(rows[i + 2].v, rows[i + 3].v);
+    a[i + 3] = _mm512_unpackhi_ps(rows[i + 2].v, rows[i + 3].v);
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + 2 + j]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {  // and the 4 x 4 blocks among themselves
+    const __m512 low01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88);
+    const __m512 high01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xdd);
+    const __m512 low23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x88);
+    const __m512 high23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xdd);
+    rows[j].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    rows[8 + j].v = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+    rows[4 + j].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    rows[12 + j].v = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+  }
+}
+
+}  // namespace visionllm::cpu::VISIONLLM_ISA

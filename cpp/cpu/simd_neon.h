@@ -66,6 +66,13 @@ VISIONLLM_INLINE void store(bfloat16* p, F a) {
 VISIONLLM_INLINE F load(const float16* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))}; }
 VISIONLLM_INLINE void store(float16* p, F a) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(a.v))); }
 
+VISIONLLM_INLINE F load(const int8_t* p) {
+  int32_t bytes;
+  memcpy(&bytes, p, 4);
+  const int16x8_t words = vmovl_s8(vcreate_s8(static_cast<uint32_t>(bytes)));
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)))};
+}
+
 VISIONLLM_INLINE void load_pairs(const float* p, F* x, F* y) {
   const float32x4x2_t pairs = vld2q_f32(p);
   x->v = pairs.val[0];
@@ -78,6 +85,14 @@ VISIONLLM_INLINE void store_pairs(float* p, F x, F y) {
 
 VISIONLLM_INLINE F sum_rows(const F* rows) {
   return {vpaddq_f32(vpaddq_f32(rows[0].v, rows[1].v), vpaddq_f32(rows[2].v, rows[3].v))};
+}
+
+VISIONLLM_INLINE void transpose(F* rows) {
+  const float32x4x2_t low = vtrnq_f32(rows[0].v, rows[1].v), high = vtrnq_f32(rows[2].v, rows[3].v);
+  rows[0].v = vcombine_f32(vget_low_f32(low.val[0]), vget_low_f32(high.val[0]));
+  rows[1].v = vcombine_f32(vget_low_f32(low.val[1]), vget_low_f32(high.val[1]));
+  rows[2].v = vcombine_f32(vget_high_f32(low.val[0]), vget_high_f32(high.val[0]));
+  rows[3].v = vcombine_f32(vget_high_f32(low.val[1]), vget_high_f32(high.val[1]));
 }
 
 }  // namespace visionllm::cpu::neon

@@ -97,6 +97,8 @@ VISIONLLM_INLINE void store(float16* p, F a) {
   p->bits = static_cast<uint16_t>(half | sign);
 }
 
+VISIONLLM_INLINE F load(const int8_t* p) { return {static_cast<float>(*p)}; }
+
 // x and y of kWidth points stored as x0 y0 x1 y1 ...
 VISIONLLM_INLINE void load_pairs(const float* p, F* x, F* y) {
   x->v = p[0];
@@ -109,5 +111,8 @@ VISIONLLM_INLINE void store_pairs(float* p, F x, F y) {
 
 // Lane i of the result is the sum of the lanes of rows[i].
 VISIONLLM_INLINE F sum_rows(const F* rows) { return rows[0]; }
+
+// rows[i] lane j becomes rows[j] lane i, for kWidth rows.
+VISIONLLM_INLINE void transpose(F*) {}
 
 }  // namespace visionllm::cpu::scalar

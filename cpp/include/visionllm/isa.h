@@ -1,6 +1,6 @@
 // Which instruction set the CPU kernels use. Every kernel is compiled once per instruction set; the best one
 // that the machine has is chosen at the first use. The environment variable
-// VISIONLLM_ISA=scalar|avx2|avx512|neon forces one.
+// VISIONLLM_ISA=scalar|avx2|avx512|avx512_bf16|neon forces one.
 #pragma once
 
 #include <string>
@@ -10,7 +10,7 @@
 
 namespace visionllm {
 
-enum class Isa { scalar, avx2, avx512, neon };
+enum class Isa { scalar, avx2, avx512, avx512_bf16, neon };
 
 const char* isa_name(Isa isa);
 std::vector<Isa> built_isas();      // compiled into this library, slowest first
