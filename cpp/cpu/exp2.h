@@ -9,8 +9,8 @@ namespace visionllm::cpu::VISIONLLM_ISA {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-// max(a, b): b where either is NaN. scale_by_power_of_two(a, n): a * 2^n for whole n in -127 .. 127, 0 for
-// n = -127.
+// max(a, b): b where either is NaN. scale_by_power_of_two(a, n): a * 2^n for whole n in -126 .. 127; 0
+// for n = -127, on AVX-512 for n = -151.
 #if VISIONLLM_ISA_NUMBER(VISIONLLM_ISA) == VISIONLLM_ISA_NUMBER_scalar
 VISIONLLM_INLINE F max(F a, F b) { return {a.v > b.v ? a.v : b.v}; }
 VISIONLLM_INLINE F scale_by_power_of_two(F a, F n) {
@@ -34,16 +34,13 @@ VISIONLLM_INLINE F scale_by_power_of_two(F a, F n) {
 }
 #else  // AVX-512
 VISIONLLM_INLINE F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
-VISIONLLM_INLINE F scale_by_power_of_two(F a, F n) {
-  const __m512i biased = _mm512_add_epi32(_mm512_cvttps_epi32(n.v), _mm512_set1_epi32(127));
-  return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23)))};
-}
+VISIONLLM_INLINE F scale_by_power_of_two(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 #endif
 
-// 2^x for x <= 127; 0 from x = -127 downwards; NaN stays NaN. Relative error about 1e-7: the polynomial is the
+// 2^x for x <= 127; 0 from x = -127 (AVX-512: -150, after numbers below 2^-126) downwards; NaN stays NaN. Relative error about 1e-7: the polynomial is the
 // minimax one of degree 6 on -1/2 .. 1/2 (2e-9), the rest is rounding.
 VISIONLLM_INLINE F exp2(F x) {
-  x = max(set(-127.0f), x);
+  x = max(set(kWidth == 16 ? -151.0f : -127.0f), x);
   const F whole = floor(x + set(0.5f));
   const F part = x - whole;
   F power = set(1.53473201e-4f);

@@ -204,30 +204,30 @@ __attribute__((noinline)) void matmul_kernel(float* c, int64_t ldc, const Word* 
 }
 
 template <int kVectors, int kRows = kMicroRows, typename Word>
-VISIONLLM_INLINE void matmul_rows(int rows, float* c, const Word* a, int64_t lda, const Word* b,
+VISIONLLM_INLINE void matmul_rows(int rows, float* c, int64_t ldc, const Word* a, int64_t lda, const Word* b,
                                   int64_t depth, bool first) {
-  if (rows == kRows) return matmul_kernel<kRows, kVectors>(c, kTileColumns, a, lda, b, depth, first);
-  if constexpr (kRows > 1) matmul_rows<kVectors, kRows - 1>(rows, c, a, lda, b, depth, first);
+  if (rows == kRows) return matmul_kernel<kRows, kVectors>(c, ldc, a, lda, b, depth, first);
+  if constexpr (kRows > 1) matmul_rows<kVectors, kRows - 1>(rows, c, ldc, a, lda, b, depth, first);
 }
 
 template <int kVectors = kPanelVectors, typename Word>
-VISIONLLM_INLINE void matmul_vectors(int vectors, int rows, float* c, const Word* a, int64_t lda,
+VISIONLLM_INLINE void matmul_vectors(int vectors, int rows, float* c, int64_t ldc, const Word* a, int64_t lda,
                                      const Word* b, int64_t depth, bool first) {
-  if (vectors == kVectors) return matmul_rows<kVectors>(rows, c, a, lda, b, depth, first);
-  if constexpr (kVectors > 1) matmul_vectors<kVectors - 1>(vectors, rows, c, a, lda, b, depth, first);
+  if (vectors == kVectors) return matmul_rows<kVectors>(rows, c, ldc, a, lda, b, depth, first);
+  if constexpr (kVectors > 1) matmul_vectors<kVectors - 1>(vectors, rows, c, ldc, a, lda, b, depth, first);
 }
 
-// A panel's columns of a tile of C.
+// A panel's columns of a tile of C, whose rows lie ldc apart: c = (first ? 0 : c) + a times the panel of b.
 template <typename Word>
-void matmul_panel(int64_t rows, int vectors, float* c, const Word* a, int64_t lda, const Word* b,
+void matmul_panel(int64_t rows, int vectors, float* c, int64_t ldc, const Word* a, int64_t lda, const Word* b,
                   int64_t depth, bool first) {
   // Blocks as equal as they can be: 4 and 3 rows rather than 6 and 1.
   const int64_t blocks = (rows + kMicroRows - 1) / kMicroRows;
   for (int64_t block = 0, row = 0; block < blocks; ++block) {
     const int count = static_cast<int>((rows - row + blocks - block - 1) / (blocks - block));
-    float* to = c + row * kTileColumns;
+    float* to = c + row * ldc;
     const Word* from = a + row * lda;
-    matmul_vectors(vectors, count, to, from, lda, b, depth, first);
+    matmul_vectors(vectors, count, to, ldc, from, lda, b, depth, first);
     row += count;
   }
 }
@@ -269,8 +269,8 @@ void matmul(const TA* a, int64_t lda, int64_t M, const void* packed, int64_t N, 
         for (int64_t panel = 0; panel < columns; panel += kPanel) {
           const int vectors = panel_vectors(N, n + panel);
           const Word* b = static_cast<const Word*>(packed) + (n + panel) * depth + k * vectors * kWidth;
-          matmul_panel(rows, vectors, tile + panel, rows_of_a, direct ? lda / kPerWord<Word> : kTileStride, b,
-                       words, k == 0);
+          matmul_panel(rows, vectors, tile + panel, kTileColumns, rows_of_a,
+                       direct ? lda / kPerWord<Word> : kTileStride, b, words, k == 0);
         }
       }
       for (int64_t r = 0; r < rows; ++r) {
