@@ -105,6 +105,30 @@ def test_shapes_and_types():
             assert parse(instruction.text) == instruction
 
 
+def test_photos_list_names_of_other_sources_when_asked():
+    batches = mixture(prompts={"foreign_names": 0.5, "large_share": 0.0, "middle_share": 0.0})
+    plain = mixture(prompts={"large_share": 0.0, "middle_share": 0.0})
+    mixed = prompts = 0
+    for step in range(150):
+        for found, usual in zip(_prompts(batches[step]), _prompts(plain[step]), strict=True):
+            source, classes, present = found
+            if source == "scenes":
+                assert found == usual and set(classes) <= set(SHAPE_NAMES)
+                continue
+            assert set(present) <= set(PHOTO_NAMES) and set(usual[1]) <= set(PHOTO_NAMES)
+            prompts += 1
+            mixed += not set(classes) <= set(PHOTO_NAMES)
+    assert prompts > 40 and 0.3 < mixed / prompts < 0.65
+
+
+def _prompts(batch):
+    """Per picture: its source, the listed names, and those of them that have boxes."""
+    return [
+        (source, instruction.classes, [instruction.classes[label] for label in labels])
+        for source, instruction, labels in zip(batch.source, batch.instructions, batch.labels, strict=True)
+    ]
+
+
 def test_one_template_and_one_number_of_names_per_step():
     batches = mixture(prompts={"middle_share": 0.3, "middle_count": (8, 16), "large_share": 0.1})
     wordings = {template.text for template in TRAIN_TEMPLATES["detection"]}

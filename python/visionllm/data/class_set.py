@@ -2,7 +2,7 @@
 
 After VisionLLM (Wang et al. 2023, arXiv:2305.11175, section 3.2): class sets and their order are drawn anew
 for every sample, so that ``<ck>`` means nothing but "the k-th listed name". Only a name that its source
-annotates exhaustively may be listed as absent.
+annotates exhaustively may be listed as absent (but see `PromptSettings.foreign_names`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class PromptSettings:
         0.3  # prompts whose absent names prefer those that share a word with a present one
     )
     hard_share: float = 0.5  # of the absent names of such a prompt, at most
+    # Of the photos' prompts: those that may list the other sources' names too, taken to be absent. Without
+    # them, names that only drawings bear tell the model to expect a drawing and pass over a photo's objects.
+    foreign_names: float = 0.0
     usual_range: int = 512
     other_range: float = 0.4  # prompts with another range
     ranges: tuple[int, int] = (100, 2000)  # log-uniform

@@ -8,7 +8,7 @@ nothing is padded for want of names, and no rank waits for another's longer prom
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -135,7 +135,12 @@ class TrainingBatches:
             for source in self.sources
         ]
         self._weights = weights[weights > 0]
-        self._capacities = np.array([_capacity(source) for source in self.sources])
+        vocabularies = [_vocabulary(source) for source in self.sources]
+        everything = dict.fromkeys(name for names in vocabularies for name in names)
+        self._foreign = [
+            tuple(name for name in everything if name not in own) for own in map(frozenset, vocabularies)
+        ]
+        self._capacities = np.array([len(set(names)) for names in vocabularies])
 
     def __iter__(self) -> Iterator[TrainBatch]:
         """All steps from 0 on, without end."""
@@ -171,7 +176,10 @@ class TrainingBatches:
             source=[self.sources[index].name for index in chosen],
             photo=[self.sources[index].photo for index in chosen],
         )
-        for sample, rng in zip(samples, rngs, strict=True):
+        for index, sample, rng in zip(chosen, samples, rngs, strict=True):
+            foreign = self.prompts.foreign_names if self.sources[index].photo else 0.0
+            if foreign and rng.random() < foreign:
+                sample = replace(sample, vocabulary=sample.vocabulary + self._foreign[index])
             self._add_prompt(batch, sample, count, template, rng)
         return batch
 
@@ -266,10 +274,7 @@ def _names_known(sample: Sample) -> int:
     return len({*sample.vocabulary, *sample.names})
 
 
-def _capacity(source: Source) -> int:
-    """How many names a prompt for this source can list."""
+def _vocabulary(source: Source) -> tuple[str, ...]:
+    """The names that a prompt for this source can list."""
     dataset = source.dataset
-    vocabulary = (
-        getattr(dataset, "vocabulary", None) or getattr(dataset, "names", None) or dataset[0].vocabulary
-    )
-    return len(set(vocabulary))
+    return getattr(dataset, "vocabulary", None) or getattr(dataset, "names", None) or dataset[0].vocabulary
