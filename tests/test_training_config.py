@@ -24,7 +24,7 @@ def test_later_layers_win(tmp_path):
     config = load_config("tiny", file, ["batch_size=5", "scenes.glyphs=art", "model.num_queries=64"])
     assert (config.lr, config.batch_size, config.scenes.weight) == (1e-3, 5, 2.0)
     assert config.scenes.glyphs == "art"
-    assert config.model == {"num_queries": 64}
+    assert config.model == {"keep_pretrained": True, "num_queries": 64}
     assert config.backbone_lr == load_config("tiny").backbone_lr
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from small_network import small_network
 
 from visionllm.data.class_set import PromptSettings
 from visionllm.train import main
@@ -59,8 +60,8 @@ def check(*overrides, resuming=False):
         (["init=/nonexistent"], ["init: expected a model folder, found no config.json in /nonexistent"]),
         (["init=x", "model.heads=4"], ["model.heads: the model comes from init=x"]),
         (
-            ["init=.", "model.keep_pretrained=true"],
-            ["init: expected a model folder, found no config.json in ."],
+            ["init=/nonexistent", "model.keep_pretrained=true"],
+            ["init: expected a model folder, found no config.json in /nonexistent"],
         ),
         (["tokenizer=/nonexistent"], ["tokenizer: no such file: /nonexistent"]),
     ],
@@ -74,6 +75,18 @@ def test_unusable_configurations_say_why(tmp_path, capsys, overrides, words):
         assert part in error
     assert error.count("\n") == 1 and error.startswith("visionllm train: ")
     assert not output.exists()
+
+
+def test_pretrained_stages_for_a_model_that_has_none(tmp_path):
+    small_network().save_pretrained(tmp_path / "without")
+    small_network(keep_pretrained=True).save_pretrained(tmp_path / "with")
+    check(f"init={tmp_path / 'without'}", "model.keep_pretrained=false")
+    check(f"init={tmp_path / 'with'}", "model.keep_pretrained=true")
+    with pytest.raises(ConfigError, match="model.keep_pretrained with init=.* needs init_backbone"):
+        check(f"init={tmp_path / 'without'}", "model.keep_pretrained=true")
+    (tmp_path / "with" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match='init: .*expected an object with "model_type"'):
+        check(f"init={tmp_path / 'with'}", "model.keep_pretrained=true")
 
 
 def test_things_that_this_machine_lacks(monkeypatch, tmp_path):

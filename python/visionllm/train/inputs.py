@@ -172,9 +172,14 @@ def _check_start(config: TrainConfig) -> None:
     if config.init is not None:
         for key in config.model.keys() - {"keep_pretrained"}:
             raise ConfigError(f"model.{key}: the model comes from init={config.init}")
-        if not (Path(config.init) / "config.json").is_file():
+        sizes = Path(config.init) / "config.json"
+        if not sizes.is_file():
             raise ConfigError(f"init: expected a model folder, found no config.json in {config.init}")
-        if not config.model:
+        try:
+            kept = ModelConfig.from_json(sizes.read_bytes(), str(sizes)).keep_pretrained
+        except ValueError as error:
+            raise ConfigError(f"init: {error}") from error
+        if kept or not config.model.get("keep_pretrained"):
             return
         if config.init_backbone is None:
             raise ConfigError(f"model.keep_pretrained with init={config.init} needs init_backbone")

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionllm.model.boxes import cxcywh_to_xyxy, overlap
-from visionllm.model.config import LOCATION_BINS, STRIDES
+from visionllm.model.config import STRIDES
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokens, anchor_boxes
-from visionllm.model.slots import BINS_PER_UNIT
+from visionllm.model.slots import BINS_PER_UNIT, corners_of
 from visionllm.tokenizer import MAX_NAME_TOKENS, PADDING, pad
 from visionllm.train.matcher import CLASS_COST, GIOU_COST, L1_COST, match, match_proposals, pair_costs
 
@@ -36,8 +36,6 @@ NO_OBJECT_WEIGHT = 0.2
 # The same where an object stands whose class is not listed, and the factor on the objectness loss there:
 # silence on it is harder to learn.
 UNLISTED_WEIGHT = 2.0
-# Standard deviation, in bins, of the smoothed coordinate targets.
-LOCATION_SIGMA = 1.5
 # Unmatched image tokens that get a group of slots in training, beside the matched ones: the most object-like.
 SPARE_GROUPS = 12
 # Denoising queries: at most this many per picture at listed and at unlisted objects; the centre moves by up
@@ -138,19 +136,6 @@ def unlisted_at(corners: Tensor, unlisted: Tensor, valid: Tensor) -> Tensor:
     return torch.where(most > 0.5, which, -1)
 
 
-def location_loss(logits: Tensor, offsets: Tensor) -> Tensor:
-    """Cross-entropy against a Gaussian over the bins around the true offset, mean per coordinate.
-
-    Args:
-        logits: [n, 4, 1025]; offsets: [n, 4] in bins, −512…512.
-    """
-    bins = torch.arange(LOCATION_BINS, device=logits.device) - BINS_PER_UNIT
-    wanted = (
-        -((bins - offsets.clamp(-BINS_PER_UNIT, BINS_PER_UNIT)[..., None]) ** 2) / (2 * LOCATION_SIGMA**2)
-    ).softmax(-1)
-    return -(wanted * logits.log_softmax(-1)).sum(-1).mean(-1).sum()
-
-
 def noised(boxes: Tensor) -> Tensor:
     """Boxes [B, N, 4] moved and scaled at random."""
     shift = (torch.rand_like(boxes[..., :2]) * 2 - 1) * boxes[..., 2:] * (NOISE / 2)
@@ -210,14 +195,14 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         count = min(m, targets.boxes.shape[1] + SPARE_GROUPS)
         chosen = priority.topk(count, dim=1).indices
         groups = torch.cat([chosen, m + own], 1)
-    logits, centres = network.decode_slots(prompts, text, tokens, groups)
+    reading = network.read_slots(prompts, text, tokens, groups)
+    answers = reading.answers(network.config.coordinate_window, count)
 
     with torch.no_grad():
-        corners = network.boxes_from_slots(logits.locations[:, :count], centres[:, :count])
+        corners = corners_of(answers.offsets, reading.boxes[:, :count])
         wanted = cxcywh_to_xyxy(targets.boxes)
         _, giou = overlap(corners[:, :, None], wanted[:, None])
-        probability = logits.classes[:, :count].softmax(-1)
-        of_object = probability.gather(2, targets.labels[:, None].expand(-1, count, -1))
+        of_object = answers.probabilities.gather(2, targets.labels[:, None].expand(-1, count, -1))
         cost = gather_rows(cost, chosen) - CLASS_COST * of_object
         cost = cost + L1_COST * torch.cdist(corners, wanted, p=1) - GIOU_COST * giou
         assigned = match(cost, targets.valid)  # [B, count]
@@ -234,23 +219,21 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     with torch.no_grad():
         of_group = torch.cat([assigned, denoised_object], 1)  # [B, count + D]
         positive = of_group >= 0
-        no_object = logits.classes.shape[-1] - 1
+        no_object = answers.probabilities.shape[-1] - 1
         labels = (
             torch.where(positive, gather_rows(targets.labels, of_group), no_object)
             if listed
             else torch.full_like(of_group, no_object)
         )
-        silent = torch.full_like(logits.classes[:, :count, 0], NO_OBJECT_WEIGHT)
+        silent = torch.full_like(answers.probabilities[..., 0], NO_OBJECT_WEIGHT)
         silent[unlisted_at(corners, unlisted, unlisted_valid) >= 0] = UNLISTED_WEIGHT
         weights = torch.cat([(gather_rows(weight, chosen) > 0) * silent, denoised_valid * UNLISTED_WEIGHT], 1)
         weights = torch.where(positive, 1.0, weights)
-    per_group = F.cross_entropy(logits.classes.flatten(0, 1), labels.flatten(), reduction="none").view(
-        labels.shape
-    )
+    per_group = reading.class_loss(labels)
     losses["class"] = CLASS_WEIGHT * (per_group * weights).sum() / weights.sum().clamp(min=1e-6)
     if listed:
-        offsets = gather_rows(wanted, of_group) - centres[..., :2].repeat(1, 1, 2)
-        found = location_loss(logits.locations[positive], (offsets * BINS_PER_UNIT)[positive])
+        offsets = gather_rows(wanted, of_group) - reading.boxes[..., :2].repeat(1, 1, 2)
+        found = reading.location_loss(offsets * BINS_PER_UNIT, positive)
         losses["location"] = LOCATION_WEIGHT * found / positive.sum().clamp(min=1)
 
     losses["alignment"] = alignment_loss(
@@ -263,7 +246,7 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     with torch.no_grad():
         matched = assigned >= 0
         if matched.any():
-            hit = logits.classes[:, :count].argmax(-1) == labels[:, :count]
+            hit = answers.probabilities.argmax(-1) == labels[:, :count]
             iou, _ = overlap(corners[matched], gather_rows(wanted, assigned)[matched])
             result["metric/class_accuracy"] = hit[matched].float().mean()
             result["metric/iou"] = iou.mean()
