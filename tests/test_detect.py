@@ -9,7 +9,6 @@ import torch
 from small_network import NAMES, SMALL, pictures, small_network
 
 from visionllm.instruction import EVAL_TEMPLATES, Instruction
-from visionllm.model.slots import SlotLogits
 
 TOLERANCE = 1e-5  # scores and boxes of size 1: sums in another order
 
@@ -104,15 +103,15 @@ def test_corners_said_in_the_wrong_order_change_places_with_their_tokens(monkeyp
     network = small_network(coordinate_window=0)
     instructions = [instruction(NAMES)]
     right = network.detect(pictures(1), instructions)[0]
-    decode = network.decode_slots
+    read = network.read_slots
 
     def turned(*arguments):
-        logits, boxes = decode(*arguments)
-        locations = logits.locations.clone()
-        locations[:, ::2] = locations[:, ::2][..., [2, 3, 0, 1], :]  # of every second group
-        return SlotLogits(logits.classes, locations), boxes
+        reading = read(*arguments)
+        reading.states = reading.states.clone()
+        reading.states[:, ::2, 1:] = reading.states[:, ::2][:, :, [3, 4, 1, 2]]  # of every second group
+        return reading
 
-    monkeypatch.setattr(network, "decode_slots", turned)
+    monkeypatch.setattr(network, "read_slots", turned)
     found = network.detect(pictures(1), instructions)[0]
     assert_same(found, right)
     assert torch.equal(found.bins, right.bins)

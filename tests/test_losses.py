@@ -12,9 +12,9 @@ from small_network import SMALL, small_network, train_batch, two_pictures
 
 from visionllm.model.boxes import cxcywh_to_xyxy, overlap
 from visionllm.model.image_tokenizer import ImageTokens, anchor_boxes
-from visionllm.model.slots import BINS_PER_UNIT, SlotLogits
+from visionllm.model.slots import BINS_PER_UNIT, LOCATION_SIGMA, SlotLogits, SlotReading, location_loss
 from visionllm.train import losses
-from visionllm.train.losses import Targets, detection_loss, location_loss, noised, token_loss
+from visionllm.train.losses import Targets, detection_loss, noised, token_loss
 from visionllm.train.matcher import PROPOSALS_PER_OBJECT, match, match_proposals, pair_costs
 
 SURE = 30.0  # a logit that leaves no doubt
@@ -93,7 +93,7 @@ def test_proposals_take_their_cheapest_positions():
 def test_location_loss_of_the_right_answer_is_the_entropy_of_its_smoothing():
     bins = torch.arange(1025) - BINS_PER_UNIT
     offsets = torch.tensor([[0.0, -100.25, 511.5, -512.0]])
-    density = torch.exp(-((bins - offsets[..., None]) ** 2) / (2 * losses.LOCATION_SIGMA**2))
+    density = torch.exp(-((bins - offsets[..., None]) ** 2) / (2 * LOCATION_SIGMA**2))
     p = density / density.sum(-1, keepdim=True)
     entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).mean().item()
     logits = density.clamp(min=1e-30).log().requires_grad_()
@@ -220,7 +220,7 @@ class Oracle:
             features, [boxes] * 2, [logits] * 2, memory, proposals, torch.full((len(boxes), s), -SURE)
         )
 
-    def decode_slots(self, prompts, _text, tokens, groups):
+    def read_slots(self, prompts, _text, tokens, groups):
         at = torch.arange(len(groups))[:, None]
         centres = tokens.boxes[-1][at, groups]
         classes = torch.full((*groups.shape, prompts.class_mask.shape[1] + 1), -SURE)
@@ -233,12 +233,12 @@ class Oracle:
         corners = cxcywh_to_xyxy(self.truth[at, groups])
         offsets = (corners - centres[..., :2].repeat(1, 1, 2)) * BINS_PER_UNIT
         bins = torch.arange(1025) - BINS_PER_UNIT
-        return SlotLogits(
-            classes, -((bins - offsets[..., None]) ** 2) / (2 * losses.LOCATION_SIGMA**2)
-        ), centres
-
-    def boxes_from_slots(self, locations, boxes):
-        return self.real.boxes_from_slots(locations, boxes)
+        states = torch.zeros(*groups.shape, 5, SMALL.llm_dim)
+        rows = torch.zeros(*prompts.class_mask.shape, SMALL.llm_dim)
+        reading = SlotReading(self.real.slot_head, states, rows, prompts.class_mask, centres)
+        reading.by_operator = False  # read from these logits
+        reading.logits = SlotLogits(classes, -((bins - offsets[..., None]) ** 2) / (2 * LOCATION_SIGMA**2))
+        return reading
 
 
 @torch.no_grad()
@@ -249,7 +249,7 @@ def answers(batch, **wrong):
     return {name: value.item() for name, value in found.items()}
 
 
-ENTROPY = 0.5 * math.log(2 * math.pi * math.e * losses.LOCATION_SIGMA**2)
+ENTROPY = 0.5 * math.log(2 * math.pi * math.e * LOCATION_SIGMA**2)
 
 
 def test_the_right_answers_cost_nothing():

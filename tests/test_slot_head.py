@@ -12,16 +12,20 @@ from torch import Tensor
 
 from visionllm.model.config import LOCATION_BINS
 from visionllm.model.llm import RMSNorm
-from visionllm.model.slots import BINS_PER_UNIT, SlotHead, expected_offsets
+from visionllm.model.slots import (
+    BINS_PER_UNIT,
+    LOCATION_SIGMA,
+    SlotHead,
+    expected_offsets,
+    location_loss,
+)
 from visionllm.ops import slot_head_cross_entropy, slot_head_predict
-from visionllm.ops.slot_head import (
-    SampleInputs,
-    sample_inputs,
+from visionllm.ops.slot_head import SampleInputs, sample_inputs
+from visionllm.ops.slot_head_cross_entropy import (
     slot_head_cross_entropy_backward_reference,
     slot_head_cross_entropy_reference,
-    slot_head_predict_reference,
 )
-from visionllm.train.losses import LOCATION_SIGMA, location_loss
+from visionllm.ops.slot_head_predict import slot_head_predict_reference
 
 TINY = dict(groups=3, rows=7, channels=6, window=2)
 CASES = {

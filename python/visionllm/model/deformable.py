@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionllm.model.attention import attention
-from visionllm.ops import ms_deform_attn
+from visionllm.ops import ms_deform_attn_fused, ms_deform_attn_fused_reference
+from visionllm.ops.choice import uses_operator
 
 
 class MSDeformAttention(nn.Module):
@@ -52,16 +53,15 @@ class MSDeformAttention(nn.Module):
         """
         b, q, c = query.shape
         value = self.value(value).view(b, -1, self.heads, c // self.heads)
-        offsets = self.sampling_offsets(query).float().view(b, q, self.heads, self.levels, self.points, 2)
-        weights = self.attention_weights(query).float().view(b, q, self.heads, -1).softmax(-1)
-        if reference.shape[-1] == 2:
-            cells = shapes.flip(-1)[:, None].float()  # [L, 1, 2] width, height
-            locations = reference[:, :, None, None, None] + offsets / cells
+        offsets = self.sampling_offsets(query).view(b, q, self.heads, self.levels, self.points, 2)
+        logits = self.attention_weights(query).view(b, q, self.heads, self.levels, self.points)
+        reference = reference[:, :, None].expand(-1, -1, self.levels, -1)
+        if uses_operator("ms_deform_attn_fused", value):
+            y = ms_deform_attn_fused(value, shapes, starts, reference, offsets, logits)
         else:
-            centre, size = reference[:, :, None, None, None].split(2, -1)
-            locations = centre + offsets * size * (0.5 / self.points)
-        weights = weights.view(b, q, self.heads, self.levels, self.points)
-        y = ms_deform_attn(value.float(), shapes, starts, locations, weights)
+            y = ms_deform_attn_fused_reference(
+                value.float(), shapes, starts, reference, offsets.float(), logits.float()
+            )
         return self.output(y.to(query.dtype))
 
 

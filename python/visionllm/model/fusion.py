@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from visionllm.model.attention import attention
+from visionllm.ops import fusion_attention
+from visionllm.ops.choice import autocast, uses_operator
 
 
 class LanguageFusion(nn.Module):
@@ -23,7 +25,23 @@ class LanguageFusion(nn.Module):
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """x: [B, N, C]; text: [B, T, C_text]; mask: [B, T], True where there is text. Returns [B, N, C]."""
         b, n, c = x.shape
+        key, value = self.key_value(text).view(b, text.shape[1], 2, self.heads, -1).unbind(2)
+        if uses_operator("fusion_attention", x):
+            y = fusion_attention(
+                autocast(x),
+                autocast(self.norm.weight),
+                autocast(self.norm.bias),
+                autocast(self.query.weight),
+                autocast(self.query.bias),
+                key,
+                value,
+                mask,
+                autocast(self.output.weight),
+                autocast(self.output.bias),
+                autocast(self.gate),
+                self.norm.eps,
+            )
+            return y.to(x.dtype)
         q = self.query(self.norm(x)).view(b, n, self.heads, -1).transpose(1, 2)
-        k, v = self.key_value(text).view(b, text.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = attention(q, k, v, mask[:, None, None])
+        y = attention(q, key.transpose(1, 2), value.transpose(1, 2), mask[:, None, None])
         return x + self.gate * self.output(y.transpose(1, 2).reshape(b, n, c))

@@ -7,6 +7,9 @@ pass decodes them all.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 from visionllm.model.attention import attention
 from visionllm.model.config import ModelConfig
 from visionllm.model.lora import LoRALinear
+from visionllm.ops import query_attention
+from visionllm.ops.choice import uses_operator
 
 
 class RMSNorm(nn.Module):
@@ -29,38 +34,73 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """positions [B, T] → cosine and sine [B, T, 1, head_dim / 2]."""
+    """positions [..., T] → cosine and sine [..., T, 1, head_dim / 2]."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = positions[..., None, None].float() * frequency
     return angles.cos(), angles.sin()
 
 
+@lru_cache(maxsize=32)
+def first_positions(count: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`rope_table` of positions 0 … count − 1. Callers share it: not to be changed."""
+    with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference could not train later
+        return rope_table(torch.arange(count, device=device), head_dim, theta)
+
+
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the two halves of every head: x [B, T, H, D]."""
+    """Rotates the two halves of every head: x [..., T, H, D], table [..., T, 1, D / 2]."""
     cosine, sine = (t.to(x.dtype) for t in table)
     low, high = x.chunk(2, -1)
     return torch.cat([low * cosine - high * sine, high * cosine + low * sine], -1)
 
 
-def query_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_mask: Tensor, slots: int
+@dataclass(frozen=True)
+class Layout:
+    """How prefix and slots stand in a pass: x is [B, P + G·S, C].
+
+    Attributes:
+        mask: bool [B, P], True where the prefix has a token.
+        lengths: int64 [B], how many.
+        slots: S.
+        table: cosine and sine [P + S, 1, D / 2], fp32, row i for position i.
+    """
+
+    mask: Tensor
+    lengths: Tensor
+    slots: int
+    table: tuple[Tensor, Tensor]
+
+    @property
+    def prefix_rope(self) -> tuple[Tensor, Tensor]:
+        """Of positions 0 … P − 1, [P, 1, D / 2]."""
+        cosine, sine = (t[: self.mask.shape[1]] for t in self.table)
+        return cosine, sine
+
+    @cached_property
+    def slot_rope(self) -> tuple[Tensor, Tensor]:
+        """Of a group's slots, [B, 1, S, 1, D / 2]."""
+        rows = self.lengths[:, None] + torch.arange(self.slots, device=self.lengths.device)
+        cosine, sine = (t[rows][:, None] for t in self.table)
+        return cosine, sine
+
+
+def grouped_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_mask: Tensor
 ) -> Tensor:
-    """Groups of slots attend to one shared prefix and causally to their own group.
+    """`visionllm.ops.query_attention` in plain torch, after rotation.
 
     Args:
-        q: [B, G·S, H, D], rotated; k, v: [B, G·S, H_kv, D].
+        q: [B, G, S, H, D], rotated; k, v: [B, G, S, H_kv, D].
         prefix_k, prefix_v: [B, P, H_kv, D]; prefix_mask: bool [B, P], True where there is a token.
-        slots: S.
 
     Returns:
-        [B, G·S, H·D].
+        [B, G, S, H, D].
     """
-    b, n, heads, d = q.shape
-    kv_heads, groups = k.shape[2], n // slots
-    q = q.view(b, n, kv_heads, heads // kv_heads, d) * d**-0.5
-    own_q = q.view(b, groups, slots, kv_heads, -1, d).permute(0, 3, 1, 4, 2, 5)  # [B, Hkv, G, R, S, D]
-    own_k = k.view(b, groups, slots, kv_heads, 1, d).permute(0, 3, 1, 4, 5, 2)  # [B, Hkv, G, 1, D, S]
-    own_v = v.view(b, groups, slots, kv_heads, 1, d).permute(0, 3, 1, 4, 2, 5)  # [B, Hkv, G, 1, S, D]
+    b, groups, slots, heads, d = q.shape
+    kv_heads = k.shape[3]
+    own_q = (q * d**-0.5).unflatten(3, (kv_heads, -1)).permute(0, 3, 1, 4, 2, 5)  # [B, Hkv, G, R, S, D]
+    own_k = k.permute(0, 3, 1, 4, 2)[:, :, :, None]  # [B, Hkv, G, 1, D, S]
+    own_v = v.permute(0, 3, 1, 2, 4)[:, :, :, None]  # [B, Hkv, G, 1, S, D]
     far = own_q.reshape(b, kv_heads, -1, d) @ prefix_k.permute(0, 2, 3, 1)  # [B, Hkv, G·R·S, P]
     far = far.masked_fill(~prefix_mask[:, None, None], float("-inf"))
     near = own_q @ own_k  # [B, Hkv, G, R, S, S]
@@ -70,8 +110,7 @@ def query_attention(
     far, near = weights.split([far.shape[-1], slots], -1)
     y = (near.reshape(b, kv_heads, groups, -1, slots, slots) @ own_v).reshape(b, kv_heads, -1, d)
     y = y + far @ prefix_v.transpose(1, 2)
-    y = y.view(b, kv_heads, groups, -1, slots, d).permute(0, 2, 4, 1, 3, 5)
-    return y.reshape(b, n, heads * d)
+    return y.view(b, kv_heads, groups, -1, slots, d).permute(0, 2, 4, 1, 3, 5).flatten(3, 4)
 
 
 class LLMLayer(nn.Module):
@@ -98,22 +137,29 @@ class LLMLayer(nn.Module):
         self.up = linear("up", dim, config.llm_ffn_dim)
         self.down = linear("down", config.llm_ffn_dim, dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, slots: int) -> Tensor:
-        """x: [B, P + G·S, C]; rope for the same positions; mask: bool [B, P]."""
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """x: [B, P + G·S, C]."""
         b, n, c = x.shape
-        p = mask.shape[1]
+        p = layout.mask.shape[1]
         normed = self.attention_norm(x)
-        q = apply_rope(self.q(normed).view(b, n, self.heads, -1), rope)
-        k = apply_rope(self.k(normed).view(b, n, self.kv_heads, -1), rope)
+        q = self.q(normed).view(b, n, self.heads, -1)
+        k = self.k(normed).view(b, n, self.kv_heads, -1)
         v = self.v(normed).view(b, n, self.kv_heads, -1)
         # Padding stands behind the text, where a causal query of the text cannot see it.
         shared = self.heads // self.kv_heads
-        far_q, far_k, far_v = (t[:, :p].transpose(1, 2) for t in (q, k, v))
-        far_k, far_v = (t.repeat_interleave(shared, 1) for t in (far_k, far_v))
-        y = attention(far_q, far_k, far_v, causal=True).transpose(1, 2).reshape(b, p, c)
+        far_q, far_k = (apply_rope(t[:, :p], layout.prefix_rope) for t in (q, k))
+        far_v = v[:, :p]
+        wide_k, wide_v = (t.repeat_interleave(shared, 2).transpose(1, 2) for t in (far_k, far_v))
+        y = attention(far_q.transpose(1, 2), wide_k, wide_v, causal=True).transpose(1, 2).reshape(b, p, c)
         if n > p:
-            own = query_attention(q[:, p:], k[:, p:], v[:, p:], k[:, :p], v[:, :p], mask, slots)
-            y = torch.cat([y, own], 1)
+            own_q, own_k, own_v = (t[:, p:].unflatten(1, (-1, layout.slots)) for t in (q, k, v))
+            if uses_operator("query_attention", q):
+                rope = (layout.table[0][:, 0], layout.table[1][:, 0])
+                own = query_attention(own_q, own_k, own_v, far_k, far_v, layout.lengths, rope)
+            else:
+                own_q, own_k = (apply_rope(t, layout.slot_rope) for t in (own_q, own_k))
+                own = grouped_attention(own_q, own_k, own_v, far_k, far_v, layout.mask)
+            y = torch.cat([y, own.reshape(b, n - p, c)], 1)
         x = x + self.o(y)
         normed = self.ffn_norm(x)
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
@@ -132,12 +178,10 @@ class LLM(nn.Module):
         """mask: bool [B, P], True where the prefix has a token; its padding must stand last."""
         b, p, c = prefix.shape
         groups, size = slots.shape[1:3]
-        lengths = mask.sum(1)
-        own = lengths[:, None] + torch.arange(size, device=mask.device).repeat(groups)
-        positions = torch.cat([torch.arange(p, device=mask.device).expand(b, -1), own], 1)
-        rope = rope_table(positions, self.head_dim, self.theta)
+        table = first_positions(p + size, self.head_dim, self.theta, prefix.device)
+        layout = Layout(mask, mask.sum(1), size, table)
         x = torch.cat([prefix, slots.reshape(b, -1, c)], 1)
         for layer in self.layers:
-            x = layer(x, rope, mask, size)
+            x = layer(x, layout)
         x = self.norm(x)
         return x[:, :p], x[:, p:].reshape(b, groups, size, c)

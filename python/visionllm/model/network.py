@@ -17,11 +17,12 @@ from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokenizer, Im
 from visionllm.model.known_names import probability_of_listed, rivals
 from visionllm.model.llm import LLM
 from visionllm.model.slots import (
-    BINS_PER_UNIT,
     SlotHead,
     SlotLogits,
     SlotQueries,
+    SlotReading,
     class_token_embedding,
+    corners_of,
     expected_offsets,
 )
 from visionllm.model.text_encoder import TextEncoder, mean_pool
@@ -137,13 +138,17 @@ class Network(nn.Module):
     def decode_slots(
         self, prompts: Prompts, text: Text, tokens: ImageTokens, groups: Tensor | None = None, points: int = 2
     ) -> tuple[SlotLogits, Tensor]:
+        """`read_slots`, as the logits and the groups' boxes [B, G, 4]."""
+        reading = self.read_slots(prompts, text, tokens, groups, points)
+        return reading.logits, reading.boxes
+
+    def read_slots(
+        self, prompts: Prompts, text: Text, tokens: ImageTokens, groups: Tensor | None = None, points: int = 2
+    ) -> SlotReading:
         """One pass of the LLM over the prefix and the chosen groups.
 
         Args:
             groups: int64 [B, G], which image (or denoising) tokens get a group; None: all M.
-
-        Returns:
-            the logits, and the groups' boxes [B, G, 4] cxcywh whose centres the offsets refer to.
         """
         m = self.config.num_queries
         boxes = tokens.boxes[-1].detach()
@@ -166,12 +171,11 @@ class Network(nn.Module):
         prefix_states, states = self.llm(prefix, mask, slots.to(prefix.dtype))
         name_states = pool_names(prefix_states, prompts.name_index, prompts.class_mask.shape[1])
         rows = self.slot_head.rows(name_states, text.names, self.class_tokens.weight)
-        classes = self.slot_head.class_logits(states[:, :, 0], rows, prompts.class_mask)
-        return SlotLogits(classes, self.slot_head.location_logits(states[:, :, 1:])), boxes
+        return SlotReading(self.slot_head, states, rows, prompts.class_mask, boxes)
 
     def boxes_from_slots(self, locations: Tensor, boxes: Tensor) -> Tensor:
         """Location logits [B, G, 4, 1025], boxes [B, G, 4] → corners [B, G, 4] in shares of the picture."""
-        return expected_offsets(locations, self.config.coordinate_window) + boxes[..., :2].repeat(1, 1, 2)
+        return corners_of(expected_offsets(locations, self.config.coordinate_window), boxes)
 
     @torch.inference_mode()
     def detect(self, images: Tensor, instructions: Sequence[Instruction], top: int = 100) -> list[Detections]:
@@ -193,16 +197,16 @@ class Network(nn.Module):
         prompts = self.tokenizer.prompts(instructions, self.config.num_queries).to(self.device)
         text = self.encode_text(prompts)
         tokens = self.image_tokens(images.to(self.device), text)
-        logits, groups = self.decode_slots(prompts, text, tokens)
-        corners = self.boxes_from_slots(logits.locations, groups)  # [B, M, 4]
+        reading = self.read_slots(prompts, text, tokens)
+        answers, groups = reading.answers(self.config.coordinate_window), reading.boxes
+        corners = corners_of(answers.offsets, groups)  # [B, M, 4]
         # Corners said in the wrong order change places, and their tokens with them.
         turned = (corners[..., :2] > corners[..., 2:]).repeat(1, 1, 2)
-        bins = logits.locations.argmax(-1) - BINS_PER_UNIT
         corners = torch.where(turned, corners.roll(2, -1), corners).clamp(0, 1)
-        bins = torch.where(turned, bins.roll(2, -1), bins)
+        bins = torch.where(turned, answers.bins.roll(2, -1), answers.bins)
         a = self.config.objectness_power
         objectness = tokens.objectness[-1].sigmoid()[..., None]  # [B, M, 1]
-        scores = objectness**a * logits.classes.softmax(-1)[..., :-1] ** (1 - a)  # [B, M, K]
+        scores = objectness**a * answers.probabilities[..., :-1] ** (1 - a)  # [B, M, K]
         if self.config.known_power > 0 and self.known_names:
             features = self.alignment["decoder"](tokens.features[:, : self.config.num_queries])
             others = rivals(self.known_names, [one.classes for one in instructions]).to(self.device)

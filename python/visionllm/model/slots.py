@@ -8,15 +8,20 @@ of a vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionllm.instruction.instruction import MAX_CLASSES
 from visionllm.model.config import LOCATION_BINS, MAX_BOUNDARY_POINTS, ModelConfig
 from visionllm.model.position_encoding import sine_encoding
+from visionllm.ops import SlotPrediction, slot_head_cross_entropy, slot_head_predict
+from visionllm.ops.choice import autocast, uses_operator
 
 BINS_PER_UNIT = (LOCATION_BINS - 1) // 2  # a bin is 1/512 of the picture's height or width
+LOCATION_SIGMA = 1.5  # standard deviation, in bins, of the smoothed coordinate targets
 
 
 @dataclass
@@ -30,6 +35,21 @@ class SlotLogits:
 
     classes: Tensor
     locations: Tensor
+
+
+@dataclass
+class SlotAnswers:
+    """What the slots answer; no gradients.
+
+    Attributes:
+        probabilities: fp32 [B, G, K + 1] over the classes and, last, "no object"; 0 at unlisted classes.
+        offsets: fp32 [B, G, 2N] in picture sizes, the expectation near the best location token.
+        bins: int64 [B, G, 2N], the best location token, −512 … 512.
+    """
+
+    probabilities: Tensor
+    offsets: Tensor
+    bins: Tensor
 
 
 class SlotQueries(nn.Module):
@@ -94,6 +114,90 @@ class SlotHead(nn.Module):
         return (states @ self.locations.to(states.dtype).T).float()
 
 
+class SlotReading:
+    """States of the slots of one pass, and what the head reads from them: by the operator, or from logits.
+
+    Args:
+        states: [B, G, 1 + 2N, C], the LLM's last.
+        rows: [B, K, C], of `SlotHead.rows`; mask: bool [B, K], which of them a prompt lists.
+        boxes: [B, G, 4] cxcywh, to whose centres the locations are relative.
+    """
+
+    def __init__(self, head: SlotHead, states: Tensor, rows: Tensor, mask: Tensor, boxes: Tensor) -> None:
+        self.head, self.states, self.rows, self.mask, self.boxes = head, states, rows, mask, boxes
+        self.by_operator = uses_operator("slot_head", states)
+
+    @cached_property
+    def logits(self) -> SlotLogits:
+        with torch.set_grad_enabled(self.states.requires_grad):  # answers ask first, without gradients
+            return SlotLogits(
+                self.head.class_logits(self.states[:, :, 0], self.rows, self.mask),
+                self.head.location_logits(self.states[:, :, 1:]),
+            )
+
+    def answers(self, window: int, groups: int | None = None) -> SlotAnswers:
+        """Of the first groups (None: all); window: as for `expected_offsets`."""
+        with torch.no_grad():
+            return self._read(window, groups) if self.by_operator else self._from_logits(window, groups)
+
+    def _from_logits(self, window: int, groups: int | None) -> SlotAnswers:
+        classes, locations = self.logits.classes[:, :groups], self.logits.locations[:, :groups]
+        best = locations.argmax(-1)
+        offsets = expected_offsets(locations, window, best)
+        return SlotAnswers(classes.softmax(-1), offsets, best - BINS_PER_UNIT)
+
+    def _read(self, window: int, groups: int | None) -> SlotAnswers:
+        states, rows, valid = self._class_operands(groups)
+        classes: SlotPrediction = slot_head_predict(
+            states, rows, valid=valid, scale=self.head.scale, probabilities=True
+        )
+        places: SlotPrediction = slot_head_predict(
+            autocast(self.states[:, :groups, 1:]), self.head.locations, window=window, offset=BINS_PER_UNIT
+        )
+        assert classes.probabilities is not None and places.expectation is not None
+        return SlotAnswers(
+            classes.probabilities, places.expectation / BINS_PER_UNIT, places.best - BINS_PER_UNIT
+        )
+
+    def class_loss(self, labels: Tensor) -> Tensor:
+        """Cross-entropy of the classes: labels [B, G], K for "no object" → [B, G]."""
+        if not self.by_operator:
+            return F.cross_entropy(self.logits.classes.mT, labels, reduction="none")
+        states, rows, valid = self._class_operands()
+        return slot_head_cross_entropy(states, rows, labels, valid=valid, scale=self.head.scale)
+
+    def location_loss(self, offsets: Tensor, wanted: Tensor) -> Tensor:
+        """Cross-entropy against a Gaussian around the true offsets, mean per coordinate, sum of the groups.
+
+        Args:
+            offsets: [B, G, 2N] in bins; wanted: bool [B, G], which groups count.
+        """
+        if not self.by_operator:
+            return location_loss(self.logits.locations[wanted], offsets[wanted])
+        loss = slot_head_cross_entropy(
+            autocast(self.states[:, :, 1:]),
+            self.head.locations,
+            offsets + BINS_PER_UNIT,
+            weight=wanted[..., None].expand(offsets.shape).to(offsets.dtype),
+            sigma=LOCATION_SIGMA,
+        )
+        return loss.sum() / offsets.shape[-1]
+
+    def _class_operands(self, groups: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """States [B, G, C], rows [B, K + 1, C] and which of them each picture allows."""
+        states = self.head.class_query(self.states[:, :groups, 0])
+        no_object = self.head.no_object.to(self.rows.dtype).expand(len(self.rows), 1, -1)
+        return states, torch.cat([self.rows, no_object], 1), F.pad(self.mask, (0, 1), value=True)
+
+
+def location_loss(logits: Tensor, offsets: Tensor) -> Tensor:
+    """As `SlotReading.location_loss`: logits [n, 4, 1025]; offsets [n, 4] in bins, −512…512."""
+    bins = torch.arange(LOCATION_BINS, device=logits.device) - BINS_PER_UNIT
+    centres = offsets.clamp(-BINS_PER_UNIT, BINS_PER_UNIT)[..., None]
+    wanted = (-((bins - centres) ** 2) / (2 * LOCATION_SIGMA**2)).softmax(-1)
+    return -(wanted * logits.log_softmax(-1)).sum(-1).mean(-1).sum()
+
+
 def class_token_embedding(dim: int) -> nn.Embedding:
     """Rows of <c0> … <c511>."""
     embedding = nn.Embedding(MAX_CLASSES, dim)
@@ -101,16 +205,22 @@ def class_token_embedding(dim: int) -> nn.Embedding:
     return embedding
 
 
-def expected_offsets(logits: Tensor, window: int) -> Tensor:
+def expected_offsets(logits: Tensor, window: int, best: Tensor | None = None) -> Tensor:
     """Location logits [..., 1025] → offsets in picture sizes [...]: expectation near the argmax.
 
     Args:
         window: how many bins on each side of the argmax count; 0 takes the argmax alone.
+        best: int64 [...], the argmax where it is known.
     """
-    best = logits.argmax(-1, keepdim=True)
+    best = (logits.argmax(-1) if best is None else best)[..., None]
     if window == 0:
         return (best.squeeze(-1) - BINS_PER_UNIT).float() / BINS_PER_UNIT
     around = best + torch.arange(-window, window + 1, device=logits.device)
     inside = (around >= 0) & (around < LOCATION_BINS)
     near = logits.gather(-1, around.clamp(0, LOCATION_BINS - 1)).masked_fill(~inside, float("-inf"))
     return (near.softmax(-1) * (around - BINS_PER_UNIT)).sum(-1) / BINS_PER_UNIT
+
+
+def corners_of(offsets: Tensor, boxes: Tensor) -> Tensor:
+    """Offsets [B, G, 4] from the centres of boxes [B, G, 4] → corners in shares of the picture."""
+    return offsets + boxes[..., :2].repeat(1, 1, 2)

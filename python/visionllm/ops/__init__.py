@@ -4,11 +4,13 @@
 multi-scale deformable attention; ``accelerate_hugging_face`` makes the Deformable-DETR family of
 ``transformers`` use it. ``query_attention`` is attention of groups of slots with a
 shared prefix. ``slot_head_predict`` and ``slot_head_cross_entropy`` read the slots. Importing this package
-registers ``torch.ops.visionllm``.
+registers ``torch.ops.visionllm``. ``use_operators("reference")``, or ``VISIONLLM_OPS=reference`` in the
+environment, makes the model's layers run plain torch instead.
 """
 
 from __future__ import annotations
 
+from visionllm.ops.choice import use_operators
 from visionllm.ops.fusion_attention import fusion_attention, fusion_attention_reference
 from visionllm.ops.hugging_face import MultiScaleDeformableAttention, accelerate_hugging_face
 from visionllm.ops.lora_linear import lora_linear, lora_linear_reference
@@ -33,4 +35,5 @@ __all__ = [
     "query_attention_reference",
     "slot_head_cross_entropy",
     "slot_head_predict",
+    "use_operators",
 ]
