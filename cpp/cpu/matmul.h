@@ -4,7 +4,8 @@
 //   B is packed once and then used for any number of rows:
 //
 //     pack_b<TA>(packed, b, ldb, N, K)              from b [N, K], as a linear layer's weight lies
-//     pack_b_transposed<TA>(packed, b, ldb, N, K)   from b [K, N]
+//     pack_b_transposed<TA>(packed, b, ldb, N, K)   from b [K, N]; a last argument row_at(k) says which of b's rows
+//                                                   is row k
 //     matmul(a, lda, M, packed, N, K, epilogue)     a [M, K] of type TA
 //
 //   packed     packed_bytes(N, K) bytes (cpu/packed_matrix.h), aligned to 64
@@ -76,7 +77,7 @@ VISIONLLM_INLINE F accumulate(F acc, const float* a, F b) { return mul_add(set(*
 // The kWidth words of a row that begin at p, `n` elements long (more than a vector's worth counts as that).
 template <typename T>
 VISIONLLM_INLINE F load_words(const float*, const T* p, int64_t n) {
-  return n >= kWidth ? load(p) : load_partial(p, static_cast<int>(n));
+  return load_first(p, n);
 }
 
 #ifdef __AVX512BF16__
@@ -145,32 +146,36 @@ void pack_b(void* packed, const TB* b, int64_t ldb, int64_t N, int64_t K) {
   }
 }
 
-template <typename TA, typename TB>
-void pack_b_transposed(void* packed, const TB* b, int64_t ldb, int64_t N, int64_t K) {
+// Row k of B's rows is b's row row_at(k).
+template <typename TA, typename TB, typename RowAt>
+void pack_b_transposed(void* packed, const TB* b, int64_t ldb, int64_t N, int64_t K, const RowAt& row_at) {
   using Word = typename WordOf<TA>::type;
   const int64_t depth = words_of<Word>(K);
   for (int64_t panel = 0; panel < N; panel += kPanel) {
     const int vectors = panel_vectors(N, panel);
     Word* to = static_cast<Word*>(packed) + panel * depth;
     for (int64_t k = 0; k < K; k += kPerWord<Word>) {
-      for (int v = 0; v < vectors; ++v) {
+      const TB* row = b + row_at(k) * ldb;
+      for (int v = 0; v < vectors; ++v, to += kWidth) {
         const int64_t n = panel + v * kWidth;
-        const TB* from = b + k * ldb + n;
-        const auto row = [&](const TB* p) {
-          return N - n >= kWidth ? load(p) : load_partial(p, static_cast<int>(N - n));
-        };
+        const F values = load_first(row + n, N - n);
 #ifdef __AVX512BF16__
         if constexpr (kPerWord<Word> == 2) {
-          _mm512_storeu_si512(to, pair_bfloat16(row(from), k + 1 < K ? row(from + ldb) : set(0.0f)).v);
+          const F next = k + 1 < K ? load_first(b + row_at(k + 1) * ldb + n, N - n) : set(0.0f);
+          _mm512_storeu_si512(to, pair_bfloat16(values, next).v);
         } else
 #endif
         {
-          store(to, row(from));
+          store(to, values);
         }
-        to += kWidth;
       }
     }
   }
+}
+
+template <typename TA, typename TB>
+void pack_b_transposed(void* packed, const TB* b, int64_t ldb, int64_t N, int64_t K) {
+  pack_b_transposed<TA>(packed, b, ldb, N, K, [](int64_t k) { return k; });
 }
 
 // ---- the product ------------------------------------------------------------------------------------------

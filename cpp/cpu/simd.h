@@ -72,4 +72,15 @@ VISIONLLM_INLINE void store_partial(T* p, F v, int n) {
   memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
+// The first n elements, or a whole vector where there are more.
+template <typename T>
+VISIONLLM_INLINE F load_first(const T* p, int64_t n) {
+  return n >= kWidth ? load(p) : load_partial(p, static_cast<int>(n));
+}
+
+template <typename T>
+VISIONLLM_INLINE void store_first(T* p, F v, int64_t n) {
+  n >= kWidth ? store(p, v) : store_partial(p, v, static_cast<int>(n));
+}
+
 }  // namespace visionllm::cpu::VISIONLLM_ISA
