@@ -81,9 +81,9 @@ CASES = (
     Case("fusion_attention", "fusion_attention", dict(batch=1, positions=70, tokens=33)),
     Case("query_attention", "query_attention", dict()),
     Case("query_attention", "query_attention", dict(groups=3, slots=9, prefix=70, lengths=(70, 1, 33))),
-    Case("slot_head", "slot_head_predict", dict(located=True)),
-    Case("slot_head", "slot_head_cross_entropy", dict()),
-    Case("slot_head", "slot_head_cross_entropy", dict(located=True, rows=130)),
+    Case("slot_head_predict", "slot_head_predict", dict(located=True)),
+    Case("slot_head_cross_entropy", "slot_head_cross_entropy", dict()),
+    Case("slot_head_cross_entropy", "slot_head_cross_entropy", dict(located=True, rows=130)),
 )
 
 

@@ -9,15 +9,25 @@ namespace visionllm {
 
 void bind_slot_head(nb::module_& m) {
   bind_operator<5>(m, "slot_head_predict", &slot_head_predict,
-                   {"best", "probability", "logsumexp", "expectation?", "probabilities?", "workspace",
+                   {"best", "probability", "logsumexp", "expectation?", "probabilities?", "workspace?",
                     "states", "rows", "valid?", "norm_weight?", "epsilon", "scale", "window", "offset"});
   bind_operator<4>(m, "slot_head_cross_entropy", &slot_head_cross_entropy,
-                   {"loss", "logsumexp", "target_logsumexp", "workspace", "states", "rows", "target",
+                   {"loss", "logsumexp", "target_logsumexp", "workspace?", "states", "rows", "target",
                     "weight?", "valid?", "norm_weight?", "epsilon", "scale", "sigma"});
   bind_operator<4>(m, "slot_head_cross_entropy_backward", &slot_head_cross_entropy_backward,
-                   {"grad_states", "grad_rows", "grad_norm_weight?", "workspace", "grad_loss", "states",
+                   {"grad_states", "grad_rows", "grad_norm_weight?", "workspace?", "grad_loss", "states",
                     "rows", "target", "weight?", "valid?", "norm_weight?", "logsumexp", "target_logsumexp",
                     "epsilon", "scale", "sigma", "slots_at_once"});
+  bind_operator<5>(m, "slot_head_predict_int8", &slot_head_predict_int8,
+                   {"best", "probability", "logsumexp", "expectation?", "probabilities?", "states", "rows",
+                    "row_scale", "valid?", "norm_weight?", "epsilon", "scale", "window", "offset"});
+  bind_operator<3>(m, "slot_head_cross_entropy_int8", &slot_head_cross_entropy_int8,
+                   {"loss", "logsumexp", "target_logsumexp", "states", "rows", "row_scale", "target",
+                    "weight?", "valid?", "norm_weight?", "epsilon", "scale", "sigma"});
+  bind_operator<2>(m, "slot_head_cross_entropy_int8_backward", &slot_head_cross_entropy_int8_backward,
+                   {"grad_states", "grad_norm_weight?", "grad_loss", "states", "rows", "row_scale", "target",
+                    "weight?", "valid?", "norm_weight?", "logsumexp", "target_logsumexp", "epsilon", "scale",
+                    "sigma", "slots_at_once"});
   m.def(
       "slot_head_workspace_bytes",
       [](int call, std::int64_t B, std::int64_t G, std::int64_t S, std::int64_t C, std::int64_t V,

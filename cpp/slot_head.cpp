@@ -5,19 +5,19 @@
 
 #include "../cuda/slot_head.h"
 #include "check.h"
+#include "slot_head_cpu.h"
 
 namespace visionllm {
 namespace {
 
-struct Sizes {
-  std::int64_t B, G, S, C, V, R;
-};
+using Sizes = SlotHeadSizes;
 
-constexpr std::int64_t kAlignment = 16;  // bytes that the kernels move at a time
+constexpr std::int64_t kAlignment = 16;  // bytes that the CUDA kernels move at a time
 
-// Begins at a multiple of 16 bytes, and so does every vector of its last dimension.
+// On CUDA it begins at a multiple of 16 bytes, and so does every vector of its last dimension.
 Status check_vectors(const char* op, const char* name, const TensorView& tensor) {
   VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, name, tensor, 1));
+  if (tensor.device == Device::cpu) return {};
   if (reinterpret_cast<std::uintptr_t>(tensor.data) % kAlignment != 0)
     return bad_argument(op, std::string(name) + " must begin at a multiple of 16 bytes");
   for (int i = 0; i + 1 < tensor.rank; ++i) {
@@ -37,22 +37,46 @@ Status check_slots(const char* op, const char* name, const TensorView& tensor, c
   return check_contiguous(op, name, tensor);
 }
 
-Status check_inputs(const char* op, const TensorView& states, const TensorView& rows, const TensorView& valid,
-                    const TensorView& norm_weight, Sizes* sizes) {
+// What all calls have. row_scale is there with int8 rows, which the functions for them take.
+struct Inputs {
+  const TensorView& states;
+  const TensorView& rows;
+  const TensorView& row_scale;
+  const TensorView& valid;
+  const TensorView& norm_weight;
+  double epsilon, scale;
+  bool quantized;
+};
+
+Status check_row_scale(const char* op, const Inputs& in, const Sizes& n) {
+  if (!in.quantized) return check_dtype(op, "rows", in.rows, in.states.dtype);
+  VISIONLLM_RETURN_IF_BAD(check_dtype(op, "rows", in.rows, DType::int8));
+  VISIONLLM_RETURN_IF_BAD(check_shape(op, "row_scale", in.row_scale, "[R, V]", {n.R, n.V}));
+  VISIONLLM_RETURN_IF_BAD(check_dtype(op, "row_scale", in.row_scale, DType::float32));
+  return check_inner_contiguous(op, "row_scale", in.row_scale, 1);
+}
+
+Status check_inputs(const char* op, const Inputs& in, Sizes* sizes) {
+  const TensorView &states = in.states, &rows = in.rows, &valid = in.valid, &norm_weight = in.norm_weight;
   VISIONLLM_RETURN_IF_BAD(check_rank(op, "states", states, "[B, G, S, C]", 4));
   VISIONLLM_RETURN_IF_BAD(check_rank(op, "rows", rows, "[R, V, C]", 3));
   Sizes& n = *sizes;
   n.B = states.shape[0], n.G = states.shape[1], n.S = states.shape[2], n.C = states.shape[3];
   n.R = rows.shape[0], n.V = rows.shape[1];
   VISIONLLM_RETURN_IF_BAD(check_float(op, "states", states));
-  VISIONLLM_RETURN_IF_BAD(check_dtype(op, "rows", rows, states.dtype));
   if ((n.R != 1 && n.R != n.B) || n.V < 1 || rows.shape[2] != n.C) {
     return bad_argument(op, "rows must have shape [1 or B, V, C] = [1 or " + std::to_string(n.B) +
                                 ", 1 or more, " + std::to_string(n.C) + "], got " + shape_text(rows));
   }
-  if (n.V > kSlotHeadMaxRows)
-    return bad_argument(op, "rows must be at most 65536, got V = " + std::to_string(n.V));
-  if (n.C < 8 || n.C % 8 != 0)
+  VISIONLLM_RETURN_IF_BAD(check_row_scale(op, in, n));
+  const bool on_cpu = states.device == Device::cpu;
+  const std::int64_t most = on_cpu ? kSlotHeadMaxRowsOnCpu : kSlotHeadMaxRows;
+  if (n.V > most) {
+    return bad_argument(op,
+                        "rows must be at most " + std::to_string(most) + ", got V = " + std::to_string(n.V));
+  }
+  if (on_cpu && n.C < 1) return bad_argument(op, "C must be at least 1, got 0");
+  if (!on_cpu && (n.C < 8 || n.C % 8 != 0))
     return bad_argument(op, "C must be a multiple of 8 and not 0, got " + std::to_string(n.C));
   VISIONLLM_RETURN_IF_BAD(check_vectors(op, "states", states));
   VISIONLLM_RETURN_IF_BAD(check_vectors(op, "rows", rows));
@@ -66,6 +90,7 @@ Status check_inputs(const char* op, const TensorView& states, const TensorView& 
     VISIONLLM_RETURN_IF_BAD(check_dtype(op, "norm_weight", norm_weight, states.dtype));
     VISIONLLM_RETURN_IF_BAD(check_vectors(op, "norm_weight", norm_weight));
   }
+  if (on_cpu) return {};
   // Slots are numbered in 32 bits, and so are the blocks of every launch: tiles of 64 x 64.
   constexpr std::int64_t kLargest = std::numeric_limits<std::int32_t>::max();
   const std::int64_t slots = n.B * n.G * n.S;
@@ -88,15 +113,15 @@ Status check_target(const char* op, const TensorView& target, const TensorView& 
   return {};
 }
 
-Status check_workspace(const char* op, const TensorView& workspace, SlotHeadCall call,
-                       const TensorView& states, const TensorView& valid, const TensorView& norm_weight,
+Status check_workspace(const char* op, const TensorView& workspace, SlotHeadCall call, const Inputs& in,
                        std::int64_t window, std::int64_t slots_at_once, const Sizes& n) {
+  if (in.states.device == Device::cpu) return {};
   VISIONLLM_RETURN_IF_BAD(check_rank(op, "workspace", workspace, "[W]", 1));
   VISIONLLM_RETURN_IF_BAD(check_dtype(op, "workspace", workspace, DType::float32));
   VISIONLLM_RETURN_IF_BAD(check_vectors(op, "workspace", workspace));
   const std::int64_t needed =
-      slot_head_workspace_bytes(call, n.B, n.G, n.S, n.C, n.V, element_size(states.dtype), n.R == 1,
-                                !valid.absent(), !norm_weight.absent(), window, slots_at_once);
+      slot_head_workspace_bytes(call, n.B, n.G, n.S, n.C, n.V, element_size(in.states.dtype), n.R == 1,
+                                !in.valid.absent(), !in.norm_weight.absent(), window, slots_at_once);
   if (workspace.size() * 4 < needed) {
     return bad_argument(op, "workspace must have at least " + std::to_string(needed) + " bytes, got " +
                                 std::to_string(workspace.size() * 4));
@@ -104,11 +129,19 @@ Status check_workspace(const char* op, const TensorView& workspace, SlotHeadCall
   return {};
 }
 
+cpu::SlotHeadParams cpu_params(const Inputs& in, const Sizes& n) {
+  return slot_head_params(in.states, in.rows, in.row_scale, in.valid, in.norm_weight, in.epsilon, in.scale,
+                          n);
+}
+
+// int8 rows have no CUDA kernels.
+Status no_cuda_kernel_for_int8(const char* op) {
+  return Status::unsupported(std::string(op) + ": there are CPU kernels only");
+}
+
 #ifdef VISIONLLM_HAVE_CUDA
-cuda::SlotHeadInputs make_inputs(const TensorView& workspace, const TensorView& states,
-                                 const TensorView& rows, const TensorView& valid,
-                                 const TensorView& norm_weight, double epsilon, double scale,
-                                 const Sizes& n) {
+cuda::SlotHeadInputs make_inputs(const TensorView& workspace, const Inputs& given, const Sizes& n) {
+  const TensorView &states = given.states, &rows = given.rows, &valid = given.valid;
   cuda::SlotHeadInputs in{};
   in.dtype = states.dtype;
   in.B = n.B, in.G = n.G, in.S = n.S, in.C = n.C, in.V = n.V;
@@ -119,8 +152,8 @@ cuda::SlotHeadInputs make_inputs(const TensorView& workspace, const TensorView& 
   in.rows = rows.data, in.rows_stride_r = rows.strides[0], in.rows_stride_v = rows.strides[1];
   in.valid = static_cast<const std::uint8_t*>(valid.data);
   in.valid_stride_b = valid.absent() ? 0 : valid.strides[0];
-  in.norm_weight = norm_weight.data;
-  in.epsilon = static_cast<float>(epsilon), in.scale = static_cast<float>(scale);
+  in.norm_weight = given.norm_weight.data;
+  in.epsilon = static_cast<float>(given.epsilon), in.scale = static_cast<float>(given.scale);
   in.workspace = static_cast<unsigned char*>(workspace.data);
   return in;
 }
@@ -137,6 +170,193 @@ cuda::SlotHeadTarget make_target(const TensorView& target, const TensorView& wei
   return made;
 }
 #endif
+
+Status predict(const char* op, const TensorView& best, const TensorView& probability,
+               const TensorView& logsumexp, const TensorView& expectation, const TensorView& probabilities,
+               const TensorView& workspace, const Inputs& in, std::int64_t window, double offset,
+               const Execution& execution) {
+  Sizes n;
+  VISIONLLM_RETURN_IF_BAD(check_inputs(op, in, &n));
+  VISIONLLM_RETURN_IF_BAD(check_slots(op, "best", best, n, DType::int64));
+  VISIONLLM_RETURN_IF_BAD(check_slots(op, "probability", probability, n, DType::float32));
+  VISIONLLM_RETURN_IF_BAD(check_slots(op, "logsumexp", logsumexp, n, DType::float32));
+  if (!expectation.absent()) {
+    VISIONLLM_RETURN_IF_BAD(check_slots(op, "expectation", expectation, n, DType::float32));
+    if (window < 0) return bad_argument(op, "window must be at least 0, got " + std::to_string(window));
+    if (window > kSlotHeadMaxWindow && in.states.device != Device::cpu)
+      return bad_argument(op, "window must be from 0 to 31, got " + std::to_string(window));
+  }
+  if (!probabilities.absent()) {
+    VISIONLLM_RETURN_IF_BAD(
+        check_shape(op, "probabilities", probabilities, "[B, G, S, V]", {n.B, n.G, n.S, n.V}));
+    VISIONLLM_RETURN_IF_BAD(check_dtype(op, "probabilities", probabilities, DType::float32));
+    VISIONLLM_RETURN_IF_BAD(check_contiguous(op, "probabilities", probabilities));
+  }
+  VISIONLLM_RETURN_IF_BAD(
+      check_workspace(op, workspace, SlotHeadCall::predict, in, expectation.absent() ? -1 : window, 0, n));
+  Device device;
+  VISIONLLM_RETURN_IF_BAD(check_device(op,
+                                       {{"states", &in.states},
+                                        {"rows", &in.rows},
+                                        {"row_scale", &in.row_scale},
+                                        {"valid", &in.valid},
+                                        {"norm_weight", &in.norm_weight},
+                                        {"workspace", &workspace},
+                                        {"best", &best},
+                                        {"probability", &probability},
+                                        {"logsumexp", &logsumexp},
+                                        {"expectation", &expectation},
+                                        {"probabilities", &probabilities}},
+                                       &device));
+  if (device == Device::cpu) {
+    Isa isa;
+    VISIONLLM_RETURN_IF_BAD(active_isa(&isa));
+    cpu::SlotHeadParams params = cpu_params(in, n);
+    params.best = static_cast<std::int64_t*>(best.data);
+    params.probability = static_cast<float*>(probability.data);
+    params.logsumexp = static_cast<float*>(logsumexp.data);
+    params.expectation = static_cast<float*>(expectation.data);
+    params.probabilities = static_cast<float*>(probabilities.data);
+    params.window = window, params.offset = static_cast<float>(offset);
+    return slot_head_forward_on_cpu(VISIONLLM_KERNEL(isa, slot_head_predict_kernel), params, execution);
+  }
+  if (in.quantized) return no_cuda_kernel_for_int8(op);
+#ifdef VISIONLLM_HAVE_CUDA
+  cuda::SlotHeadPredictParams params{};
+  params.inputs = make_inputs(workspace, in, n);
+  params.best = static_cast<std::int64_t*>(best.data);
+  params.probability = static_cast<float*>(probability.data);
+  params.logsumexp = static_cast<float*>(logsumexp.data);
+  params.expectation = static_cast<float*>(expectation.data);
+  params.probabilities = static_cast<float*>(probabilities.data);
+  params.window = static_cast<int>(window), params.offset = static_cast<float>(offset);
+  return cuda::slot_head_predict(params, execution.stream);
+#else
+  return no_cuda_kernels(op);
+#endif
+}
+
+Status cross_entropy(const char* op, const TensorView& loss, const TensorView& logsumexp,
+                     const TensorView& target_logsumexp, const TensorView& workspace, const Inputs& in,
+                     const TensorView& target, const TensorView& weight, double sigma,
+                     const Execution& execution) {
+  Sizes n;
+  VISIONLLM_RETURN_IF_BAD(check_inputs(op, in, &n));
+  VISIONLLM_RETURN_IF_BAD(check_target(op, target, weight, sigma, n));
+  VISIONLLM_RETURN_IF_BAD(check_slots(op, "loss", loss, n, DType::float32));
+  VISIONLLM_RETURN_IF_BAD(check_slots(op, "logsumexp", logsumexp, n, DType::float32));
+  VISIONLLM_RETURN_IF_BAD(check_slots(op, "target_logsumexp", target_logsumexp, n, DType::float32));
+  VISIONLLM_RETURN_IF_BAD(check_workspace(op, workspace, SlotHeadCall::cross_entropy, in, -1, 0, n));
+  Device device;
+  VISIONLLM_RETURN_IF_BAD(check_device(op,
+                                       {{"states", &in.states},
+                                        {"rows", &in.rows},
+                                        {"row_scale", &in.row_scale},
+                                        {"target", &target},
+                                        {"weight", &weight},
+                                        {"valid", &in.valid},
+                                        {"norm_weight", &in.norm_weight},
+                                        {"workspace", &workspace},
+                                        {"loss", &loss},
+                                        {"logsumexp", &logsumexp},
+                                        {"target_logsumexp", &target_logsumexp}},
+                                       &device));
+  if (device == Device::cpu) {
+    Isa isa;
+    VISIONLLM_RETURN_IF_BAD(active_isa(&isa));
+    cpu::SlotHeadParams params = cpu_params(in, n);
+    slot_head_target(target, weight, sigma, &params);
+    params.loss = static_cast<float*>(loss.data);
+    params.logsumexp = static_cast<float*>(logsumexp.data);
+    params.target_logsumexp = static_cast<float*>(target_logsumexp.data);
+    return slot_head_forward_on_cpu(VISIONLLM_KERNEL(isa, slot_head_cross_entropy_kernel), params, execution);
+  }
+  if (in.quantized) return no_cuda_kernel_for_int8(op);
+#ifdef VISIONLLM_HAVE_CUDA
+  cuda::SlotHeadCrossEntropyParams params{};
+  params.inputs = make_inputs(workspace, in, n);
+  params.target = make_target(target, weight, sigma);
+  params.loss = static_cast<float*>(loss.data);
+  params.logsumexp = static_cast<float*>(logsumexp.data);
+  params.target_logsumexp = static_cast<float*>(target_logsumexp.data);
+  return cuda::slot_head_cross_entropy(params, execution.stream);
+#else
+  return no_cuda_kernels(op);
+#endif
+}
+
+Status backward(const char* op, const TensorView& grad_states, const TensorView& grad_rows,
+                const TensorView& grad_norm_weight, const TensorView& workspace, const TensorView& grad_loss,
+                const Inputs& in, const TensorView& target, const TensorView& weight,
+                const TensorView& logsumexp, const TensorView& target_logsumexp, double sigma,
+                std::int64_t slots_at_once, const Execution& execution) {
+  Sizes n;
+  VISIONLLM_RETURN_IF_BAD(check_inputs(op, in, &n));
+  VISIONLLM_RETURN_IF_BAD(check_target(op, target, weight, sigma, n));
+  VISIONLLM_RETURN_IF_BAD(check_slots(op, "grad_loss", grad_loss, n, DType::float32));
+  VISIONLLM_RETURN_IF_BAD(check_slots(op, "logsumexp", logsumexp, n, DType::float32));
+  VISIONLLM_RETURN_IF_BAD(check_slots(op, "target_logsumexp", target_logsumexp, n, DType::float32));
+  VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_states", grad_states, "[B, G, S, C]", {n.B, n.G, n.S, n.C}));
+  if (!in.quantized)
+    VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_rows", grad_rows, "[R, V, C]", {n.R, n.V, n.C}));
+  if (grad_norm_weight.absent() != in.norm_weight.absent())
+    return bad_argument(op, "grad_norm_weight must be there exactly when norm_weight is");
+  if (!in.norm_weight.absent())
+    VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_norm_weight", grad_norm_weight, "[C]", {n.C}));
+  const NamedTensor grads[] = {
+      {"grad_states", &grad_states}, {"grad_rows", &grad_rows}, {"grad_norm_weight", &grad_norm_weight}};
+  for (const NamedTensor& grad : grads) {
+    if (grad.tensor->absent()) continue;
+    VISIONLLM_RETURN_IF_BAD(check_dtype(op, grad.name, *grad.tensor, in.states.dtype));
+    VISIONLLM_RETURN_IF_BAD(check_contiguous(op, grad.name, *grad.tensor));
+    VISIONLLM_RETURN_IF_BAD(check_vectors(op, grad.name, *grad.tensor));
+  }
+  VISIONLLM_RETURN_IF_BAD(check_workspace(op, workspace, SlotHeadCall::backward, in, -1, slots_at_once, n));
+  Device device;
+  VISIONLLM_RETURN_IF_BAD(check_device(op,
+                                       {{"states", &in.states},
+                                        {"rows", &in.rows},
+                                        {"row_scale", &in.row_scale},
+                                        {"target", &target},
+                                        {"weight", &weight},
+                                        {"valid", &in.valid},
+                                        {"norm_weight", &in.norm_weight},
+                                        {"grad_loss", &grad_loss},
+                                        {"logsumexp", &logsumexp},
+                                        {"target_logsumexp", &target_logsumexp},
+                                        {"workspace", &workspace},
+                                        {"grad_states", &grad_states},
+                                        {"grad_rows", &grad_rows},
+                                        {"grad_norm_weight", &grad_norm_weight}},
+                                       &device));
+  if (device == Device::cpu) {
+    cpu::SlotHeadParams params = cpu_params(in, n);
+    slot_head_target(target, weight, sigma, &params);
+    params.grad_loss = static_cast<const float*>(grad_loss.data);
+    params.logsumexp = static_cast<float*>(logsumexp.data);
+    params.target_logsumexp = static_cast<float*>(target_logsumexp.data);
+    return slot_head_backward_on_cpu(grad_states, grad_rows, grad_norm_weight, slots_at_once, params,
+                                     execution);
+  }
+  if (in.quantized) return no_cuda_kernel_for_int8(op);
+#ifdef VISIONLLM_HAVE_CUDA
+  cuda::SlotHeadBackwardParams params{};
+  params.inputs = make_inputs(workspace, in, n);
+  params.target = make_target(target, weight, sigma);
+  params.grad_loss = static_cast<const float*>(grad_loss.data);
+  params.logsumexp = static_cast<const float*>(logsumexp.data);
+  params.target_logsumexp = static_cast<const float*>(target_logsumexp.data);
+  params.grad_states = grad_states.data;
+  params.grad_rows = grad_rows.data;
+  params.grad_norm_weight = grad_norm_weight.data;
+  params.slots_at_once = slots_at_once;
+  return cuda::slot_head_cross_entropy_backward(params, execution.stream);
+#else
+  return no_cuda_kernels(op);
+#endif
+}
+
+const TensorView kAbsent;
 
 }  // namespace
 
@@ -156,53 +376,20 @@ Status slot_head_predict(const TensorView& best, const TensorView& probability, 
                          const TensorView& workspace, const TensorView& states, const TensorView& rows,
                          const TensorView& valid, const TensorView& norm_weight, double epsilon, double scale,
                          std::int64_t window, double offset, const Execution& execution) {
-  constexpr const char* op = "slot_head_predict";
-  Sizes n;
-  VISIONLLM_RETURN_IF_BAD(check_inputs(op, states, rows, valid, norm_weight, &n));
-  VISIONLLM_RETURN_IF_BAD(check_slots(op, "best", best, n, DType::int64));
-  VISIONLLM_RETURN_IF_BAD(check_slots(op, "probability", probability, n, DType::float32));
-  VISIONLLM_RETURN_IF_BAD(check_slots(op, "logsumexp", logsumexp, n, DType::float32));
-  if (!expectation.absent()) {
-    VISIONLLM_RETURN_IF_BAD(check_slots(op, "expectation", expectation, n, DType::float32));
-    if (window < 0 || window > kSlotHeadMaxWindow)
-      return bad_argument(op, "window must be from 0 to 31, got " + std::to_string(window));
-  }
-  if (!probabilities.absent()) {
-    VISIONLLM_RETURN_IF_BAD(
-        check_shape(op, "probabilities", probabilities, "[B, G, S, V]", {n.B, n.G, n.S, n.V}));
-    VISIONLLM_RETURN_IF_BAD(check_dtype(op, "probabilities", probabilities, DType::float32));
-    VISIONLLM_RETURN_IF_BAD(check_contiguous(op, "probabilities", probabilities));
-  }
-  VISIONLLM_RETURN_IF_BAD(check_workspace(op, workspace, SlotHeadCall::predict, states, valid, norm_weight,
-                                          expectation.absent() ? -1 : window, 0, n));
-  Device device;
-  VISIONLLM_RETURN_IF_BAD(check_device(op,
-                                       {{"states", &states},
-                                        {"rows", &rows},
-                                        {"valid", &valid},
-                                        {"norm_weight", &norm_weight},
-                                        {"workspace", &workspace},
-                                        {"best", &best},
-                                        {"probability", &probability},
-                                        {"logsumexp", &logsumexp},
-                                        {"expectation", &expectation},
-                                        {"probabilities", &probabilities}},
-                                       &device));
-  if (device == Device::cpu) return no_cpu_kernel(op);
-#ifdef VISIONLLM_HAVE_CUDA
-  cuda::SlotHeadPredictParams params{};
-  params.inputs = make_inputs(workspace, states, rows, valid, norm_weight, epsilon, scale, n);
-  params.best = static_cast<std::int64_t*>(best.data);
-  params.probability = static_cast<float*>(probability.data);
-  params.logsumexp = static_cast<float*>(logsumexp.data);
-  params.expectation = static_cast<float*>(expectation.data);
-  params.probabilities = static_cast<float*>(probabilities.data);
-  params.window = static_cast<int>(window), params.offset = static_cast<float>(offset);
-  return cuda::slot_head_predict(params, execution.stream);
-#else
-  (void)epsilon, (void)scale, (void)offset, (void)execution;
-  return no_cuda_kernels(op);
-#endif
+  const Inputs in{states, rows, kAbsent, valid, norm_weight, epsilon, scale, false};
+  return predict("slot_head_predict", best, probability, logsumexp, expectation, probabilities, workspace, in,
+                 window, offset, execution);
+}
+
+Status slot_head_predict_int8(const TensorView& best, const TensorView& probability,
+                              const TensorView& logsumexp, const TensorView& expectation,
+                              const TensorView& probabilities, const TensorView& states,
+                              const TensorView& rows, const TensorView& row_scale, const TensorView& valid,
+                              const TensorView& norm_weight, double epsilon, double scale,
+                              std::int64_t window, double offset, const Execution& execution) {
+  const Inputs in{states, rows, row_scale, valid, norm_weight, epsilon, scale, true};
+  return predict("slot_head_predict_int8", best, probability, logsumexp, expectation, probabilities, kAbsent,
+                 in, window, offset, execution);
 }
 
 Status slot_head_cross_entropy(const TensorView& loss, const TensorView& logsumexp,
@@ -211,41 +398,20 @@ Status slot_head_cross_entropy(const TensorView& loss, const TensorView& logsume
                                const TensorView& weight, const TensorView& valid,
                                const TensorView& norm_weight, double epsilon, double scale, double sigma,
                                const Execution& execution) {
-  constexpr const char* op = "slot_head_cross_entropy";
-  Sizes n;
-  VISIONLLM_RETURN_IF_BAD(check_inputs(op, states, rows, valid, norm_weight, &n));
-  VISIONLLM_RETURN_IF_BAD(check_target(op, target, weight, sigma, n));
-  VISIONLLM_RETURN_IF_BAD(check_slots(op, "loss", loss, n, DType::float32));
-  VISIONLLM_RETURN_IF_BAD(check_slots(op, "logsumexp", logsumexp, n, DType::float32));
-  VISIONLLM_RETURN_IF_BAD(check_slots(op, "target_logsumexp", target_logsumexp, n, DType::float32));
-  VISIONLLM_RETURN_IF_BAD(
-      check_workspace(op, workspace, SlotHeadCall::cross_entropy, states, valid, norm_weight, -1, 0, n));
-  Device device;
-  VISIONLLM_RETURN_IF_BAD(check_device(op,
-                                       {{"states", &states},
-                                        {"rows", &rows},
-                                        {"target", &target},
-                                        {"weight", &weight},
-                                        {"valid", &valid},
-                                        {"norm_weight", &norm_weight},
-                                        {"workspace", &workspace},
-                                        {"loss", &loss},
-                                        {"logsumexp", &logsumexp},
-                                        {"target_logsumexp", &target_logsumexp}},
-                                       &device));
-  if (device == Device::cpu) return no_cpu_kernel(op);
-#ifdef VISIONLLM_HAVE_CUDA
-  cuda::SlotHeadCrossEntropyParams params{};
-  params.inputs = make_inputs(workspace, states, rows, valid, norm_weight, epsilon, scale, n);
-  params.target = make_target(target, weight, sigma);
-  params.loss = static_cast<float*>(loss.data);
-  params.logsumexp = static_cast<float*>(logsumexp.data);
-  params.target_logsumexp = static_cast<float*>(target_logsumexp.data);
-  return cuda::slot_head_cross_entropy(params, execution.stream);
-#else
-  (void)epsilon, (void)scale, (void)execution;
-  return no_cuda_kernels(op);
-#endif
+  const Inputs in{states, rows, kAbsent, valid, norm_weight, epsilon, scale, false};
+  return cross_entropy("slot_head_cross_entropy", loss, logsumexp, target_logsumexp, workspace, in, target,
+                       weight, sigma, execution);
+}
+
+Status slot_head_cross_entropy_int8(const TensorView& loss, const TensorView& logsumexp,
+                                    const TensorView& target_logsumexp, const TensorView& states,
+                                    const TensorView& rows, const TensorView& row_scale,
+                                    const TensorView& target, const TensorView& weight,
+                                    const TensorView& valid, const TensorView& norm_weight, double epsilon,
+                                    double scale, double sigma, const Execution& execution) {
+  const Inputs in{states, rows, row_scale, valid, norm_weight, epsilon, scale, true};
+  return cross_entropy("slot_head_cross_entropy_int8", loss, logsumexp, target_logsumexp, kAbsent, in, target,
+                       weight, sigma, execution);
 }
 
 Status slot_head_cross_entropy_backward(
@@ -254,62 +420,22 @@ Status slot_head_cross_entropy_backward(
     const TensorView& rows, const TensorView& target, const TensorView& weight, const TensorView& valid,
     const TensorView& norm_weight, const TensorView& logsumexp, const TensorView& target_logsumexp,
     double epsilon, double scale, double sigma, std::int64_t slots_at_once, const Execution& execution) {
-  constexpr const char* op = "slot_head_cross_entropy_backward";
-  Sizes n;
-  VISIONLLM_RETURN_IF_BAD(check_inputs(op, states, rows, valid, norm_weight, &n));
-  VISIONLLM_RETURN_IF_BAD(check_target(op, target, weight, sigma, n));
-  VISIONLLM_RETURN_IF_BAD(check_slots(op, "grad_loss", grad_loss, n, DType::float32));
-  VISIONLLM_RETURN_IF_BAD(check_slots(op, "logsumexp", logsumexp, n, DType::float32));
-  VISIONLLM_RETURN_IF_BAD(check_slots(op, "target_logsumexp", target_logsumexp, n, DType::float32));
-  VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_states", grad_states, "[B, G, S, C]", {n.B, n.G, n.S, n.C}));
-  VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_rows", grad_rows, "[R, V, C]", {n.R, n.V, n.C}));
-  if (grad_norm_weight.absent() != norm_weight.absent())
-    return bad_argument(op, "grad_norm_weight must be there exactly when norm_weight is");
-  if (!norm_weight.absent())
-    VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_norm_weight", grad_norm_weight, "[C]", {n.C}));
-  const NamedTensor grads[] = {
-      {"grad_states", &grad_states}, {"grad_rows", &grad_rows}, {"grad_norm_weight", &grad_norm_weight}};
-  for (const NamedTensor& grad : grads) {
-    if (grad.tensor->absent()) continue;
-    VISIONLLM_RETURN_IF_BAD(check_dtype(op, grad.name, *grad.tensor, states.dtype));
-    VISIONLLM_RETURN_IF_BAD(check_contiguous(op, grad.name, *grad.tensor));
-    VISIONLLM_RETURN_IF_BAD(check_vectors(op, grad.name, *grad.tensor));
-  }
-  VISIONLLM_RETURN_IF_BAD(check_workspace(op, workspace, SlotHeadCall::backward, states, valid, norm_weight,
-                                          -1, slots_at_once, n));
-  Device device;
-  VISIONLLM_RETURN_IF_BAD(check_device(op,
-                                       {{"states", &states},
-                                        {"rows", &rows},
-                                        {"target", &target},
-                                        {"weight", &weight},
-                                        {"valid", &valid},
-                                        {"norm_weight", &norm_weight},
-                                        {"grad_loss", &grad_loss},
-                                        {"logsumexp", &logsumexp},
-                                        {"target_logsumexp", &target_logsumexp},
-                                        {"workspace", &workspace},
-                                        {"grad_states", &grad_states},
-                                        {"grad_rows", &grad_rows},
-                                        {"grad_norm_weight", &grad_norm_weight}},
-                                       &device));
-  if (device == Device::cpu) return no_cpu_kernel(op);
-#ifdef VISIONLLM_HAVE_CUDA
-  cuda::SlotHeadBackwardParams params{};
-  params.inputs = make_inputs(workspace, states, rows, valid, norm_weight, epsilon, scale, n);
-  params.target = make_target(target, weight, sigma);
-  params.grad_loss = static_cast<const float*>(grad_loss.data);
-  params.logsumexp = static_cast<const float*>(logsumexp.data);
-  params.target_logsumexp = static_cast<const float*>(target_logsumexp.data);
-  params.grad_states = grad_states.data;
-  params.grad_rows = grad_rows.data;
-  params.grad_norm_weight = grad_norm_weight.data;
-  params.slots_at_once = slots_at_once;
-  return cuda::slot_head_cross_entropy_backward(params, execution.stream);
-#else
-  (void)epsilon, (void)scale, (void)execution;
-  return no_cuda_kernels(op);
-#endif
+  const Inputs in{states, rows, kAbsent, valid, norm_weight, epsilon, scale, false};
+  return backward("slot_head_cross_entropy_backward", grad_states, grad_rows, grad_norm_weight, workspace,
+                  grad_loss, in, target, weight, logsumexp, target_logsumexp, sigma, slots_at_once,
+                  execution);
+}
+
+Status slot_head_cross_entropy_int8_backward(
+    const TensorView& grad_states, const TensorView& grad_norm_weight, const TensorView& grad_loss,
+    const TensorView& states, const TensorView& rows, const TensorView& row_scale, const TensorView& target,
+    const TensorView& weight, const TensorView& valid, const TensorView& norm_weight,
+    const TensorView& logsumexp, const TensorView& target_logsumexp, double epsilon, double scale,
+    double sigma, std::int64_t slots_at_once, const Execution& execution) {
+  const Inputs in{states, rows, row_scale, valid, norm_weight, epsilon, scale, true};
+  return backward("slot_head_cross_entropy_int8_backward", grad_states, kAbsent, grad_norm_weight, kAbsent,
+                  grad_loss, in, target, weight, logsumexp, target_logsumexp, sigma, slots_at_once,
+                  execution);
 }
 
 }  // namespace visionllm

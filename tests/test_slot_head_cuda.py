@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from comparison import TOLERANCES, assert_close
 from emulation import emulated
-from torch import Tensor
+from slot_head_cases import assert_matches, expected_results, kernels
 
 import visionllm._core as _core
 from visionllm.ops import native
-from visionllm.ops.slot_head import (
-    SampleInputs,
-    sample_inputs,
-    slot_head_cross_entropy_reference,
-    slot_head_predict_reference,
-)
+from visionllm.ops.slot_head import SampleInputs, aligned, sample_inputs, workspace
 
-module = sys.modules[SampleInputs.__module__]
+# visionllm.ops.slot_head_cross_entropy names the function.
+prediction = sys.modules["visionllm.ops.slot_head_predict"]
+cross_entropy = sys.modules["visionllm.ops.slot_head_cross_entropy"]
 
 # Tiles have 64 slots and 64 rows; where there are more than 132 of them also 64 and 128 (wide) or 128 of each
 # (large). A stage has 64 channels (float32: 32), a pipeline three or four of them.
@@ -59,67 +55,6 @@ def place(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "device" and not (torch.cuda.is_available() and native.has_cuda_kernels()):
         pytest.skip("no GPU, or this build has no CUDA kernels")
     return request.param
-
-
-def kernels(inputs: SampleInputs, place: str, backward: bool = True, **options: object) -> dict[str, Tensor]:
-    """All results by name, on the CPU."""
-    device = "cuda" if place == "device" else "cpu"
-    on_device = replace(inputs, **{n: t.to(device) for n, t in vars(inputs).items() if isinstance(t, Tensor)})
-    with emulated(**options) if place == "emulated" else nullcontext():
-        found = module._predict_cuda(*on_device.predict_args())
-        results = dict(zip(("best", "probability", "logsumexp", "expectation", "every"), found, strict=True))
-        arguments = on_device.cross_entropy_args()
-        loss, *saved = module._cross_entropy_cuda(*arguments)
-        results |= {"loss": loss, "training_logsumexp": saved[0], "target_logsumexp": saved[1]}
-        if backward:
-            grad_loss = torch.linspace(-1, 2, loss.numel()).view(loss.shape).to(device)
-            grads = module._cross_entropy_backward_cuda(grad_loss, *arguments[:6], *saved, *arguments[6:])
-            names = ("grad_states", "grad_rows", "grad_norm_weight")
-            results |= {n: g for n, g in zip(names, grads, strict=True) if g.numel() or n != names[2]}
-    return {name: t.cpu() for name, t in results.items()}
-
-
-def expected_results(inputs: SampleInputs) -> tuple[dict[str, Tensor], Tensor]:
-    """In float64 from the states as normed and rounded by the contract, and the logits.
-
-    The gradients are those of the norm without the rounding.
-    """
-    exact = replace(
-        inputs,
-        **{n: t.double() for n, t in vars(inputs).items() if isinstance(t, Tensor) and t.is_floating_point()},
-    )
-    normed = module._normed(inputs.states, inputs.norm_weight, inputs.epsilon)
-    rounded = replace(exact, states=normed.double(), norm_weight=None)
-    found = slot_head_predict_reference(*rounded.predict_args())
-    results = dict(zip(("best", "probability", "logsumexp", "expectation", "every"), found, strict=True))
-    loss, logsumexp, target_logsumexp = slot_head_cross_entropy_reference(*rounded.cross_entropy_args())
-    results |= {"loss": loss, "training_logsumexp": logsumexp, "target_logsumexp": target_logsumexp}
-    arguments = exact.cross_entropy_args()
-    loss, *saved = slot_head_cross_entropy_reference(*arguments)
-    grad_loss = torch.linspace(-1, 2, loss.numel(), dtype=torch.float64).view(loss.shape)
-    grads = module.slot_head_cross_entropy_backward_reference(
-        grad_loss, *arguments[:6], *saved, *arguments[6:]
-    )
-    results |= dict(zip(("grad_states", "grad_rows", "grad_norm_weight"), grads, strict=True))
-    logits = module._logits(rounded.states, rounded.rows, inputs.valid, None, inputs.epsilon, inputs.scale)
-    return results, logits
-
-
-def assert_matches(inputs: SampleInputs, place: str, **options: object) -> dict[str, Tensor]:
-    got = kernels(inputs, place, **options)
-    expected, logits = expected_results(inputs)
-    forward, backward = (TOLERANCES["slot_head" + part, inputs.states.dtype] for part in ("", "_backward"))
-    for name, result in got.items():
-        if name == "best":
-            continue
-        assert result.dtype == (inputs.states.dtype if name.startswith("grad") else torch.float32), name
-        assert_close(name, result, expected[name], backward if name.startswith("grad") else forward)
-    best = got["best"]
-    if best.numel():
-        found = logits.gather(-1, best.clamp(min=0)[..., None])[..., 0]
-        close = found >= logits.amax(-1) - 1e-5 * logits.abs().where(logits.isfinite(), 0).amax()
-        assert torch.equal(best < 0, expected["best"] < 0) and (close | (best < 0)).all(), "best"
-    return got
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS)
@@ -174,7 +109,7 @@ def test_chunks_of_slots_add_up(
     options = dict(batch=2, groups=46, slots=3, rows=11, channels=16, shared=shared, masked=masked)
     inputs = sample_inputs(dtype=torch.bfloat16, **options)
     whole = kernels(inputs, place)
-    monkeypatch.setattr(module, "SLOTS_AT_ONCE", 100)
+    monkeypatch.setattr(cross_entropy, "SLOTS_AT_ONCE", 100)
     parts = assert_matches(inputs, place)
     assert torch.equal(whole["grad_states"], parts["grad_states"])
 
@@ -196,7 +131,7 @@ def of_one_kind(first: int, last: int) -> SampleInputs:
 def test_views_are_not_copied(first: int, last: int, normed: bool, place: str) -> None:
     inputs = of_one_kind(first, last)
     inputs = inputs if normed else replace(inputs, norm_weight=None)
-    assert module._aligned(inputs.states) is inputs.states and module._aligned(inputs.rows) is inputs.rows
+    assert aligned(inputs.states, True) is inputs.states and aligned(inputs.rows, True) is inputs.rows
     assert_matches(inputs, place)
 
 
@@ -322,18 +257,18 @@ def test_offsets_beyond_two_to_the_31() -> None:
     inputs.target.fill_(66)
     arguments = inputs.cross_entropy_args()
     with emulated() as emulation:
-        _, expected, _ = module._cross_entropy_cuda(*arguments)
+        _, expected, _ = cross_entropy._cross_entropy_cuda(*arguments)
         for stride in (2**33, -(2**33)):
-            found = module._cross_entropy_outputs(inputs.states)
+            found = cross_entropy._cross_entropy_outputs(inputs.states)
             emulation.launches = []
-            workspace = module._workspace(1, inputs.states, inputs.rows, inputs.valid, True, -1)
+            space = workspace(1, inputs.states, inputs.rows, inputs.valid, True, -1)
             native.call(
                 "slot_head_cross_entropy_far",
                 *found,
-                workspace,
+                space,
                 inputs.states,
                 inputs.rows[:, -1:].clone(),
-                *arguments[2:],
+                *arguments[2:9],
                 stride,
             )
             assert emulation.launches and torch.equal(found[1], expected) and (found[0] == 0).all()
@@ -356,20 +291,14 @@ def test_bad_argument_is_named(case: str) -> None:
     options, changes, message = BAD[case]
     inputs = replace(sample_inputs(dtype=torch.bfloat16, **options), **changes)
     with emulated(), pytest.raises(ValueError) as caught:
-        module._predict_cuda(*inputs.predict_args())
+        prediction._predict_cuda(*inputs.predict_args())
     assert str(caught.value) == f"slot_head_predict: {message}"
-
-
-def test_cpu_tensors_have_no_kernel_yet() -> None:
-    inputs = sample_inputs(**CASES["classes"])
-    with pytest.raises(RuntimeError, match=r"slot_head_predict: no CPU kernel in this version"):
-        module._predict_cuda(*inputs.predict_args())
 
 
 def test_workspace_is_checked() -> None:
     assert _core.slot_head_workspace_bytes(0, 1, 1, 1, 8, 0, 2, True, False, True, 6, 0) == -1
     inputs = sample_inputs(dtype=torch.bfloat16, **CASES["classes"])
-    outputs = module._predict_outputs(inputs.states, inputs.rows, 6, True)
+    outputs = prediction._predict_outputs(inputs.states, inputs.rows, 6, True)
     arguments = (inputs.states, inputs.rows, inputs.valid, inputs.norm_weight, 1e-5, 1.0, 6, 0.0)
     with emulated(), pytest.raises(ValueError, match="workspace must have at least [0-9]+ bytes, got 16"):
         native.call("slot_head_predict", *outputs, torch.empty(4), *arguments)

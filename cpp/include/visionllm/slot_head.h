@@ -25,9 +25,10 @@
 // Shape letters: B pictures, G groups, S slots of this kind in a group, C channels, V rows, R row sets: B, or
 //   1 for all pictures
 //
-//   states            [B, G, S, C]  float32, bfloat16 or float16; C contiguous, other strides are free (0 too)
-//                                   but multiples of 16 bytes: a view of the slots of one kind needs no copy
-//   rows              [R, V, C]     states' type; strides as states'; V from 1 to 65536
+//   states            [B, G, S, C]  float32, bfloat16 or float16; C contiguous, other strides are free (0 too):
+//                                   a view of the slots of one kind needs no copy
+//   rows              [R, V, C]     states' type, or int8 with row_scale; strides as states'; V at least 1
+//   row_scale         [R, V]        float32: row v is row_scale[v] * rows[v]; V contiguous
 //   valid             [B, V]        uint8 or boolean, not 0 where a row is allowed; V contiguous; or absent
 //   norm_weight       [C]           states' type; contiguous; or absent
 //   target            [B, G, S]     int64 or float32; contiguous
@@ -37,10 +38,16 @@
 //   expectation       [B, G, S]     float32, or absent: not wanted
 //   probabilities     [B, G, S, V]  float32, or absent: not wanted
 //
-// Addresses are multiples of 16 bytes, and C is a multiple of 8. Accumulation is in float32, in an order that
-// depends on the sizes only: forward and backward are deterministic. Logits are never written, but for what
-// is asked for in `probabilities`; the backward holds the logits' gradient of `slots_at_once` slots at a time
-// in the workspace, in states' type.
+// Accumulation is in float32, in an order that depends on the sizes only: forward and backward are
+// deterministic, on the CPU whatever the number of threads. Logits are never written as a whole, but for what
+// is asked for in `probabilities`: a block of up to 256 slots at a time, in the cache. The backward holds the
+// logits' gradient of `slots_at_once` slots at a time, in states' type.
+//
+// CUDA: addresses are multiples of 16 bytes and so are strides in bytes, C is a multiple of 8, V at most 65536,
+// window at most 31, and rows have states' type.
+//
+// CPU: V is at most 2^24. The workspace is not used and may be absent: each thread has its own, allocated here.
+// Nothing goes to another library: see bench/slot_head.py for oneDNN's and MKL's products beside these.
 #pragma once
 
 #include <cstdint>
@@ -52,11 +59,12 @@
 namespace visionllm {
 
 constexpr std::int64_t kSlotHeadMaxRows = 65536;
+constexpr std::int64_t kSlotHeadMaxRowsOnCpu = std::int64_t{1} << 24;
 constexpr std::int64_t kSlotHeadMaxWindow = 31;
 
 enum class SlotHeadCall : std::int32_t { predict = 0, cross_entropy = 1, backward = 2 };
 
-// Bytes of workspace that a call needs, whatever the device; -1 for sizes that no call takes. `shared`: R is
+// Bytes of workspace that a call needs on CUDA, whatever the GPU; -1 for sizes that no call takes. `shared`: R is
 // 1; `masked`: valid is there; `normed`: norm_weight is there; `window` is -1 where no expectation is wanted;
 // `slots_at_once` is the backward's.
 std::int64_t slot_head_workspace_bytes(SlotHeadCall call, std::int64_t B, std::int64_t G, std::int64_t S,
@@ -65,7 +73,7 @@ std::int64_t slot_head_workspace_bytes(SlotHeadCall call, std::int64_t B, std::i
                                        std::int64_t slots_at_once);
 
 // `workspace` is float32 [W], at least as many bytes as the function above says, of any content; its content
-// afterwards means nothing. `window` is at most 31.
+// afterwards means nothing. `window` is at least 0; it is not read where expectation is absent.
 Status slot_head_predict(const TensorView& best, const TensorView& probability, const TensorView& logsumexp,
                          const TensorView& expectation, const TensorView& probabilities,
                          const TensorView& workspace, const TensorView& states, const TensorView& rows,
@@ -83,7 +91,8 @@ Status slot_head_cross_entropy(const TensorView& loss, const TensorView& logsume
 // Gradients of a scalar loss; every output element is written (not added to). They are contiguous and have
 // their input's shape and type; grad_norm_weight is there exactly when norm_weight is. grad_loss is float32
 // [B, G, S], contiguous; logsumexp and target_logsumexp are the forward's. `slots_at_once`: slots that meet the
-// same rows and are held at a time, rounded up to a multiple of 128; 0: as many as take 2^25 elements.
+// same rows and are held at a time, rounded up to a multiple of 128; 0: as many as take 2^25 elements, at least
+// 128.
 Status slot_head_cross_entropy_backward(const TensorView& grad_states, const TensorView& grad_rows,
                                         const TensorView& grad_norm_weight, const TensorView& workspace,
                                         const TensorView& grad_loss, const TensorView& states,
@@ -92,5 +101,27 @@ Status slot_head_cross_entropy_backward(const TensorView& grad_states, const Ten
                                         const TensorView& norm_weight, const TensorView& logsumexp,
                                         const TensorView& target_logsumexp, double epsilon, double scale,
                                         double sigma, std::int64_t slots_at_once, const Execution& execution);
+
+// The same with int8 rows and row_scale, on the CPU only. These rows are frozen: they have no gradient.
+Status slot_head_predict_int8(const TensorView& best, const TensorView& probability,
+                              const TensorView& logsumexp, const TensorView& expectation,
+                              const TensorView& probabilities, const TensorView& states,
+                              const TensorView& rows, const TensorView& row_scale, const TensorView& valid,
+                              const TensorView& norm_weight, double epsilon, double scale,
+                              std::int64_t window, double offset, const Execution& execution);
+
+Status slot_head_cross_entropy_int8(const TensorView& loss, const TensorView& logsumexp,
+                                    const TensorView& target_logsumexp, const TensorView& states,
+                                    const TensorView& rows, const TensorView& row_scale,
+                                    const TensorView& target, const TensorView& weight,
+                                    const TensorView& valid, const TensorView& norm_weight, double epsilon,
+                                    double scale, double sigma, const Execution& execution);
+
+Status slot_head_cross_entropy_int8_backward(
+    const TensorView& grad_states, const TensorView& grad_norm_weight, const TensorView& grad_loss,
+    const TensorView& states, const TensorView& rows, const TensorView& row_scale, const TensorView& target,
+    const TensorView& weight, const TensorView& valid, const TensorView& norm_weight,
+    const TensorView& logsumexp, const TensorView& target_logsumexp, double epsilon, double scale,
+    double sigma, std::int64_t slots_at_once, const Execution& execution);
 
 }  // namespace visionllm

@@ -17,7 +17,8 @@ from visionllm.ops.lora_linear import lora_linear, lora_linear_reference
 from visionllm.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
 from visionllm.ops.ms_deform_attn_fused import ms_deform_attn_fused, ms_deform_attn_fused_reference
 from visionllm.ops.query_attention import query_attention, query_attention_reference
-from visionllm.ops.slot_head import SlotPrediction, slot_head_cross_entropy, slot_head_predict
+from visionllm.ops.slot_head_cross_entropy import slot_head_cross_entropy
+from visionllm.ops.slot_head_predict import SlotPrediction, slot_head_predict
 
 __all__ = [
     "MultiScaleDeformableAttention",
