@@ -7,9 +7,7 @@
 // Kernels that this build lacks are not named, so nothing has to define them.
 #pragma once
 
-#include "cpu/element.h"
 #include "visionllm/isa.h"
-#include "visionllm/tensor.h"
 
 #ifdef VISIONLLM_HAVE_AVX2
 #define VISIONLLM_KERNEL_AVX2(isa, name) (isa) == ::visionllm::Isa::avx2 ? &::visionllm::cpu::avx2::name:
@@ -38,17 +36,3 @@
   (VISIONLLM_KERNEL_NEON(isa, name) VISIONLLM_KERNEL_AVX512_BF16(isa, name)  \
        VISIONLLM_KERNEL_AVX512(isa, name) VISIONLLM_KERNEL_AVX2(isa, name) & \
    ::visionllm::cpu::scalar::name)
-
-namespace visionllm {
-
-// Of a floating-point type or int8.
-inline cpu::Element cpu_element(DType dtype) {
-  switch (dtype) {
-    case DType::bfloat16: return cpu::Element::bfloat16;
-    case DType::float16: return cpu::Element::float16;
-    case DType::int8: return cpu::Element::int8;
-    default: return cpu::Element::float32;
-  }
-}
-
-}  // namespace visionllm
