@@ -12,8 +12,9 @@ import copy
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from visionllm.model.convolution import Convolution, Edges
 
 # (repeats, kernel, stride, expansion, output channels) of the seven stages.
 STAGES = (
@@ -33,16 +34,13 @@ PIXEL_MEAN = (127.0, 127.0, 127.0)
 PIXEL_STD = (128.0, 128.0, 128.0)
 
 
-class SameConv(nn.Conv2d):
+class SameConv(Convolution):
     """Convolution whose output is ceil(input / stride): any odd padding goes to the bottom and the right."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def edges(self, x: Tensor) -> Edges:
         (kernel,), (stride,) = set(self.kernel_size), set(self.stride)
         height, width = (max((-(-s // stride) - 1) * stride + kernel - s, 0) for s in x.shape[-2:])
-        if height % 2 == 0 and width % 2 == 0:
-            return F.conv2d(x, self.weight, self.bias, self.stride, (height // 2, width // 2), 1, self.groups)
-        x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, 1, self.groups)
+        return width // 2, width - width // 2, height // 2, height - height // 2
 
 
 class DepthwiseConv(SameConv):
@@ -51,12 +49,12 @@ class DepthwiseConv(SameConv):
     Why: their bf16 input gradient on a CPU took 3 to 7 ms a picture, in fp32 0.3 ms (oneDNN, AVX-512).
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, edges: Edges) -> Tensor:
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
         if self.stride == (1, 1) or x.device.type != "cpu" or not needs_gradient:
-            return super().forward(x)
+            return super().convolve(x, edges)
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+            return super().convolve(x.float(), edges)
 
 
 class InvertedResidual(nn.Module):
@@ -71,9 +69,9 @@ class InvertedResidual(nn.Module):
         self.shortcut = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = self.project(F.relu6(self.depthwise(y)))
-        return x + y if self.shortcut else y
+        y = x if self.expand is None else self.expand(x, relu6=True)
+        y = self.depthwise(y, relu6=True)
+        return self.project(y, shortcut=x if self.shortcut else None)
 
 
 class EfficientNetLite(nn.Module):
@@ -130,7 +128,7 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_stages == 0):
-            x = F.relu6(self.stem(x))
+            x = self.stem(x, relu6=True)
         features = []
         for i, stage in enumerate(self.stages):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= self.frozen_stages):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from visionllm.model.backbone import OUTPUT_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite
 from visionllm.model.boxes import inverse_sigmoid
 from visionllm.model.config import GROUPS, STRIDES, ModelConfig
+from visionllm.model.convolution import Convolution
 from visionllm.model.deformable import DeformableDecoderLayer, DeformableEncoderLayer
 from visionllm.model.fusion import LanguageFusion
 from visionllm.model.position_encoding import sine_encoding
@@ -88,20 +90,20 @@ class ImageTokenizer(nn.Module):
             config.frozen_stages, config.freeze_depthwise, config.keep_pretrained
         )
         self.lateral = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(GROUPS, dim))
+            nn.Sequential(Convolution(channels, dim, 1), nn.GroupNorm(GROUPS, dim))
             for channels in OUTPUT_CHANNELS
         )
         self.coarsest = nn.Sequential(
-            nn.Conv2d(OUTPUT_CHANNELS[-1], dim, 3, stride=2, padding=1), nn.GroupNorm(GROUPS, dim)
+            Convolution(OUTPUT_CHANNELS[-1], dim, 3, stride=2, padding=1), nn.GroupNorm(GROUPS, dim)
         )
         # Of the pretrained C4 and C5, for the scales of strides 16, 32 and 64; at first they add nothing.
         self.pretrained_lateral = nn.ModuleList()
         if config.keep_pretrained:
             c4, c5 = OUTPUT_CHANNELS[1:]
             for convolution in (
-                nn.Conv2d(c4, dim, 1, bias=False),
-                nn.Conv2d(c5, dim, 1, bias=False),
-                nn.Conv2d(c5, dim, 3, stride=2, padding=1, bias=False),
+                Convolution(c4, dim, 1, bias=False),
+                Convolution(c5, dim, 1, bias=False),
+                Convolution(c5, dim, 3, stride=2, padding=1, bias=False),
             ):
                 nn.init.zeros_(convolution.weight)
                 self.pretrained_lateral.append(convolution)
@@ -139,11 +141,11 @@ class ImageTokenizer(nn.Module):
         Returns:
             the scales [B, C, H / stride, W / stride], and the router's logits [B] of "drawing".
         """
-        mean = torch.tensor(PIXEL_MEAN, device=images.device)
-        std = torch.tensor(PIXEL_STD, device=images.device)
+        mean, std = pixel_statistics(images.device)
         x = ((images.float() - mean) / std).permute(0, 3, 1, 2)  # channels last in memory, as oneDNN likes it
         c3, c4, c5, *pretrained = self.backbone(x)
-        more, drawing = [], None
+        drawing: Tensor | None = None
+        own: list[Tensor] = []
         if pretrained:
             drawing = self.router(pretrained[1].mean((2, 3))).squeeze(-1).float()
             share = drawing.sigmoid() if drawings is None else drawings.float()
@@ -152,22 +154,20 @@ class ImageTokenizer(nn.Module):
                 pretrained = [F.dropout2d(c, PRETRAINED_DROPOUT) for c in pretrained]
             share = share.to(c4.dtype)[:, None, None, None]
             c4, c5 = c4 * share, c5 * share
-            own = (pretrained[0], pretrained[1], pretrained[1])
-            more = [convolution(c) for convolution, c in zip(self.pretrained_lateral, own, strict=True)]
+            own = [pretrained[0], pretrained[1], pretrained[1]]
         projections = cast(
             list[nn.Sequential], [*self.lateral, self.coarsest]
         )  # a convolution and a norm each
         scales = [p[0](c) for p, c in zip(projections, (c3, c4, c5, c5), strict=True)]
-        for i, scale in enumerate(more, 1):
-            scales[i] = scales[i] + scale
+        for i, (convolution, c) in enumerate(zip(self.pretrained_lateral, own, strict=True), 1):
+            scales[i] = convolution(c, shortcut=scales[i])
         return [p[1](scale) for p, scale in zip(projections, scales, strict=True)], drawing
 
     def flatten(self, scales: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The pyramid as one sequence: shapes [L, 2], first positions [L], features and level [B, S, C]."""
-        shapes = torch.tensor([s.shape[-2:] for s in scales], device=scales[0].device)
-        starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+        """The pyramid as one sequence: its shapes [L, 2], first positions [L], and features [B, S, C]."""
+        grid = grid_of(scales)
         flat = [s.flatten(2).transpose(1, 2) + self.level[i] for i, s in enumerate(scales)]
-        return shapes, starts, torch.cat(flat, 1)
+        return grid.shapes, grid.starts, torch.cat(flat, 1)
 
     def forward(
         self,
@@ -183,15 +183,15 @@ class ImageTokenizer(nn.Module):
         dim = x.shape[-1]
         x = self.fusion(x, text, text_mask)
 
-        anchors = anchor_boxes(shapes)  # [S, 4]
-        centres = anchors[None, :, :2].expand(len(x), -1, -1)
-        position = sine_encoding(anchors[:, :2], dim).to(x.dtype)
+        grid = grid_of(scales)
+        centres = grid.anchors[None, :, :2].expand(len(x), -1, -1)
+        position = grid.position.to(x.dtype)
         for layer in self.encoder:
             x = layer(x, position, centres, shapes, starts)
         memory = self.encoder_norm(x)
 
         proposal_objectness = self.proposal_objectness(memory).squeeze(-1).float()  # [B, S]
-        proposal_boxes = (self.proposal_box(memory).float() + inverse_sigmoid(anchors)).sigmoid()
+        proposal_boxes = (self.proposal_box(memory).float() + grid.anchor_logits).sigmoid()
         best = proposal_objectness.topk(min(self.num_queries, x.shape[1]), dim=1).indices
         boxes = proposal_boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))  # [B, M, 4]
         q = self.queries[: boxes.shape[1]].expand(len(x), -1, -1)
@@ -216,6 +216,46 @@ class ImageTokenizer(nn.Module):
         return ImageTokens(
             features, layer_boxes, layer_objectness, memory, proposal_boxes, proposal_objectness, drawing
         )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the scales' shapes alone decide. Shared between calls: not to be changed.
+
+    Attributes:
+        shapes: int64 [L, 2], heights and widths, and starts: [L], first positions; both on the CPU, where the
+            operators read them without waiting for a device.
+        anchors: [S, 4], of `anchor_boxes`; anchor_logits: [S, 4], their inverse sigmoid.
+        position: [S, C], sine encoding of their centres.
+    """
+
+    shapes: Tensor
+    starts: Tensor
+    anchors: Tensor
+    anchor_logits: Tensor
+    position: Tensor
+
+
+def grid_of(scales: list[Tensor]) -> Grid:
+    """Of feature maps [B, C, H, W]."""
+    shapes = tuple((int(s.shape[-2]), int(s.shape[-1])) for s in scales)
+    return _grid(shapes, scales[0].shape[1], scales[0].device)
+
+
+@lru_cache(maxsize=16)
+def _grid(sizes: tuple[tuple[int, int], ...], dim: int, device: torch.device) -> Grid:
+    with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference could not train later
+        shapes = torch.tensor(sizes)
+        starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+        anchors = anchor_boxes(shapes).to(device)
+        return Grid(shapes, starts, anchors, inverse_sigmoid(anchors), sine_encoding(anchors[:, :2], dim))
+
+
+@lru_cache(maxsize=16)
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The backbone's mean and standard deviation of pixels, each [3]. Shared: not to be changed."""
+    with torch.inference_mode(False):
+        return torch.tensor(PIXEL_MEAN, device=device), torch.tensor(PIXEL_STD, device=device)
 
 
 def anchor_boxes(shapes: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ from visionllm.tokenizer import IMAGE, MAX_NAME_TOKENS, PADDING, Prompts, Tokeni
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
 
+KEPT_INSTRUCTIONS = 4  # batches of instructions whose text features are kept
+
 
 @dataclass
 class Detections:
@@ -91,6 +93,7 @@ class Network(nn.Module):
         )
         self.known_names: tuple[str, ...] = ()  # that training knew
         self._known_features: Tensor | None = None  # of those, kept while nothing trains
+        self._asked: dict[Any, tuple[Prompts, Text]] = {}  # the last instructions, for `asked`
 
     @property
     def device(self) -> torch.device:
@@ -106,6 +109,24 @@ class Network(nn.Module):
     def encode_names(self, ids: Tensor) -> Tensor:
         """Padded token ids of names [U, N] → [U, C]."""
         return mean_pool(self.text_encoder(ids), ids)
+
+    def asked(self, instructions: Sequence[Instruction]) -> tuple[Prompts, Text]:
+        """Tokens and text features of a batch's instructions, kept for the next call in prediction.
+
+        Pictures are mostly asked the same, one after the other.
+        """
+        weights = [self.embedding.weight, *self.text_encoder.parameters()]
+        key = (tuple(instructions), tuple((w.data_ptr(), w._version) for w in weights))
+        keep = not self.training and not torch.is_grad_enabled()
+        if keep and (found := self._asked.get(key)) is not None:
+            return found
+        prompts = self.tokenizer.prompts(instructions, self.config.num_queries).to(self.device)
+        answer = prompts, self.encode_text(prompts)
+        if keep:
+            if len(self._asked) >= KEPT_INSTRUCTIONS:
+                self._asked.pop(next(iter(self._asked)), None)
+            self._asked[key] = answer
+        return answer
 
     def known_features(self) -> Tensor:
         """[V, C], the text features of `known_names`."""
@@ -194,8 +215,7 @@ class Network(nn.Module):
             )
         if len(instructions) != len(images):
             raise ValueError(f"Network.detect: {len(images)} images but {len(instructions)} instructions")
-        prompts = self.tokenizer.prompts(instructions, self.config.num_queries).to(self.device)
-        text = self.encode_text(prompts)
+        prompts, text = self.asked(instructions)
         tokens = self.image_tokens(images.to(self.device), text)
         reading = self.read_slots(prompts, text, tokens)
         answers, groups = reading.answers(self.config.coordinate_window), reading.boxes
