@@ -6,6 +6,11 @@
 #include <limits>
 
 #include "check.h"
+#include "cpu/query_attention.h"
+#include "dispatch.h"
+#include "element_of.h"
+#include "parallel.h"
+#include "scratch.h"
 #ifdef VISIONLLM_HAVE_CUDA
 #include "../cuda/query_attention.h"
 #endif
@@ -122,6 +127,110 @@ Status check_result(const char* op, const char* name, const TensorView& tensor, 
   return check_address(op, name, tensor);
 }
 
+// ---- CPU --------------------------------------------------------------------------------------------------
+
+// A thread is worth starting for this many multiplications and additions, about 100 us of work.
+constexpr double kFlopsPerThread = 6e6;
+// Fewer heads than this are divided into parts by their groups.
+constexpr std::int64_t kUndividedHeads = 8;
+
+cpu::SlotRows slot_rows(const TensorView& t) {
+  return {t.data, t.strides[0], t.strides[1], t.strides[2], t.strides[3]};
+}
+
+cpu::PrefixRows prefix_rows(const TensorView& t) {
+  return {t.data, t.strides[0], t.strides[1], t.strides[2]};
+}
+
+// How many groups to take together: at least 128 rows, and as few as fill whole blocks best.
+std::int64_t chunk_groups(const Sizes& n) {
+  constexpr std::int64_t kBlock = cpu::kQueryAttentionPadding, kFewestRows = 128;
+  const std::int64_t rows = std::max<std::int64_t>(n.S * (n.H / n.Hkv), 1);
+  std::int64_t best = 1;
+  double best_padding = 2.0;
+  for (std::int64_t groups = 1; groups <= n.M && groups <= std::max(kBlock, kFewestRows / rows + 1);
+       ++groups) {
+    const double padded = static_cast<double>((groups * rows + kBlock - 1) / kBlock * kBlock);
+    const double padding = groups * rows < kFewestRows && groups < n.M ? 2.0 : padded / (groups * rows);
+    if (padding < best_padding || groups == 1) best = groups, best_padding = padding;
+    if (padding == 1.0) break;
+  }
+  return best;
+}
+
+cpu::QueryAttentionParams make_cpu_params(const TensorView& q, const TensorView& k, const TensorView& v,
+                                          const TensorView& prefix_k, const TensorView& prefix_v,
+                                          const TensorView& prefix_length, const TensorView& cosine,
+                                          const TensorView& sine, const TensorView& output,
+                                          const TensorView& logsumexp, const Sizes& n) {
+  cpu::QueryAttentionParams params{};
+  params.batch = n.B, params.groups = n.M, params.slots = n.S, params.heads = n.H, params.kv_heads = n.Hkv;
+  params.channels = n.D, params.prefix = n.P;
+  params.element = element_of(q.dtype);
+  params.chunk = chunk_groups(n);
+  params.q = slot_rows(q), params.k = slot_rows(k), params.v = slot_rows(v);
+  params.prefix_k = prefix_rows(prefix_k), params.prefix_v = prefix_rows(prefix_v);
+  params.prefix_length = static_cast<const std::int64_t*>(prefix_length.data);
+  params.cosine = static_cast<const float*>(cosine.data), params.sine = static_cast<const float*>(sine.data);
+  params.output = output.data, params.logsumexp = static_cast<float*>(logsumexp.data);
+  return params;
+}
+
+// `products` matrix products over all pairs of rows and keys.
+int useful_threads(const Sizes& n, double products, const Execution& execution) {
+  const double pairs = static_cast<double>(n.B * n.M * n.S * n.H) * static_cast<double>(n.P + n.S);
+  const double most = 2.0 * products * pairs * static_cast<double>(n.D) / kFlopsPerThread;
+  return static_cast<int>(std::clamp<double>(most, 1.0, std::max(execution.threads, 1)));
+}
+
+Status run_on_cpu(const cpu::QueryAttentionParams& params, const Sizes& n, const Execution& execution) {
+  Isa isa;
+  VISIONLLM_RETURN_IF_BAD(active_isa(&isa));
+  if (n.B * n.M * n.S * n.H == 0) return {};
+  const auto kernel = VISIONLLM_KERNEL(isa, query_attention_kernel);
+  const auto bytes = VISIONLLM_KERNEL(isa, query_attention_workspace_bytes);
+  const int threads = useful_threads(n, 2, execution);
+  const Scratch workspace(bytes(params), threads);
+  const std::int64_t items = n.B * n.Hkv * cpu::query_attention_chunks(params);
+  parallel_for(items, threads, [&](std::int64_t begin, std::int64_t end, int worker) {
+    kernel(params, begin, end, workspace.part<void>(worker));
+  });
+  return {};
+}
+
+Status run_backward_on_cpu(cpu::QueryAttentionParams params, const Sizes& n, const Execution& execution) {
+  Isa isa;
+  VISIONLLM_RETURN_IF_BAD(active_isa(&isa));
+  const auto kernel = VISIONLLM_KERNEL(isa, query_attention_backward_kernel);
+  const auto sums = VISIONLLM_KERNEL(isa, query_attention_sums_kernel);
+  const auto bytes = VISIONLLM_KERNEL(isa, query_attention_backward_workspace_bytes);
+  const std::int64_t heads = n.B * n.Hkv;
+  if (n.M * n.S * n.H > 0 && heads > 0) {
+    const std::int64_t chunks = cpu::query_attention_chunks(params);
+    const std::int64_t wanted = std::min(chunks, (kUndividedHeads + heads - 1) / heads);
+    params.part = (chunks + wanted - 1) / wanted * params.chunk;
+    params.parts = (n.M + params.part - 1) / params.part;
+  }
+  const std::int64_t sums_of_parts = params.parts > 1 ? heads * params.parts : 0;
+  const std::int64_t plane = n.P * cpu::query_attention_padded(n.D);
+  const Scratch partial_sums(sums_of_parts * 2 * plane * static_cast<std::int64_t>(sizeof(float)));
+  params.partial_sums = partial_sums.part<float>();
+  const int threads = useful_threads(n, 5, execution);
+  if (params.parts > 0) {
+    const Scratch workspace(bytes(params), threads);
+    parallel_for(heads * params.parts, threads, [&](std::int64_t begin, std::int64_t end, int worker) {
+      kernel(params, begin, end, workspace.part<void>(worker));
+    });
+  }
+  if (params.parts != 1) {  // without a part the gradients of the prefix become zero
+    parallel_for(heads, threads,
+                 [&](std::int64_t begin, std::int64_t end, int) { sums(params, begin, end, nullptr); });
+  }
+  return {};
+}
+
+// ---- CUDA -------------------------------------------------------------------------------------------------
+
 #ifdef VISIONLLM_HAVE_CUDA
 cuda::SlotTensor slot_tensor(const TensorView& t) {
   return {t.data, t.strides[0], t.strides[1], t.strides[2], t.strides[3]};
@@ -198,7 +307,11 @@ Status query_attention(const TensorView& output, const TensorView& logsumexp, co
                                         {"cosine", &cosine},
                                         {"sine", &sine}},
                                        &device));
-  if (device == Device::cpu) return no_cpu_kernel(op);
+  if (device == Device::cpu) {
+    return run_on_cpu(
+        make_cpu_params(q, k, v, prefix_k, prefix_v, prefix_length, cosine, sine, output, logsumexp, n), n,
+        execution);
+  }
 #ifdef VISIONLLM_HAVE_CUDA
   if (output.size() == 0) return {};
   cuda::QueryAttentionParams params =
@@ -209,7 +322,6 @@ Status query_attention(const TensorView& output, const TensorView& logsumexp, co
   }
   return cuda::query_attention(params, execution.stream);
 #else
-  static_cast<void>(execution);
   return no_cuda_kernels(op);
 #endif
 }
@@ -262,7 +374,14 @@ Status query_attention_backward(const TensorView& grad_q, const TensorView& grad
                                         {"cosine", &cosine},
                                         {"sine", &sine}},
                                        &device));
-  if (device == Device::cpu) return no_cpu_kernel(op);
+  if (device == Device::cpu) {
+    cpu::QueryAttentionParams params =
+        make_cpu_params(q, k, v, prefix_k, prefix_v, prefix_length, cosine, sine, output, logsumexp, n);
+    params.grad_output = slot_rows(grad_output);
+    params.grad_q = grad_q.data, params.grad_k = grad_k.data, params.grad_v = grad_v.data;
+    params.grad_prefix_k = grad_prefix_k.data, params.grad_prefix_v = grad_prefix_v.data;
+    return run_backward_on_cpu(params, n, execution);
+  }
 #ifdef VISIONLLM_HAVE_CUDA
   if (output.size() == 0 && grad_prefix_k.size() == 0) return {};
   cuda::QueryAttentionBackwardParams params{};
@@ -274,7 +393,6 @@ Status query_attention_backward(const TensorView& grad_q, const TensorView& grad
   params.grad_prefix_k = grad_prefix_k.data, params.grad_prefix_v = grad_prefix_v.data;
   return cuda::query_attention_backward(params, execution.stream);
 #else
-  static_cast<void>(execution);
   return no_cuda_kernels(op);
 #endif
 }

@@ -93,7 +93,7 @@ def test_reference_is_the_models_attention(case: str) -> None:
         table = tuple(t[position][:, :, None] for t in rope)
         flat_q, flat_k = llm.apply_rope(flat_q, table), llm.apply_rope(flat_k, table)
     mask = torch.arange(prefix_k.shape[1]) < length[:, None]
-    expected = llm.query_attention(flat_q, flat_k, flat_v, prefix_k, prefix_v, mask, slots)
+    expected = llm.grouped_attention(flat_q, flat_k, flat_v, prefix_k, prefix_v, mask, slots)
     got = query_attention(*inputs.args())
     torch.testing.assert_close(got, expected.view(batch, groups, slots, heads, channels))
 

@@ -66,10 +66,10 @@ def forward_and_backward(
     grad = torch.randn(inputs.q.shape, generator=random).to(inputs.q.dtype).to(device)
     kernels: list[str] = []
     with emulated(**options) if place == "emulated" else nullcontext() as emulation:
-        output, logsumexp = module._forward_cuda(*arguments, splits=splits)
+        output, logsumexp = module._forward_kernel(*arguments, splits=splits)
         if isinstance(emulation, Emulation):
             kernels = [launch.name for launch in emulation.launches]
-        grads = module._backward_cuda(grad, output, logsumexp, *arguments)
+        grads = module._backward_kernel(grad, output, logsumexp, *arguments)
     names = ("output", "logsumexp", "grad_q", "grad_k", "grad_v", "grad_prefix_k", "grad_prefix_v")
     return {n: t.cpu() for n, t in zip(names, (output, logsumexp, *grads), strict=True)}, kernels
 
@@ -268,12 +268,6 @@ def test_what_does_not_fit_is_refused(case: str) -> None:
     with emulated(), pytest.raises(ValueError) as caught:
         native.call("query_attention", *arguments.values())
     assert str(caught.value).startswith("query_attention: ") and message in str(caught.value)
-
-
-def test_the_core_has_no_cpu_kernel() -> None:
-    arguments = core_arguments(sample_inputs())
-    with pytest.raises(RuntimeError, match="query_attention: no CPU kernel"):
-        native.call("query_attention", *arguments.values())
 
 
 def test_longer_tables_serve_shorter_prefixes(place: str) -> None:

@@ -24,9 +24,12 @@
 // 16 bytes.
 //
 // Sums and softmax are float32; products of bfloat16 and float16 take rotated q and k and the softmax's
-// weights rounded to that type. Results are deterministic. On CUDA a prefix_length outside 0 .. P is clamped
-// (checking it would mean waiting for the device), and infinities or NaN in v of one group may reach the
-// slots of groups near it.
+// weights rounded to that type (on the CPU only those of bfloat16 with the prefix, on avx512_bf16, do: all
+// others are products of float32). Results are deterministic and do not depend on the number of threads. A
+// prefix_length outside 0 .. P is clamped (checking it would mean waiting for a CUDA device). On CUDA
+// infinities or NaN in v of one group may reach the slots of groups near it.
+//
+// On the CPU everything runs in kernels of this library; see the note on oneDNN in cpp/cpu/query_attention.h.
 #pragma once
 
 #include "visionllm/execution.h"
@@ -35,13 +38,13 @@
 
 namespace visionllm {
 
-// Into how many parts the keys should be divided among CUDA blocks. 1 means one pass and no workspace; more,
+// Into how many parts the keys should be divided among CUDA blocks (on the CPU they are not divided). 1 means one pass and no workspace; more,
 // only for prefixes above 2048 with few rows, needs a second, small launch that merges the parts.
 int query_attention_splits(std::int64_t B, std::int64_t M, std::int64_t S, std::int64_t H, std::int64_t Hkv,
                            std::int64_t P);
 
 // workspace: absent (one pass), or float32 [splits, B * M * S * H * (D + 1)], contiguous; its first size says
-// how many splits are made.
+// how many splits are made. Not used on the CPU, whose threads have memory of their own for the call.
 Status query_attention(const TensorView& output, const TensorView& logsumexp, const TensorView& workspace,
                        const TensorView& q, const TensorView& k, const TensorView& v,
                        const TensorView& prefix_k, const TensorView& prefix_v,
@@ -51,7 +54,7 @@ Status query_attention(const TensorView& output, const TensorView& logsumexp, co
 // Gradients of a scalar loss with respect to q and k before rotation, v, prefix_k and prefix_v; every
 // element is written (not added to), with zeros behind prefix_length. They are contiguous and have their
 // input's shape and type. output and logsumexp are the forward's; workspace is float32 [B, M, S, H],
-// contiguous.
+// contiguous (not used on the CPU).
 Status query_attention_backward(const TensorView& grad_q, const TensorView& grad_k, const TensorView& grad_v,
                                 const TensorView& grad_prefix_k, const TensorView& grad_prefix_v,
                                 const TensorView& workspace, const TensorView& grad_output,

@@ -4,9 +4,9 @@
     output[b, m, s] = softmax(q'[b, m, s] · K / √D) V, where K, V are the prefix's first prefix_length tokens
                       and the slots 0 … s of group m
 
-The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/query_attention.h``. On
-CUDA the operator runs the compiled kernels; on the CPU, in float64, and where a build has no CUDA kernels,
-the PyTorch reference below.
+The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/query_attention.h``. The
+operator runs the compiled kernels, on the CPU and on CUDA; in float64, on the CPU for sizes beyond the
+kernels' limits, and where a build has no CUDA kernels, the PyTorch reference below.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def query_attention(
     Returns:
         [B, M, S, H, D] of q's type. Forward and backward are deterministic.
 
-    The CUDA kernels take S <= 64, P <= 8192 and D a multiple of 8 up to 128; views of one projection of q, k
-    and v are not copied.
+    The kernels take S <= 64, P <= 8192 and D a multiple of 8 up to 128 (on the CPU other sizes run the
+    reference); views of one projection of q, k and v are not copied.
 
     Raises:
         ValueError: a shape or type does not fit; the message names it.
@@ -396,7 +396,52 @@ def _kernel_arguments(
     )
 
 
-def _forward_cuda(
+def _fits_kernels(q: Tensor, prefix_k: Tensor) -> bool:
+    """Whether the kernels take a tensor of q's type and sizes, and a prefix of that length."""
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if q.dim() != 5 or prefix_k.dim() != 4:
+        return True  # the check of arguments says what is wrong
+    slots, channels = q.shape[2], q.shape[4]
+    return slots <= 64 and 8 <= channels <= 128 and channels % 8 == 0 and prefix_k.shape[1] <= 8192
+
+
+def _forward_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_length: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    inputs = (q, k, v, prefix_k, prefix_v, prefix_length, cosine, sine)
+    if not _fits_kernels(q, prefix_k):
+        return _forward_reference(*inputs)
+    return _forward_kernel(*inputs, splits=1)
+
+
+def _backward_cpu(
+    grad_output: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_length: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (grad_output, output, logsumexp, q, k, v, prefix_k, prefix_v, prefix_length, cosine, sine)
+    if not _fits_kernels(q, prefix_k):
+        return query_attention_backward_reference(*inputs)
+    return _backward_kernel(*inputs)
+
+
+def _forward_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -423,7 +468,7 @@ def _forward_cuda(
     return output, logsumexp
 
 
-def _backward_cuda(
+def _backward_kernel(
     grad_output: Tensor,
     output: Tensor,
     logsumexp: Tensor,
@@ -469,14 +514,14 @@ def _forward_elsewhere(
 
 
 for _key, _forward, _backward in (
-    ("CPU", _forward_reference, query_attention_backward_reference),
+    ("CPU", _forward_cpu, _backward_cpu),
     ("CompositeExplicitAutograd", _forward_elsewhere, query_attention_backward_reference),
 ):
     _library.impl("query_attention", _forward, _key)
     _library.impl("query_attention_backward", _backward, _key)
 if _core.cuda_architectures:
-    _library.impl("query_attention", _forward_cuda, "CUDA")
-    _library.impl("query_attention_backward", _backward_cuda, "CUDA")
+    _library.impl("query_attention", _forward_kernel, "CUDA")
+    _library.impl("query_attention_backward", _backward_kernel, "CUDA")
 
 
 @torch.library.register_fake("visionllm::query_attention", lib=_library)
