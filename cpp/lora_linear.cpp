@@ -2,11 +2,18 @@
 // include/visionllm/lora_linear.h.
 #include "visionllm/lora_linear.h"
 
+#include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "../cuda/lora_linear.h"
 #include "../cuda/lora_linear_plan.h"
 #include "check.h"
+#include "cpu/lora_linear.h"
+#include "dispatch.h"
+#include "element_of.h"
+#include "parallel.h"
+#include "scratch.h"
 
 namespace visionllm {
 namespace {
@@ -115,6 +122,127 @@ Status check_low_rank(const char* op, const TensorView& low_rank, const Sizes& n
   return check_contiguous(op, "low_rank", low_rank);
 }
 
+// ---- on the CPU -------------------------------------------------------------------------------------------
+
+// Products of two numbers that are worth a thread: about 40 us of them.
+constexpr double kProductsPerThread = 2e6;
+
+// Columns are shared out to threads in groups: a vector of every instruction set.
+constexpr std::int64_t kColumnGroup = 16;
+
+// The positions of rows in the order of their adapters.
+class RowOrder {
+ public:
+  RowOrder(const std::int64_t* index, const Sizes& n) : segments_(static_cast<std::size_t>(n.E) + 1) {
+    if (index == nullptr) {
+      std::fill(segments_.begin() + 1, segments_.end(), n.T);  // all take adapter 0
+      return;
+    }
+    const auto adapter = [&](std::int64_t row) {
+      return index[row] >= 0 && index[row] < n.E ? index[row] : n.E;
+    };
+    std::vector<std::int64_t> next(static_cast<std::size_t>(n.E) + 2);
+    for (std::int64_t row = 0; row < n.T; ++row) ++next[adapter(row) + 1];
+    for (std::int64_t e = 0; e <= n.E; ++e) next[e + 1] += next[e];
+    std::copy(next.begin(), next.end() - 1, segments_.begin());
+    order_.resize(static_cast<std::size_t>(n.T));
+    bool sorted = true;
+    for (std::int64_t row = 0; row < n.T; ++row) {
+      const std::int64_t position = next[adapter(row)]++;
+      order_[position] = row;
+      sorted = sorted && position == row;
+    }
+    if (sorted) order_.clear();
+  }
+
+  cpu::LoraRows rows() const { return {order_.empty() ? nullptr : order_.data(), segments_.data()}; }
+
+ private:
+  std::vector<std::int64_t> order_;     // empty: as they are
+  std::vector<std::int64_t> segments_;  // [E + 1] first position of each adapter and of the rows without
+};
+
+// What forward and backward share; `factors` [E] is filled.
+cpu::LoraLinearParams cpu_params(const TensorView& weight, const TensorView& weight_scale,
+                                 const TensorView& lora_a, const TensorView& lora_b, const TensorView& scale,
+                                 const TensorView& adapter_index, double scaling, DType dtype, const Sizes& n,
+                                 std::vector<float>* factors) {
+  cpu::LoraLinearParams p{};
+  p.T = n.T, p.K = n.K, p.N = n.N, p.E = n.E, p.R = n.R;
+  p.element = element_of(dtype), p.int8 = weight.dtype == DType::int8;
+  p.weight = weight.data, p.weight_stride = weight.strides[0];
+  p.weight_scale = static_cast<const float*>(weight_scale.data);
+  p.a = lora_a.data, p.b = lora_b.data;
+  p.index = static_cast<const std::int64_t*>(adapter_index.data);
+  const auto* scales = static_cast<const float*>(scale.data);
+  factors->assign(static_cast<std::size_t>(n.E), static_cast<float>(scaling));
+  for (std::int64_t e = 0; scales != nullptr && e < n.E; ++e) (*factors)[e] *= scales[e];
+  p.factor = factors->data();
+  return p;
+}
+
+// Runs kernels of one call, each over its items on as many threads as its products are worth.
+class Runner {
+ public:
+  Runner(const cpu::LoraLinearParams& params, const Execution& execution)
+      : params_(params),
+        most_(std::max(execution.threads, 1)),
+        workspace_(cpu::lora_linear_workspace(params),
+                   threads(static_cast<double>(params.N) * static_cast<double>(params.K))) {}
+
+  // One item is `group` of `count` positions or columns.
+  void operator()(cpu::LoraLinearKernel kernel, std::int64_t count, std::int64_t group,
+                  double products) const {
+    const std::int64_t items = (count + group - 1) / group;
+    parallel_for(items, threads(products), [&](std::int64_t begin, std::int64_t end, int worker) {
+      kernel(params_, begin * group, std::min(end * group, count), workspace_.part<void>(worker));
+    });
+  }
+
+ private:
+  // A product of one row costs more than one of many, for which the weights are read once.
+  int threads(double products_per_row) const {
+    const double products = products_per_row * static_cast<double>(std::max<std::int64_t>(params_.T, 8));
+    return static_cast<int>(std::clamp(products / kProductsPerThread, 1.0, static_cast<double>(most_)));
+  }
+
+  const cpu::LoraLinearParams& params_;
+  int most_;
+  Scratch workspace_;
+};
+
+Status run_on_cpu(cpu::LoraLinearParams& p, const Sizes& n, const Execution& execution) {
+  Isa isa;
+  VISIONLLM_RETURN_IF_BAD(active_isa(&isa));
+  if (n.T == 0) return {};
+  const bool blocks = n.T > cpu::kLoraStreamRows;
+  const RowOrder order(blocks ? p.index : nullptr, n);
+  p.rows = order.rows();
+  const Runner run(p, execution);
+  const double R = static_cast<double>(n.R), K = static_cast<double>(n.K), N = static_cast<double>(n.N);
+  if (n.R > 0) run(VISIONLLM_KERNEL(isa, lora_low_rank_kernel), n.T, 1, R * K);
+  run(VISIONLLM_KERNEL(isa, lora_columns_kernel), n.N, kColumnGroup, K * N);
+  return {};
+}
+
+Status run_backward_on_cpu(cpu::LoraLinearParams& p, const Sizes& n, const Execution& execution) {
+  Isa isa;
+  VISIONLLM_RETURN_IF_BAD(active_isa(&isa));
+  const RowOrder order(p.index, n);
+  p.rows = order.rows();
+  const Scratch grad_low_rank(n.T * n.R * 4);
+  p.grad_low_rank = grad_low_rank.part<float>();
+  const Runner run(p, execution);
+  const double R = static_cast<double>(n.R), K = static_cast<double>(n.K), N = static_cast<double>(n.N);
+  if (n.R > 0 && n.T > 0 && (p.grad_x != nullptr || p.grad_a != nullptr))
+    run(VISIONLLM_KERNEL(isa, lora_grad_low_rank_kernel), n.T, 1, R * N);
+  if (p.grad_x != nullptr && n.T > 0)
+    run(VISIONLLM_KERNEL(isa, lora_grad_x_kernel), n.K, kColumnGroup, K * N);
+  if (p.grad_a != nullptr) run(VISIONLLM_KERNEL(isa, lora_grad_a_kernel), n.K, kColumnGroup, R * K);
+  if (p.grad_b != nullptr) run(VISIONLLM_KERNEL(isa, lora_grad_b_kernel), n.N, kColumnGroup, R * N);
+  return {};
+}
+
 #ifdef VISIONLLM_HAVE_CUDA
 cuda::LoraAdapters adapters_of(const TensorView& lora_a, const TensorView& lora_b, const TensorView& scale,
                                const TensorView& adapter_index, double scaling, const Sizes& n) {
@@ -163,8 +291,6 @@ Status lora_linear(const TensorView& output, const TensorView& low_rank, const T
   } else if (!low_rank.absent()) {
     return bad_argument(op, "low_rank must be absent without adapters, got " + text_of(low_rank));
   }
-  const std::int64_t bytes = lora_linear_workspace_bytes(n.T, n.K, n.N, n.R, x.dtype);
-  VISIONLLM_RETURN_IF_BAD(check_workspace(op, workspace, bytes));
   Device device;
   VISIONLLM_RETURN_IF_BAD(check_device(op,
                                        {{"x", &x},
@@ -179,7 +305,18 @@ Status lora_linear(const TensorView& output, const TensorView& low_rank, const T
                                         {"scale", &scale},
                                         {"adapter_index", &adapter_index}},
                                        &device));
-  if (device == Device::cpu) return no_cpu_kernel(op);
+  if (device == Device::cpu) {
+    std::vector<float> factors;
+    cpu::LoraLinearParams params =
+        cpu_params(weight, weight_scale, lora_a, lora_b, scale, adapter_index, scaling, x.dtype, n, &factors);
+    params.x = x.data, params.x_stride = x.strides[0];
+    params.bias = bias.data;
+    params.low_rank = static_cast<float*>(low_rank.data);
+    params.output = output.data, params.output_stride = output.strides[0];
+    return run_on_cpu(params, n, execution);
+  }
+  VISIONLLM_RETURN_IF_BAD(
+      check_workspace(op, workspace, lora_linear_workspace_bytes(n.T, n.K, n.N, n.R, x.dtype)));
 #ifdef VISIONLLM_HAVE_CUDA
   cuda::LoraLinearParams params{};
   params.dtype = x.dtype, params.int8 = weight.dtype == DType::int8;
@@ -194,7 +331,7 @@ Status lora_linear(const TensorView& output, const TensorView& low_rank, const T
   params.adapters = adapters_of(lora_a, lora_b, scale, adapter_index, scaling, n);
   return cuda::lora_linear(params, execution.stream);
 #else
-  (void)scaling, (void)execution;
+  (void)execution;
   return no_cuda_kernels(op);
 #endif
 }
@@ -235,8 +372,6 @@ Status lora_linear_backward(const TensorView& grad_x, const TensorView& grad_a, 
     VISIONLLM_RETURN_IF_BAD(check_contiguous(op, "grad_b", grad_b));
     VISIONLLM_RETURN_IF_BAD(check_low_rank(op, low_rank, n));
   }
-  const std::int64_t bytes = lora_linear_backward_workspace_bytes(n.T, n.K, n.N, n.R, dtype);
-  VISIONLLM_RETURN_IF_BAD(check_workspace(op, workspace, bytes));
   Device device;
   VISIONLLM_RETURN_IF_BAD(check_device(op,
                                        {{"grad_output", &grad_output},
@@ -253,7 +388,19 @@ Status lora_linear_backward(const TensorView& grad_x, const TensorView& grad_a, 
                                         {"adapter_index", &adapter_index},
                                         {"low_rank", &low_rank}},
                                        &device));
-  if (device == Device::cpu) return no_cpu_kernel(op);
+  if (device == Device::cpu) {
+    std::vector<float> factors;
+    cpu::LoraLinearParams params =
+        cpu_params(weight, weight_scale, lora_a, lora_b, scale, adapter_index, scaling, dtype, n, &factors);
+    params.grad_x = grad_x.data, params.grad_x_stride = grad_x.absent() ? 0 : grad_x.strides[0];
+    params.grad_a = grad_a.data, params.grad_b = grad_b.data;
+    params.grad_output = grad_output.data, params.grad_output_stride = grad_output.strides[0];
+    params.x = x.data, params.x_stride = x.absent() ? 0 : x.strides[0];
+    params.low_rank = static_cast<float*>(low_rank.data);
+    return run_backward_on_cpu(params, n, execution);
+  }
+  VISIONLLM_RETURN_IF_BAD(
+      check_workspace(op, workspace, lora_linear_backward_workspace_bytes(n.T, n.K, n.N, n.R, dtype)));
 #ifdef VISIONLLM_HAVE_CUDA
   cuda::LoraLinearBackwardParams params{};
   params.dtype = dtype, params.int8 = weight.dtype == DType::int8;
@@ -269,7 +416,7 @@ Status lora_linear_backward(const TensorView& grad_x, const TensorView& grad_a, 
   params.adapters = adapters_of(lora_a, lora_b, scale, adapter_index, scaling, n);
   return cuda::lora_linear_backward(params, execution.stream);
 #else
-  (void)scaling, (void)execution;
+  (void)execution;
   return no_cuda_kernels(op);
 #endif
 }

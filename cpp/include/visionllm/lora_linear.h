@@ -8,7 +8,7 @@
 //   output         [T, N]     x's type; N contiguous, row stride free
 //   low_rank       [T, R]     float32, contiguous: s, which the backward takes; zero in rows without adapter
 //   workspace      [bytes]    uint8, contiguous, 16-byte aligned, at least ..._workspace_bytes(...) long; may be
-//                             absent where that is 0. Its content before and after means nothing
+//                             absent where that is 0, and on the CPU. Its content before and after means nothing
 //   x              [T, K]     float32, bfloat16 or float16; K contiguous, row stride free
 //   weight         [N, K]     x's type, or int8 with weight_scale; K contiguous, row stride free
 //   weight_scale   [N]        float32, contiguous: row n of W is weight_scale[n] * weight[n, :]; absent unless int8
@@ -58,7 +58,7 @@ Status lora_linear_backward(const TensorView& grad_x, const TensorView& grad_a, 
                             const TensorView& adapter_index, const TensorView& low_rank, double scaling,
                             const Execution& execution);
 
-// Bytes of workspace that the two need; R = 0 without adapters. The same for every device.
+// Bytes of workspace that the two need on CUDA; R = 0 without adapters.
 std::int64_t lora_linear_workspace_bytes(std::int64_t T, std::int64_t K, std::int64_t N, std::int64_t R,
                                          DType x);
 std::int64_t lora_linear_backward_workspace_bytes(std::int64_t T, std::int64_t K, std::int64_t N,

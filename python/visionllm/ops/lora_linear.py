@@ -3,13 +3,15 @@
     s[t] = scale[a] * x[t] A[a]^T            with a = adapter_index[t]
     y[t] = x[t] W^T + bias + s[t] B[a]^T
 
-The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/lora_linear.h``. On CUDA
-the operator runs the compiled kernels where the build has them; elsewhere, and in float64, the PyTorch
+The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/lora_linear.h``. The
+operator runs the compiled kernels, on CUDA where the build has them; elsewhere, and in float64, the PyTorch
 reference below.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +21,13 @@ from torch.nn import functional
 
 from visionllm import _core
 from visionllm.ops import fallback, native
+from visionllm.ops.native import Argument
 
 __all__ = ["SampleInputs", "lora_linear", "lora_linear_reference", "sample_inputs"]
 
 MAX_RANK = 128
+
+_KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def lora_linear(
@@ -429,7 +434,20 @@ def _workspace(like: Tensor, bytes_needed: int) -> Tensor | None:
     return like.new_empty(bytes_needed, dtype=torch.uint8) if bytes_needed else None
 
 
-def _forward_cuda(
+def _call(operator: str, arguments: tuple[Argument, ...], check: Callable[[], None]) -> None:
+    """The kernels check for themselves; what no kernel knows, such as float64, `check` words better."""
+    try:
+        native.call(operator, *arguments)
+    except ValueError:
+        check()
+        raise
+
+
+# On the CPU the kernels allocate for themselves: `cuda` says whose workspace is needed.
+
+
+def _forward_native(
+    cuda: bool,
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor | None,
@@ -440,16 +458,19 @@ def _forward_cuda(
     adapter_index: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    _check_arguments("lora_linear", x, weight, weight_scale, bias, lora_a, lora_b, scale, adapter_index)
+    def check() -> None:
+        _check_arguments("lora_linear", x, weight, weight_scale, bias, lora_a, lora_b, scale, adapter_index)
+
+    if x.dim() != 2 or weight.dim() != 2 or (lora_a is not None and lora_a.dim() != 3):
+        check()
     rank = 0 if lora_a is None else lora_a.shape[1]
+    sizes = (x.shape[0], x.shape[1], weight.shape[0], rank, x.element_size())
     output = x.new_empty(x.shape[0], weight.shape[0])
     low_rank = x.new_empty(x.shape[0], rank, dtype=torch.float32)
-    sizes = (x.shape[0], x.shape[1], weight.shape[0], rank, x.element_size())
-    native.call(
-        "lora_linear",
+    arguments = (
         output,
         low_rank if rank else None,
-        _workspace(x, _core.lora_linear_workspace_bytes(*sizes)),
+        _workspace(x, _core.lora_linear_workspace_bytes(*sizes)) if cuda else None,
         _rows_contiguous(x),
         _rows_contiguous(weight),
         None if weight_scale is None else weight_scale.float().contiguous(),
@@ -457,10 +478,12 @@ def _forward_cuda(
         *_adapter_arguments(lora_a, lora_b, scale, adapter_index),
         scaling,
     )
+    _call("lora_linear", arguments, check)
     return output, low_rank
 
 
-def _backward_cuda(
+def _backward_native(
+    cuda: bool,
     grad_output: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -494,7 +517,7 @@ def _backward_cuda(
         native.call(
             operator,
             *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
-            _workspace(x, _core.lora_linear_backward_workspace_bytes(*sizes)),
+            _workspace(x, _core.lora_linear_backward_workspace_bytes(*sizes)) if cuda else None,
             _rows_contiguous(grad_output),
             _rows_contiguous(x),
             _rows_contiguous(weight),
@@ -520,6 +543,20 @@ _library.define(
 )
 
 
+_forward_cuda = functools.partial(_forward_native, True)
+_backward_cuda = functools.partial(_backward_native, True)
+
+
+def _forward_cpu(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _forward_native(False, x, *rest) if x.dtype in _KERNEL_TYPES else lora_linear_reference(x, *rest)
+
+
+def _backward_cpu(grad_output: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dtype not in _KERNEL_TYPES:
+        return lora_linear_backward_reference(grad_output, x, *rest)
+    return _backward_native(False, grad_output, x, *rest)
+
+
 def _forward_gpu(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
         return lora_linear_reference(x, *rest)
@@ -539,9 +576,8 @@ def _forward_elsewhere(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return outputs
 
 
-# On the CPU the reference is the implementation: two or three matrix products of torch's own.
 for _key, _forward, _backward in (
-    ("CPU", lora_linear_reference, lora_linear_backward_reference),
+    ("CPU", _forward_cpu, _backward_cpu),
     ("CUDA", _forward_gpu, _backward_gpu),
     ("CompositeExplicitAutograd", _forward_elsewhere, lora_linear_backward_reference),
 ):
