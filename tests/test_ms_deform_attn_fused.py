@@ -1,20 +1,58 @@
-"""ms_deform_attn_fused as torch users meet it, on the CPU: reference, gradients, torch.compile.
+"""ms_deform_attn_fused on the CPU: kernels of every instruction set, reference, gradients, torch.compile.
 
 CUDA's kernels are in test_ms_deform_attn_cuda.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
 import pytest
 import torch
 from comparison import TOLERANCES, assert_close
+from torch import Tensor
 
+from visionllm import _core
 from visionllm.ops import ms_deform_attn_fused, ms_deform_attn_fused_reference, ms_deform_attn_reference
 from visionllm.ops.ms_deform_attn_fused import FusedInputs, sample_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = dict(levels=((4, 5), (3, 2)), heads=2, channels=4, queries=3, points=2)
 KINDS = pytest.mark.parametrize("boxes", [False, True], ids=["points", "boxes"])
+
+
+NAMES = ("output", "value", "reference_points", "sampling_offsets", "attention_logits")
+
+
+@pytest.fixture(params=_core.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    _core.set_isa(request.param)
+    yield request.param
+    _core.set_isa("")
+
+
+def gradients(function: Callable, args: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
+    """Output, and the gradients of all that has one: NAMES."""
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in args]
+    output = function(*leaves)
+    wanted = [t for t in leaves if t.requires_grad]
+    return output.detach(), *torch.autograd.grad(output, wanted, grad_output.to(output.dtype))
+
+
+def assert_matches_reference(
+    args: Sequence[Tensor], reference: Callable = ms_deform_attn_fused_reference
+) -> tuple[Tensor, ...]:
+    """Holds output and gradients against the reference in float64, and returns them."""
+    value, offsets = args[0], args[4]
+    shape = (value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
+    grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(value.dtype)
+    got = gradients(ms_deform_attn_fused, args, grad_output)
+    exact = [t.double() if t.is_floating_point() else t for t in args]
+    expected = gradients(reference, exact, grad_output.double())
+    for name, a, b, like in zip(NAMES, got, expected, (value, value, *args[3:]), strict=True):
+        assert a.dtype == like.dtype, f"{name} is {a.dtype}, expected {like.dtype}"
+        assert_close(name, a, b, TOLERANCES["ms_deform_attn_fused", a.dtype])
+    return got
 
 
 def away_from_cell_edges(inputs: FusedInputs) -> FusedInputs:
@@ -55,27 +93,32 @@ def test_reference_by_hand(boxes: bool) -> None:
     torch.testing.assert_close(ms_deform_attn_fused_reference(*inputs.args()), expected, rtol=1e-6, atol=1e-6)
 
 
+# Few queries use value where it lies; many queries copy each head's rows first: both ways are here.
+CASES = {
+    "odd": dict(heads=3, channels=5, queries=7, points=3),
+    "many_queries": dict(queries=150, channels=16),
+    "encoder": dict(encoder=True, channels=8, heads=4, batch=1),
+    "one_level": dict(batch=1, heads=3, channels=37, queries=61, points=5, levels=((3, 5),)),
+    "many_points": dict(points=27, queries=11, channels=16, heads=2),
+    "one_row": dict(batch=1, heads=1, channels=32, queries=1, points=1, levels=((7, 9),)),
+    "no_queries": dict(queries=0),
+    "no_batch": dict(batch=0),
+    "no_points": dict(points=0),
+    "no_channels": dict(channels=0),
+}
+
+
 @KINDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_reference(dtype: torch.dtype, boxes: bool) -> None:
-    inputs = sample_inputs(dtype=dtype, boxes=boxes, heads=3, channels=5, queries=7, points=3)
-    results = []
-    for function, args in (
-        (ms_deform_attn_fused, inputs.args()),
-        (ms_deform_attn_fused_reference, [t.double() if t.is_floating_point() else t for t in inputs.args()]),
-    ):
-        leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in args]
-        output = function(*leaves)
-        grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        grads = torch.autograd.grad(
-            output, [t for t in leaves if t.requires_grad], grad_output.to(output.dtype)
-        )
-        results.append([output, *grads])
-    names = ("output", "value", "reference_points", "sampling_offsets", "attention_logits")
-    for name, got, expected in zip(names, *results, strict=True):
-        like = inputs.value if name == "output" else getattr(inputs, name)
-        assert got.dtype == like.dtype
-        assert_close(name, got, expected, TOLERANCES["ms_deform_attn_fused", got.dtype])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference(case: str, dtype: torch.dtype, boxes: bool, isa: str) -> None:
+    assert_matches_reference(sample_inputs(dtype=dtype, boxes=boxes, **CASES[case]).args())
+
+
+def test_float32_logits_with_bfloat16_values(isa: str) -> None:
+    """What autocast hands over where the logits' projection stays in float32."""
+    inputs = sample_inputs(dtype=torch.bfloat16, queries=40)
+    assert_matches_reference((*inputs.args()[:5], inputs.attention_logits.float()))
 
 
 @KINDS
@@ -174,12 +217,79 @@ def test_bad_argument_is_named(case: str, dtype: torch.dtype) -> None:
         assert message in str(caught.value)
 
 
-def test_the_core_has_no_cpu_kernel_and_says_so() -> None:
-    from visionllm.ops import native
+def test_same_bits_on_any_number_of_threads() -> None:
+    inputs = sample_inputs(queries=300, boxes=True)
+    grad_output = torch.randn(2, 300, 256, generator=torch.Generator().manual_seed(2))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(gradients(ms_deform_attn_fused, inputs.args(), grad_output))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert torch.equal(a, b), "another number of threads gives other bits"
 
+
+@KINDS
+@pytest.mark.parametrize("queries", [4, 200])
+def test_strange_offsets_contribute_nothing(queries: int, boxes: bool, isa: str) -> None:
+    """Not finite or far outside: no output, no gradient, but a share in the softmax."""
+    inputs = sample_inputs(queries=queries, heads=2, channels=16, boxes=boxes)
+    random = torch.Generator().manual_seed(3)
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
+    strange = torch.rand(inputs.sampling_offsets.shape[:-1], generator=random) < 0.3
+    choice = torch.randint(0, len(values), inputs.sampling_offsets.shape, generator=random)
+    offsets = torch.where(strange[..., None], values[choice], inputs.sampling_offsets)
+    args = (*inputs.args()[:4], offsets, inputs.attention_logits)
+    # In float64 the operator is the reference, with gradients that select instead of multiplying NaN by 0.
+    results = assert_matches_reference(args, ms_deform_attn_fused)
+    for name, tensor in zip(NAMES, results, strict=True):
+        assert tensor.isfinite().all(), f"{name} is not finite"
+    assert (results[NAMES.index("sampling_offsets")][strange] == 0).all()
+    assert (results[NAMES.index("attention_logits")][strange] != 0).any()
+
+
+def test_large_logits_do_not_overflow(isa: str) -> None:
     inputs = sample_inputs(**SMALL)
-    with pytest.raises(RuntimeError, match="ms_deform_attn_fused: no CPU kernel"):
-        native.call("ms_deform_attn_fused", torch.empty(2, 3, 8), *inputs.args())
+    for shift in (-1e4, 1e4):
+        logits = inputs.attention_logits + shift
+        assert_matches_reference((*inputs.args()[:5], logits))
+
+
+@KINDS
+def test_non_contiguous_inputs(boxes: bool, isa: str) -> None:
+    inputs = sample_inputs(queries=30, boxes=boxes)
+    value, shapes, starts, reference, offsets, logits = inputs.args()
+    wide = torch.stack([reference, reference], 2)[:, :, 1]  # a stride of its own
+    odd = reference.transpose(2, 3).contiguous().transpose(2, 3)  # its last dimension is not contiguous
+    assert not wide.is_contiguous() and odd.stride(-1) != 1
+    expected = gradients(ms_deform_attn_fused, inputs.args(), torch.ones(2, 30, 256))
+    by_head = value.transpose(1, 2).contiguous().transpose(1, 2)
+    swapped = offsets.transpose(0, 1).contiguous().transpose(0, 1)
+    flipped = logits.flip(-1).contiguous().flip(-1)
+    for variant in (wide, odd):
+        args = (by_head, shapes, starts, variant, swapped, flipped)
+        grad_output = torch.ones(1, 1, 1).expand(2, 30, 256)
+        for a, b in zip(gradients(ms_deform_attn_fused, args, grad_output), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_one_reference_for_all_levels_and_pictures(isa: str) -> None:
+    """Stride 0, as the encoder and the decoder have it."""
+    inputs = sample_inputs(queries=20, boxes=True)
+    reference = inputs.reference_points[:1, :, :1].expand(2, -1, 4, -1)
+    args = (*inputs.args()[:3], reference, *inputs.args()[4:])
+    same = (*inputs.args()[:3], reference.contiguous(), *inputs.args()[4:])
+    grad_output = torch.randn(2, 20, 256, generator=torch.Generator().manual_seed(4))
+    for a, b in zip(
+        gradients(ms_deform_attn_fused, args, grad_output),
+        gradients(ms_deform_attn_fused, same, grad_output),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
 
 
 def test_second_derivative_is_refused() -> None:

@@ -87,7 +87,7 @@ VISIONLLM_INLINE T* output_of(const MsDeformAttnParams& params, int64_t b, int64
 }
 
 // Items (b * H + h) * Q + q: a head's rows are copied once.
-template <typename T>
+template <bool kFused, typename T>
 void forward_copied(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
                     float* value_rows) {
   const Points points(workspace, params.padded_points);
@@ -102,23 +102,21 @@ void forward_copied(const MsDeformAttnParams& params, int64_t begin, int64_t end
       copy_head(params, value_of<T>(params, b, h), value_rows);
       copied_head = head;
     }
-    const Place place(params, b, q, h);
-    locate<false, true>(params, place.locations, place.attention, points);
+    locate<false, true, kFused>(params, Place(params, b, q, h), points);
     gather_channels<true>(points, static_cast<const float*>(value_rows), params.channels,
                           output_of<T>(params, b, q, h), params.channels);
   }
 }
 
 // Items (b * Q + q) * H + h: a query's heads look at the same pixels, which lie side by side.
-template <typename T>
+template <bool kFused, typename T>
 void forward_in_place(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace) {
   const PointsTwice points(params, workspace);
   const auto start = [&](int64_t item) {
     const int64_t h = item % params.heads;
     const int64_t q = item / params.heads % params.queries;
     const int64_t b = item / params.heads / params.queries;
-    const Place place(params, b, q, h);
-    locate<false, false>(params, place.locations, place.attention, points[item]);
+    locate<false, false, kFused>(params, Place(params, b, q, h), points[item]);
     prefetch_rows(points[item], value_of<T>(params, b, h), params.value_stride_s, params.channels);
   };
   if (begin < end) start(begin);
@@ -135,10 +133,13 @@ void forward_in_place(const MsDeformAttnParams& params, int64_t begin, int64_t e
 template <typename T>
 void forward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
              float* value_rows) {
+  const bool fused = params.reference != nullptr;
   if (value_rows != nullptr) {
-    forward_copied<T>(params, begin, end, workspace, value_rows);
+    fused ? forward_copied<true, T>(params, begin, end, workspace, value_rows)
+          : forward_copied<false, T>(params, begin, end, workspace, value_rows);
   } else {
-    forward_in_place<T>(params, begin, end, workspace);
+    fused ? forward_in_place<true, T>(params, begin, end, workspace)
+          : forward_in_place<false, T>(params, begin, end, workspace);
   }
 }
 
@@ -149,7 +150,7 @@ void ms_deform_attn_kernel(const MsDeformAttnParams& params, int64_t begin, int6
   switch (params.element) {
     case Element::float32: return forward<float>(params, begin, end, workspace, value_rows);
     case Element::bfloat16: return forward<bfloat16>(params, begin, end, workspace, value_rows);
-    case Element::float16: return forward<float16>(params, begin, end, workspace, value_rows);
+    default: return forward<float16>(params, begin, end, workspace, value_rows);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "element.h"
 #include "every_isa.h"
 
 namespace visionllm::cpu {
@@ -11,13 +12,11 @@ namespace visionllm::cpu {
 // Points are taken in chunks of this many: a multiple of the width of every instruction set.
 constexpr int kPointChunk = 16;
 
-enum class Element : int32_t { float32, bfloat16, float16 };
-
 // Strides are in elements. points = L * P; tables have `padded_points` entries, a multiple of kPointChunk.
 struct MsDeformAttnParams {
   int64_t batch, queries, heads, channels;  // B, Q, H, D
   int64_t pixels;                           // S
-  int32_t points, padded_points;
+  int32_t levels, points, padded_points;    // L, L * P
 
   const float* level_width;   // [padded_points] the level's width and height, as float and as int, and its
                               // first pixel in S,
@@ -25,15 +24,22 @@ struct MsDeformAttnParams {
   const int32_t* level_width_int;
   const int32_t* level_height_int;
   const int32_t* level_start;
+  const float* level_number;  // 0 .. L - 1
 
   Element element;  // of value, output and grad_output
   const void* value;
   int64_t value_stride_b, value_stride_s, value_stride_h;
-  const float* locations;
+  const float* locations;  // fused: offsets
   int64_t locations_stride_b, locations_stride_q, locations_stride_h;
   Element attention_element;
-  const void* attention;
+  const void* attention;  // fused: logits
   int64_t attention_stride_b, attention_stride_q, attention_stride_h;
+
+  // Fused only, else null and 0.
+  const float* reference;  // [B, Q, L, reference_size]
+  int64_t reference_stride_b, reference_stride_q, reference_stride_l;
+  int32_t reference_size;  // 2: points, 4: boxes
+  float half_over_points;  // 1 / (2 P)
 
   void* output;  // forward only; [B, Q, H * D]
   int64_t output_stride_b, output_stride_q;
@@ -41,9 +47,11 @@ struct MsDeformAttnParams {
   // Backward only.
   const void* grad_output;  // [B, Q, H * D]
   int64_t grad_output_stride_b, grad_output_stride_q;
-  void* grad_value;       // [B, S, H, D] contiguous, of type element
-  float* grad_locations;  // [B, Q, H, L, P, 2] contiguous
-  void* grad_attention;   // [B, Q, H, L, P] contiguous, of type attention_element
+  void* grad_value;  // [B, S, H, D] contiguous, of type element
+  float*
+      grad_locations;  // [B, Q, H, L, P, 2] contiguous; fused: of offsets, or with by_location of locations
+  bool by_location;
+  void* grad_attention;  // [B, Q, H, L, P] contiguous, of type attention_element; fused: of logits
 };
 
 // Both run the items [begin, end) on the calling thread. Memory that one call alone uses:

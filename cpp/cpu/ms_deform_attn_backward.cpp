@@ -4,6 +4,10 @@
 //   grad_v_c       += weight_c * grad_output
 //   grad_attention  = sum_c bilinear_c * dot_c
 //   grad_x          = attention * width  * ((1-fy)(dot_01 - dot_00) + fy (dot_11 - dot_10));  grad_y alike
+//
+// and fused, with the slope of the location by the offset,
+//   grad_logit      = attention * (grad_attention - sum over points of attention * grad_attention)
+//   grad_offset     = grad * slope
 #include "cpu/ms_deform_attn_points.h"
 
 namespace visionllm::cpu::VISIONLLM_ISA {
@@ -85,9 +89,12 @@ VISIONLLM_INLINE void scatter(const Points& points, const V* value, int64_t stri
   }
 }
 
-// Gradients of locations and attention weights from the dot products.
-VISIONLLM_INLINE void finish_points(const MsDeformAttnParams& params, const Points& points, int64_t item) {
+// Gradients of locations and attention weights (fused: offsets and logits) from the dot products.
+template <bool kFused>
+VISIONLLM_INLINE void finish_points(const MsDeformAttnParams& params, const Place& place,
+                                    const Points& points, int64_t item) {
   const F zero = set(0.0f), one = set(1.0f);
+  F expectation = zero;
   for (int p = 0; p < params.points; p += kWidth) {
     const int n = params.points - p < kWidth ? params.points - p : kWidth;
     const F in_x0 = load(points.inside_x0 + p), in_x1 = load(points.inside_x1 + p);
@@ -102,20 +109,42 @@ VISIONLLM_INLINE void finish_points(const MsDeformAttnParams& params, const Poin
     const F dot11 = where(greater(in_x1 * in_y1, zero), load(points.dot + 3 * points.padded + p));
     const F gx = one - fx, gy = one - fy;
     const M valid = greater(in_x0 + in_x1, zero);  // a valid point has a column inside
-    const F grad_attention = gy * (gx * dot00 + fx * dot01) + fy * (gx * dot10 + fx * dot11);
-    const F grad_x = attention * load(params.level_width + p) * (gy * (dot01 - dot00) + fy * (dot11 - dot10));
-    const F grad_y =
-        attention * load(params.level_height + p) * (gx * (dot10 - dot00) + fx * (dot11 - dot01));
-    store_attention(params.grad_attention, item * params.points + p, params.attention_element,
-                    where(valid, grad_attention), n);
+    const F grad_attention = where(valid, gy * (gx * dot00 + fx * dot01) + fy * (gx * dot10 + fx * dot11));
+    F grad_x = attention * (gy * (dot01 - dot00) + fy * (dot11 - dot10));
+    F grad_y = attention * (gx * (dot10 - dot00) + fx * (dot11 - dot01));
+    // With points as references, offsets are in pixels.
+    if (!kFused || params.reference_size == 4 || params.by_location) {
+      grad_x = grad_x * load(params.level_width + p);
+      grad_y = grad_y * load(params.level_height + p);
+    }
+    if (kFused && params.reference_size == 4 && !params.by_location) {
+      const F share = set(params.half_over_points);
+      grad_x = grad_x * (reference_of(params, place.reference, 2, p) * share);
+      grad_y = grad_y * (reference_of(params, place.reference, 3, p) * share);
+    }
+    grad_x = where(valid, grad_x), grad_y = where(valid, grad_y);
+    if (kFused) {
+      store(points.dot + p, grad_attention);
+      expectation = expectation + where(first(n), attention * grad_attention);
+    } else {
+      store_attention(params.grad_attention, item * params.points + p, params.attention_element,
+                      grad_attention, n);
+    }
     float* grad_locations = params.grad_locations + (item * params.points + p) * 2;
     if (n == kWidth) {
-      store_pairs(grad_locations, where(valid, grad_x), where(valid, grad_y));
+      store_pairs(grad_locations, grad_x, grad_y);
     } else {
       float pairs[2 * kWidth];
-      store_pairs(pairs, where(valid, grad_x), where(valid, grad_y));
+      store_pairs(pairs, grad_x, grad_y);
       memcpy(grad_locations, pairs, static_cast<size_t>(n) * 2 * sizeof(float));
     }
+  }
+  if (!kFused) return;
+  const F total = set(sum_lanes(expectation));
+  for (int p = 0; p < params.points; p += kWidth) {
+    const int n = params.points - p < kWidth ? params.points - p : kWidth;
+    store_attention(params.grad_attention, item * params.points + p, params.attention_element,
+                    load(points.attention + p) * (load(points.dot + p) - total), n);
   }
 }
 
@@ -146,7 +175,7 @@ VISIONLLM_INLINE void scatter_channels(const Points& points, const V* value, int
 }
 
 // One head after the other, in copies.
-template <typename T>
+template <bool kFused, typename T>
 void backward_copied(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
                      float* value_rows, float* grad_rows) {
   const Points points(workspace, params.padded_points);
@@ -162,10 +191,10 @@ void backward_copied(const MsDeformAttnParams& params, int64_t begin, int64_t en
                  channels * static_cast<int64_t>(sizeof(T)));
       }
       const Place place(params, b, q, h);
-      locate<true, true>(params, place.locations, place.attention, points);
+      locate<true, true, kFused>(params, place, points);
       scatter_channels<true>(points, static_cast<const float*>(value_rows), channels,
                              grad_output_of<T>(params, b, q, h), grad_rows, channels, channels);
-      finish_points(params, points, (b * params.queries + q) * params.heads + h);
+      finish_points<kFused>(params, place, points, (b * params.queries + q) * params.heads + h);
     }
     copy_rows(grad_rows, channels, grad_value_of<T>(params, b, h), params.heads * channels, pixels, channels);
   }
@@ -174,6 +203,7 @@ void backward_copied(const MsDeformAttnParams& params, int64_t begin, int64_t en
 // All heads of [begin, end) that a picture has, query by query: they look at the same pixels, which lie side
 // by side. Each head still sums in the order of the queries, so that the result does not depend on who does
 // which heads.
+template <bool kFused>
 void backward_in_place(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace) {
   const PointsTwice points(params, workspace);
   const int64_t grad_stride = params.heads * params.channels;
@@ -183,8 +213,7 @@ void backward_in_place(const MsDeformAttnParams& params, int64_t begin, int64_t 
     const int64_t heads = last - first, items = heads * params.queries;
     const auto start = [&](int64_t item) {
       const int64_t q = item / heads, h = first + item % heads;
-      const Place place(params, b, q, h);
-      locate<true, false>(params, place.locations, place.attention, points[item]);
+      locate<true, false, kFused>(params, Place(params, b, q, h), points[item]);
       prefetch_rows(points[item], value_of<float>(params, b, h), params.value_stride_s, params.channels);
       prefetch_rows(points[item], grad_value_of<float>(params, b, h), grad_stride, params.channels);
     };
@@ -195,8 +224,22 @@ void backward_in_place(const MsDeformAttnParams& params, int64_t begin, int64_t 
       scatter_channels<false>(points[item], value_of<float>(params, b, h), params.value_stride_s,
                               grad_output_of<float>(params, b, q, h), grad_value_of<float>(params, b, h),
                               grad_stride, params.channels);
-      finish_points(params, points[item], (b * params.queries + q) * params.heads + h);
+      finish_points<kFused>(params, Place(params, b, q, h), points[item],
+                            (b * params.queries + q) * params.heads + h);
     }
+  }
+}
+
+template <bool kFused>
+void backward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
+              float* value_rows, float* grad_rows) {
+  if (value_rows == nullptr) return backward_in_place<kFused>(params, begin, end, workspace);
+  switch (params.element) {
+    case Element::float32:
+      return backward_copied<kFused, float>(params, begin, end, workspace, value_rows, grad_rows);
+    case Element::bfloat16:
+      return backward_copied<kFused, bfloat16>(params, begin, end, workspace, value_rows, grad_rows);
+    default: return backward_copied<kFused, float16>(params, begin, end, workspace, value_rows, grad_rows);
   }
 }
 
@@ -204,15 +247,8 @@ void backward_in_place(const MsDeformAttnParams& params, int64_t begin, int64_t 
 
 void ms_deform_attn_backward_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end,
                                     void* workspace, float* value_rows, float* grad_rows) {
-  if (value_rows == nullptr) return backward_in_place(params, begin, end, workspace);
-  switch (params.element) {
-    case Element::float32:
-      return backward_copied<float>(params, begin, end, workspace, value_rows, grad_rows);
-    case Element::bfloat16:
-      return backward_copied<bfloat16>(params, begin, end, workspace, value_rows, grad_rows);
-    case Element::float16:
-      return backward_copied<float16>(params, begin, end, workspace, value_rows, grad_rows);
-  }
+  params.reference != nullptr ? backward<true>(params, begin, end, workspace, value_rows, grad_rows)
+                              : backward<false>(params, begin, end, workspace, value_rows, grad_rows);
 }
 
 }  // namespace visionllm::cpu::VISIONLLM_ISA

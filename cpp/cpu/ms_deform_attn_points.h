@@ -4,6 +4,11 @@
 //   pixel = location * size - 0.5,  cell = floor(pixel),  f = pixel - cell
 //   sampled = (1-fy)(1-fx) v[y0,x0] + (1-fy) fx v[y0,x1] + fy (1-fx) v[y1,x0] + fy fx v[y1,x1]
 //
+// Fused, with a reference point (x, y) or box (x, y, w, h) of the query and the point's level:
+//
+//   location = reference.xy + offset / size,   or reference.xy + offset / P * reference.wh / 2
+//   attention = softmax over the points of their logits
+//
 // For one (batch, query, head) the lanes run over points while the cells and weights are computed, then over channels while
 // rows of value are gathered. A corner outside the image gets weight zero and the row number of the corner beside it, which
 // is inside: no branch, and no memory is read that the formula does not name.
@@ -13,6 +18,7 @@
 // that the inner loops have no tests. Otherwise the rows are used where they lie and such points are skipped.
 #pragma once
 
+#include "cpu/exp2.h"
 #include "cpu/ms_deform_attn.h"
 #include "cpu/simd.h"
 
@@ -72,34 +78,105 @@ VISIONLLM_INLINE F load_attention(const void* p, int64_t i, Element element, int
 
 constexpr uint32_t kAllValid = (1u << kPointChunk) - 1u;
 
-// Fills `points` for one (batch, query, head) from its locations [points, 2] and attention weights [points].
-// With kCopied points that contribute nothing get the row of zeros, number S.
-template <bool kForBackward, bool kCopied>
-VISIONLLM_INLINE void locate(const MsDeformAttnParams& params, const float* locations, const void* attention,
-                             const Points& points) {
+// Where the inputs of one (batch, query, head) begin.
+struct Place {
+  const float* locations;  // fused: offsets
+  const char* attention;   // fused: logits
+  const float* reference;  // fused only
+
+  Place(const MsDeformAttnParams& params, int64_t b, int64_t q, int64_t h) {
+    locations = params.locations + b * params.locations_stride_b + q * params.locations_stride_q +
+                h * params.locations_stride_h;
+    attention =
+        static_cast<const char*>(params.attention) +
+        (b * params.attention_stride_b + q * params.attention_stride_q + h * params.attention_stride_h) *
+            element_bytes(params.attention_element);
+    reference = params.reference + b * params.reference_stride_b + q * params.reference_stride_q;
+  }
+};
+
+// attention[0 .. padded_points) = softmax of the logits, zero behind them.
+VISIONLLM_INLINE void softmax(const MsDeformAttnParams& params, const void* logits, float* attention) {
+  const F low = set(-3e38f), log2_e = set(kLog2E);
+  F largest = low;
+  for (int p = 0; p < params.padded_points; p += kWidth) {
+    const int n = params.points - p < kWidth ? (params.points - p < 0 ? 0 : params.points - p) : kWidth;
+    F logit = low;
+    if (n == kWidth) {
+      logit = load_attention(logits, p, params.attention_element, kWidth);
+    } else if (n > 0) {
+      logit = where(first(n), load_attention(logits, p, params.attention_element, n), low);
+    }
+    largest = max(largest, logit);
+    store(attention + p, logit);
+  }
+  const F maximum = set(max_lanes(largest));
+  F sum = set(0.0f);
+  for (int p = 0; p < params.padded_points; p += kWidth) {
+    // Subtracted first: a large logit times log2(e) would lose the digits that tell it from the others.
+    const F power = where(first(params.points - p), exp2((load(attention + p) - maximum) * log2_e));
+    sum = sum + power;
+    store(attention + p, power);
+  }
+  const F scale = set(1.0f / sum_lanes(sum));
+  for (int p = 0; p < params.padded_points; p += kWidth) store(attention + p, load(attention + p) * scale);
+}
+
+// Component i of the reference of the points p .. p + kWidth.
+VISIONLLM_INLINE F reference_of(const MsDeformAttnParams& params, const float* reference, int i, int p) {
+  F result = set(reference[i]);
+  if (params.reference_stride_l == 0) return result;
+  const F level = load(params.level_number + p);
+  for (int l = 1; l < params.levels; ++l) {
+    result = where(greater(level, set(static_cast<float>(l) - 0.5f)),
+                   set(reference[l * params.reference_stride_l + i]), result);
+  }
+  return result;
+}
+
+// Fills `points` for one (batch, query, head). With kCopied points that contribute nothing get the row of
+// zeros, number S.
+template <bool kForBackward, bool kCopied, bool kFused>
+VISIONLLM_INLINE void locate(const MsDeformAttnParams& params, const Place& place, const Points& points) {
   const F half = set(0.5f), one = set(1.0f), minus_one = set(-1.0f), zero = set(0.0f);
   const I int_zero = set(int32_t{0}), int_one = set(int32_t{1}), int_minus_one = set(int32_t{-1});
+  if (kFused) softmax(params, place.attention, points.attention);
   uint32_t valid_bits = 0;
   for (int p = 0; p < params.padded_points; p += kWidth) {
     const int n = params.points - p < kWidth ? (params.points - p < 0 ? 0 : params.points - p) : kWidth;
-    F x, y, weight = zero;
+    F x, y, weight = kFused ? load(points.attention + p) : zero;
     if (n == kWidth) {
-      load_pairs(locations + 2 * p, &x, &y);
-      weight = load_attention(attention, p, params.attention_element, kWidth);
+      load_pairs(place.locations + 2 * p, &x, &y);
+      if (!kFused) weight = load_attention(place.attention, p, params.attention_element, kWidth);
     } else {
       float pairs[2 * kWidth];
       memset(pairs, 0, sizeof pairs);
       if (n > 0) {
-        memcpy(pairs, locations + 2 * p, static_cast<size_t>(n) * 2 * sizeof(float));
-        weight = load_attention(attention, p, params.attention_element, n);
+        memcpy(pairs, place.locations + 2 * p, static_cast<size_t>(n) * 2 * sizeof(float));
+        if (!kFused) weight = load_attention(place.attention, p, params.attention_element, n);
       }
       load_pairs(pairs, &x, &y);
     }
     const F width = load(params.level_width + p), height = load(params.level_height + p);
     const I width_int = load(params.level_width_int + p), height_int = load(params.level_height_int + p);
 
-    x = x * width - half;
-    y = y * height - half;
+    if (kFused) {
+      const F reference_x = reference_of(params, place.reference, 0, p);
+      const F reference_y = reference_of(params, place.reference, 1, p);
+      if (params.reference_size == 4) {
+        const F share = set(params.half_over_points);
+        x = mul_add(x * share, reference_of(params, place.reference, 2, p), reference_x);
+        y = mul_add(y * share, reference_of(params, place.reference, 3, p), reference_y);
+        x = x * width - half;
+        y = y * height - half;
+      } else {
+        x = mul_add(reference_x, width, x - half);
+        y = mul_add(reference_y, height, y - half);
+      }
+    } else {
+      x = x * width - half;
+      y = y * height - half;
+    }
     const M valid = both(
         both(both(greater(x, minus_one), greater(y, minus_one)), both(greater(width, x), greater(height, y))),
         first(n));
@@ -139,7 +216,7 @@ VISIONLLM_INLINE void locate(const MsDeformAttnParams& params, const float* loca
     store(points.weight + 2 * points.padded + p, weight_y1 * weight_x0);
     store(points.weight + 3 * points.padded + p, weight_y1 * weight_x1);
     if (kForBackward) {
-      store(points.attention + p, weight);
+      if (!kFused) store(points.attention + p, weight);  // fused: the softmax, of all points
       store(points.fx + p, fx);
       store(points.fy + p, fy);
       store(points.inside_x0 + p, where(inside_x0, one));
@@ -170,22 +247,6 @@ void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride,
     }
   }
 }
-
-// Where the inputs of one (batch, query, head) begin.
-struct Place {
-  const float* locations;
-  const char* attention;
-
-  Place(const MsDeformAttnParams& params, int64_t b, int64_t q, int64_t h) {
-    locations = params.locations + b * params.locations_stride_b + q * params.locations_stride_q +
-                h * params.locations_stride_h;
-    const int size = params.attention_element == Element::float32 ? 4 : 2;
-    attention =
-        static_cast<const char*>(params.attention) +
-        (b * params.attention_stride_b + q * params.attention_stride_q + h * params.attention_stride_h) *
-            size;
-  }
-};
 
 // Asks for the inputs of a query to come: they lie H heads apart, which the hardware does not foresee.
 VISIONLLM_INLINE void prefetch(const void* p, int64_t bytes) {

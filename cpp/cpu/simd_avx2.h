@@ -34,6 +34,7 @@ VISIONLLM_INLINE M greater(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_O
 VISIONLLM_INLINE M both(M a, M b) { return {_mm256_and_ps(a.v, b.v)}; }
 VISIONLLM_INLINE F where(M m, F a) { return {_mm256_and_ps(m.v, a.v)}; }
 VISIONLLM_INLINE I where(M m, I a, I b) { return {_mm256_blendv_epi8(b.v, a.v, _mm256_castps_si256(m.v))}; }
+VISIONLLM_INLINE F where(M m, F a, F b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
 VISIONLLM_INLINE uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.v)); }
 VISIONLLM_INLINE M first(int n) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -122,6 +123,18 @@ VISIONLLM_INLINE void transpose(F* rows) {
     rows[j].v = _mm256_permute2f128_ps(a[j], a[4 + j], 0x20);
     rows[4 + j].v = _mm256_permute2f128_ps(a[j], a[4 + j], 0x31);
   }
+}
+
+VISIONLLM_INLINE float sum_lanes(F a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+VISIONLLM_INLINE float max_lanes(F a) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
 }  // namespace visionllm::cpu::avx2

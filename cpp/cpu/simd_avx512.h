@@ -36,6 +36,7 @@ VISIONLLM_INLINE M greater(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP
 VISIONLLM_INLINE M both(M a, M b) { return {static_cast<__mmask16>(a.v & b.v)}; }
 VISIONLLM_INLINE F where(M m, F a) { return {_mm512_maskz_mov_ps(m.v, a.v)}; }
 VISIONLLM_INLINE I where(M m, I a, I b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
+VISIONLLM_INLINE F where(M m, F a, F b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
 VISIONLLM_INLINE uint32_t bits(M m) { return m.v; }
 VISIONLLM_INLINE M first(int n) { return {static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u)}; }
 
@@ -160,5 +161,8 @@ VISIONLLM_INLINE void transpose(F* rows) {
     rows[12 + j].v = _mm512_shuffle_f32x4(high01, high23, 0xdd);
   }
 }
+
+VISIONLLM_INLINE float sum_lanes(F a) { return _mm512_reduce_add_ps(a.v); }
+VISIONLLM_INLINE float max_lanes(F a) { return _mm512_reduce_max_ps(a.v); }
 
 }  // namespace visionllm::cpu::VISIONLLM_ISA

@@ -36,6 +36,7 @@ VISIONLLM_INLINE F where(M m, F a) {
   return {vreinterpretq_f32_u32(vandq_u32(m.v, vreinterpretq_u32_f32(a.v)))};
 }
 VISIONLLM_INLINE I where(M m, I a, I b) { return {vbslq_s32(m.v, a.v, b.v)}; }
+VISIONLLM_INLINE F where(M m, F a, F b) { return {vbslq_f32(m.v, a.v, b.v)}; }
 VISIONLLM_INLINE uint32_t bits(M m) {
   const uint32x4_t weight = {1, 2, 4, 8};
   return vaddvq_u32(vandq_u32(m.v, weight));
@@ -94,5 +95,8 @@ VISIONLLM_INLINE void transpose(F* rows) {
   rows[2].v = vcombine_f32(vget_high_f32(low.val[0]), vget_high_f32(high.val[0]));
   rows[3].v = vcombine_f32(vget_high_f32(low.val[1]), vget_high_f32(high.val[1]));
 }
+
+VISIONLLM_INLINE float sum_lanes(F a) { return vaddvq_f32(a.v); }
+VISIONLLM_INLINE float max_lanes(F a) { return vmaxvq_f32(a.v); }
 
 }  // namespace visionllm::cpu::neon

@@ -31,8 +31,9 @@ VISIONLLM_INLINE M greater(F a, F b) { return {a.v > b.v}; }  // false where eit
 VISIONLLM_INLINE M both(M a, M b) { return {a.v && b.v}; }
 VISIONLLM_INLINE F where(M m, F a) { return {m.v ? a.v : 0.0f}; }  // a where m, else +0
 VISIONLLM_INLINE I where(M m, I a, I b) { return m.v ? a : b; }    // a where m, else b
-VISIONLLM_INLINE uint32_t bits(M m) { return m.v ? 1u : 0u; }      // lane i in bit i
-VISIONLLM_INLINE M first(int n) { return {n > 0}; }                // lanes below n
+VISIONLLM_INLINE F where(M m, F a, F b) { return m.v ? a : b; }
+VISIONLLM_INLINE uint32_t bits(M m) { return m.v ? 1u : 0u; }  // lane i in bit i
+VISIONLLM_INLINE M first(int n) { return {n > 0}; }            // lanes below n
 
 VISIONLLM_INLINE F load(const float* p) { return {*p}; }
 VISIONLLM_INLINE I load(const int32_t* p) { return {*p}; }
@@ -111,6 +112,10 @@ VISIONLLM_INLINE void store_pairs(float* p, F x, F y) {
 
 // Lane i of the result is the sum of the lanes of rows[i].
 VISIONLLM_INLINE F sum_rows(const F* rows) { return rows[0]; }
+
+// Over all lanes.
+VISIONLLM_INLINE float sum_lanes(F a) { return a.v; }
+VISIONLLM_INLINE float max_lanes(F a) { return a.v; }
 
 // rows[i] lane j becomes rows[j] lane i, for kWidth rows.
 VISIONLLM_INLINE void transpose(F*) {}

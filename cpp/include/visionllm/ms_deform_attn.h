@@ -65,7 +65,7 @@ Status ms_deform_attn_backward(const TensorView& grad_value, const TensorView& g
 //   sampling_offsets  [B, Q, H, L, P, 2]  float32; [L, P, 2] contiguous
 //   attention_logits  [B, Q, H, L, P]     float32 or value's type; [L, P] contiguous
 //
-// A point that contributes nothing takes part in the softmax. CUDA only, with L * P at most 128.
+// A point that contributes nothing takes part in the softmax. On CUDA L * P is at most 128.
 Status ms_deform_attn_fused(const TensorView& output, const TensorView& value,
                             const TensorView& spatial_shapes, const TensorView& level_start_index,
                             const TensorView& reference_points, const TensorView& sampling_offsets,

@@ -4,9 +4,10 @@
     location           = reference + offset / (width, height)       reference points (x, y)
                        = centre + offset / P * size / 2             reference boxes (x, y, w, h)
 
-and then ``ms_deform_attn``: all that stands between the projections of a Deformable-DETR layer. On CUDA
-neither the weights nor the locations go through memory. Elsewhere they are computed first and handed to
-``ms_deform_attn``. The contract is in ``cpp/include/visionllm/ms_deform_attn.h``.
+and then ``ms_deform_attn``: all that stands between the projections of a Deformable-DETR layer. In the
+kernels, on the CPU and on CUDA, neither the weights nor the locations go through memory. In float64, and on
+other devices, they are computed first and handed to ``ms_deform_attn``. The contract is in
+``cpp/include/visionllm/ms_deform_attn.h``.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def _forward_composed(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """On the CPU, and where there is no kernel: by ``ms_deform_attn``."""
+    """Where there is no kernel: by ``ms_deform_attn``."""
     _check("ms_deform_attn_fused", value, reference_points, sampling_offsets, attention_logits)
     offsets, reference = _precise(value, sampling_offsets), _precise(value, reference_points)
     locations, attention = _points(spatial_shapes, reference, offsets, attention_logits)
@@ -271,7 +272,7 @@ def _kernel_arguments(
     )
 
 
-def _forward_cuda(
+def _forward_kernel(
     value: Tensor,
     spatial_shapes: Tensor,
     level_start_index: Tensor,
@@ -288,7 +289,7 @@ def _forward_cuda(
     return output
 
 
-def _backward_cuda(
+def _backward_kernel(
     grad_output: Tensor,
     value: Tensor,
     spatial_shapes: Tensor,
@@ -328,13 +329,14 @@ def _backward_cuda(
     )
 
 
-for _name, _composed, _cuda in (
-    ("ms_deform_attn_fused", _forward_composed, _forward_cuda),
-    ("ms_deform_attn_fused_backward", _backward_composed, _backward_cuda),
+for _name, _composed, _kernel in (
+    ("ms_deform_attn_fused", _forward_composed, _forward_kernel),
+    ("ms_deform_attn_fused_backward", _backward_composed, _backward_kernel),
 ):
     _library.impl(_name, _composed, "CompositeExplicitAutograd")
+    _library.impl(_name, _kernel, "CPU")  # the core goes by the tensors' device
     if native.has_cuda_kernels():
-        _library.impl(_name, _cuda, "CUDA")
+        _library.impl(_name, _kernel, "CUDA")
 
 
 @torch.library.register_fake("visionllm::ms_deform_attn_fused", lib=_library)
