@@ -1,75 +1,138 @@
-// Threads without a pool of our own.
+// Threads that sleep while there is nothing to do.
 //
-// A host program such as torch brings an OpenMP pool whose idle threads spin for some milliseconds after each use. Any second
-// set of threads has to share the cores with them; the decoder-size calls then gain nothing from a second core. So where
-// an OpenMP library is loaded in this process, its threads are used, through the entry point that GCC's code calls
-// (libgomp has it, and so have LLVM's and Intel's libraries). It is looked up at run time: this library links none.
+// A host program such as torch brings an OpenMP pool whose threads wait for each other, and for some milliseconds for
+// their next work, by spinning. Where cores are shared, between processes or with anything else, such a wait keeps the
+// very thread it waits for from running, and calls of half a millisecond take a hundred (bench/two_processes.py). So
+// here nothing spins, and nobody waits for a thread that has not come: helpers sleep until they are woken, each part
+// belongs to whoever takes it first, and a caller whose helpers are late does all parts itself.
 //
-// Elsewhere, threads are started for the call and end with it, about 20 us each; that is safe after fork(), too.
+// Helpers are started when they are first needed and kept. Calls from several threads share them. After fork() the
+// child starts its own.
 #include "parallel.h"
 
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
-#include <dlfcn.h>
-#define VISIONLLM_HAVE_DLSYM 1
+#include <unistd.h>
 #endif
 
 namespace visionllm {
 namespace {
 
-struct OpenMP {
-  void (*parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
-  int (*thread_number)() = nullptr;
-  int (*thread_count)() = nullptr;
-
-  bool usable() const { return parallel != nullptr && thread_number != nullptr && thread_count != nullptr; }
-};
-
-// The OpenMP library of this process. One that is loaded later is found later.
-OpenMP find_openmp() {
-  OpenMP found;
-#ifdef VISIONLLM_HAVE_DLSYM
-  found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  found.thread_number =
-      reinterpret_cast<decltype(found.thread_number)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
-  found.thread_count =
-      reinterpret_cast<decltype(found.thread_count)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
-#endif
-  return found;
-}
+// A caller that ran out of parts offers its core this often, about 20 us in all, before it sleeps until its helpers
+// are done: waking it again takes as long.
+constexpr int kYields = 50;
 
 struct Job {
-  int parts;
-  void (*function)(const void*, int);
+  void (*function)(const void*, int, int);
   const void* context;
-  OpenMP openmp;
+  int parts, threads;
+  std::atomic<int> next{0};     // part to be taken
+  std::atomic<int> running{0};  // helpers at work; falls under the pool's mutex
+  int joined = 1;               // runners so far, the caller first
+  Job* following = nullptr;
+  std::condition_variable done;
+
+  void run(int runner) {
+    for (int part = next++; part < parts; part = next++) function(context, part, runner);
+  }
+  bool wants_helper() const { return joined < threads && next < parts; }
 };
+
+class Pool {
+ public:
+  void run(Job* job) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      job->following = jobs_;
+      jobs_ = job;
+      start_helpers(job->threads - 1);
+    }
+    for (int i = 1; i < job->threads; ++i) work_.notify_one();
+    job->run(0);
+    for (int i = 0; i < kYields && job->running > 0; ++i) std::this_thread::yield();
+    std::unique_lock<std::mutex> lock(mutex_);
+    Job** link = &jobs_;
+    while (*link != job) link = &(*link)->following;
+    *link = job->following;
+    job->done.wait(lock, [&] { return job->running == 0; });
+  }
+
+ private:
+  // As many as the caller asks for, or as the system allows.
+  void start_helpers(int count) {
+    try {
+      for (; helpers_ < count; ++helpers_) std::thread([this] { help(); }).detach();
+    } catch (const std::system_error&) {
+    }
+  }
+
+  [[noreturn]] void help() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      Job* job = jobs_;
+      while (job != nullptr && !job->wants_helper()) job = job->following;
+      if (job == nullptr) {
+        work_.wait(lock);
+        continue;
+      }
+      const int runner = job->joined++;
+      ++job->running;
+      lock.unlock();
+      job->run(runner);
+      lock.lock();
+      if (--job->running == 0) job->done.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable work_;
+  Job* jobs_ = nullptr;
+  int helpers_ = 0;
+};
+
+struct OwnedPool {
+  Pool pool;
+  long process;
+};
+
+long process_number() {
+#if defined(__unix__) || defined(__APPLE__)
+  return static_cast<long>(getpid());
+#else
+  return 0;
+#endif
+}
+
+// This process's pool. Never destroyed: its helpers sleep until the process ends. One made before a fork() belongs to
+// the parent, and its threads are not here.
+Pool& pool() {
+  static std::atomic<OwnedPool*> current{nullptr};
+  OwnedPool* owned = current;
+  const long process = process_number();
+  while (owned == nullptr || owned->process != process) {
+    auto* const fresh = new OwnedPool{{}, process};
+    if (current.compare_exchange_strong(owned, fresh)) return fresh->pool;
+    delete fresh;
+  }
+  return owned->pool;
+}
 
 }  // namespace
 
-void run_parts(int parts, void (*function)(const void* context, int part), const void* context) {
-  if (parts == 1) return function(context, 0);
-
-  Job job{parts, function, context, find_openmp()};
-  if (job.openmp.usable()) {
-    job.openmp.parallel(
-        [](void* opaque) {
-          const Job& j = *static_cast<const Job*>(opaque);
-          // The team may be smaller than asked for, for example inside another parallel region.
-          const int count = j.openmp.thread_count();
-          for (int part = j.openmp.thread_number(); part < j.parts; part += count)
-            j.function(j.context, part);
-        },
-        &job, static_cast<unsigned>(parts), 0);
+void run_parts(int parts, int threads, void (*function)(const void* context, int part, int runner),
+               const void* context) {
+  if (parts == 1 || threads == 1) {
+    for (int part = 0; part < parts; ++part) function(context, part, 0);
     return;
   }
-  std::vector<std::thread> workers;
-  workers.reserve(static_cast<std::size_t>(parts - 1));
-  for (int part = 1; part < parts; ++part) workers.emplace_back(function, context, part);
-  function(context, 0);
-  for (std::thread& worker : workers) worker.join();
+  Job job;
+  job.function = function, job.context = context, job.parts = parts, job.threads = threads;
+  pool().run(&job);
 }
 
 }  // namespace visionllm
