@@ -9,7 +9,7 @@ from small_network import small_network
 
 from visionllm.data.sample import Sample
 from visionllm.model.network import Detections, Network
-from visionllm.train.calibrate import KNOWN_POWERS, POWERS, best_threshold, calibrate, main
+from visionllm.train.calibrate import KNOWN_POWERS, POWERS, best_threshold, calibrate, fit_router, main
 from visionllm.train.validation import ValidationSet
 
 GROUND_TRUTH = {
@@ -122,3 +122,30 @@ def test_the_command_writes_a_model_in_bfloat16(tmp_path, capsys):
     assert 1.8 < sizes[0] / sizes[1] < 2.2
     for old, new in zip(trained.parameters(), shipped.parameters(), strict=True):
         torch.testing.assert_close(new, old, rtol=2**-8, atol=0)
+
+
+def test_the_router_is_fitted_to_tell_photos_from_drawings():
+    network = small_network(keep_pretrained=True)
+
+    class Brightness(torch.nn.Module):
+        """A trunk whose pretrained C5 holds noise and, in one channel, how bright the picture is."""
+
+        def forward(self, x):
+            c3, c4, c5 = (torch.zeros(len(x), c, s, s) for c, s in ((40, 4), (112, 2), (320, 1)))
+            generator = torch.Generator().manual_seed(int(1000 * (2 + x.mean())))
+            kept = torch.rand(len(x), 320, 1, 1, generator=generator)
+            kept[:, 20:] = 0.25
+            kept[:, 7] = x.mean((1, 2, 3))[:, None, None]
+            return [c3, c4, c5, c4, kept]
+
+    network.image_tokenizer.backbone = Brightness()
+
+    def some(low, high, count, seed):
+        rng = np.random.default_rng(seed)
+        return [np.full((8, 8, 3), rng.integers(low, high), np.uint8) for _ in range(count)]
+
+    assert fit_router(network, some(0, 120, 500, 0), some(136, 256, 500, 1)) < 0.02
+    with torch.no_grad():
+        for low, high, drawn in ((0, 110, False), (146, 256, True)):
+            images = torch.from_numpy(np.stack(some(low, high, 20, 2)))
+            assert ((network.image_tokenizer.pyramid(images)[1] > 0) == drawn).float().mean() >= 0.9

@@ -14,13 +14,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.special import expit
 
 from visionllm.data.coco import box_corners
+from visionllm.data.photo_augmentation import AugmentedPhotos
 from visionllm.evaluate.coco import coco_metrics
 from visionllm.evaluate.matching import box_iou, match_greedily
 from visionllm.model.config import ModelConfig
@@ -29,6 +32,8 @@ from visionllm.train.validation import ValidationSet
 
 POWERS = (0.15, 0.35, 0.45, 0.55, 0.7, 0.8)
 SPARED_AP = 0.0025
+ROUTER_VIEWS = 8  # pictures of each kind that it is fitted on, per picture that scores are chosen on
+ROUTER_DECAY = 3e-3  # L2 on the weights of standardised features
 KNOWN_POWERS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
@@ -112,6 +117,38 @@ def calibrate(network: Network, sets: Sequence[ValidationSet], batch_size: int =
     return dataclasses.replace(best.config, score_threshold=round(best.threshold, 3))
 
 
+def fit_router(network: Network, photos: Iterable[np.ndarray], drawings: Iterable[np.ndarray]) -> float:
+    """Sets the router to tell photos from drawings; returns the share of these pictures that it mistakes.
+
+    Args:
+        photos, drawings: pictures, uint8 [S, S, 3].
+    """
+    tokenizer, rows = network.image_tokenizer, []
+    hook = tokenizer.router.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0]))
+    labels = []
+    with torch.inference_mode():
+        for label, pictures in ((0.0, photos), (1.0, drawings)):
+            for picture in pictures:
+                tokenizer.pyramid(torch.from_numpy(np.array(picture))[None])
+                labels.append(label)
+    hook.remove()
+    x, y = torch.cat(rows).double().numpy(), np.array(labels)  # [n, C], [n]
+    mean, deviation = x.mean(0), x.std(0) + 1e-6
+    x = np.append((x - mean) / deviation, np.ones((len(x), 1)), axis=1)
+
+    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
+        logits, decay = x @ w, ROUTER_DECAY * np.append(w[:-1], 0.0)
+        value = np.mean(np.logaddexp(0, logits) - y * logits) + decay @ w / 2
+        return value, x.T @ (expit(logits) - y) / len(y) + decay
+
+    w = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 1000}).x
+    weight = w[:-1] / deviation
+    with torch.no_grad():
+        tokenizer.router.weight.copy_(torch.from_numpy(weight[None]))
+        tokenizer.router.bias.fill_(float(w[-1] - mean @ weight))
+    return float(np.mean((x @ w > 0) != (y > 0)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     from visionllm.data.coco import CocoDataset
     from visionllm.data.scenes import SceneDataset
@@ -132,6 +169,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.annotations:
         photos = CocoDataset(arguments.annotations, arguments.images)
         sets.append(ValidationSet("photos", photos, arguments.count, None, size))
+        if network.config.keep_pretrained:
+            views, rng = AugmentedPhotos(photos, size), np.random.default_rng(arguments.seed)
+            drawn = SceneDataset(
+                "train",
+                seed=arguments.seed,
+                size=size,
+                glyphs=arguments.glyphs,
+                backgrounds=arguments.images,
+                background_annotations=arguments.annotations,
+            )
+            count = ROUTER_VIEWS * arguments.count
+            mistaken = fit_router(
+                network,
+                (views.draw(rng).image for _ in range(count)),
+                (drawn[i].image for i in range(count)),
+            )
+            print(
+                f"router: takes {100 * mistaken:.1f} % of {2 * count} pictures for the other kind",
+                file=sys.stderr,
+            )
     network.config = config = calibrate(network, sets)
     network.save_pretrained(arguments.output, torch.bfloat16)
     print(
