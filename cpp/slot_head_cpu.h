@@ -9,6 +9,7 @@
 #include "check.h"
 #include "cpu/slot_head.h"
 #include "dispatch.h"
+#include "element_of.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "visionllm/slot_head.h"
@@ -32,21 +33,12 @@ constexpr std::int64_t kSlotHeadPackedBytes = std::int64_t{4} << 20;
 // Elements of the logits' gradient that are held at a time, in each of two layouts.
 constexpr std::int64_t kSlotHeadGradientElements = std::int64_t{1} << 25;
 
-inline cpu::Element slot_head_element(DType dtype) {
-  switch (dtype) {
-    case DType::bfloat16: return cpu::Element::bfloat16;
-    case DType::float16: return cpu::Element::float16;
-    case DType::int8: return cpu::Element::int8;
-    default: return cpu::Element::float32;
-  }
-}
-
 inline cpu::SlotHeadParams slot_head_params(const TensorView& states, const TensorView& rows,
                                             const TensorView& row_scale, const TensorView& valid,
                                             const TensorView& norm_weight, double epsilon, double scale,
                                             const SlotHeadSizes& n) {
   cpu::SlotHeadParams p{};
-  p.element = slot_head_element(states.dtype), p.rows_element = slot_head_element(rows.dtype);
+  p.element = element_of(states.dtype), p.rows_element = element_of(rows.dtype);
   p.B = n.B, p.G = n.G, p.S = n.S, p.C = n.C, p.V = n.V;
   p.shared_rows = n.R == 1;
   p.sets = p.shared_rows && valid.absent() ? 1 : n.B;
