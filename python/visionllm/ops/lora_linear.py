@@ -11,12 +11,12 @@ reference below.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn import functional
 
 from visionllm import _core
@@ -28,6 +28,7 @@ __all__ = ["SampleInputs", "lora_linear", "lora_linear_reference", "sample_input
 MAX_RANK = 128
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def lora_linear(
@@ -95,8 +96,8 @@ def lora_linear(
             f"lora_linear: adapter_index must have x's shape without its last dimension = {list(rows)}, got "
             f"{list(adapter_index.shape)}"
         )
-    output, _ = torch.ops.visionllm.lora_linear(
-        x.reshape(rows.numel(), x.shape[-1]),
+    tensors = (
+        x if x.dim() == 2 else x.reshape(rows.numel(), x.shape[-1]),
         weight,
         weight_scale,
         bias,
@@ -104,9 +105,28 @@ def lora_linear(
         lora_b,
         scales,
         None if adapter_index is None else adapter_index.reshape(-1),
-        1.0 if isinstance(scale, Tensor) else float(scale),
     )
-    return output.view(*rows, weight.shape[0])
+    run = _forward_cpu if _runs_directly(tensors) else torch.ops.visionllm.lora_linear
+    output, _ = run(*tensors, 1.0 if isinstance(scale, Tensor) else float(scale))
+    return output if x.dim() == 2 else output.view(*rows, weight.shape[0])
+
+
+def _runs_directly(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the kernel may be called past torch's dispatcher, which takes longer than a small layer.
+
+    That is, on plain CPU tensors without a gradient, while nothing records, traces or transforms operators.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _observers():
+        return False
+    recording = torch.is_grad_enabled()
+    return all(
+        t is None or (type(t) in _PLAIN and t.is_cpu and not (recording and t.requires_grad)) for t in tensors
+    )
+
+
+def _observers() -> bool:
+    """Whether a dispatch mode (fake tensors, counters, make_fx) or a function transform (vmap) is active."""
+    return torch._C._len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
 
 
 # ---- the PyTorch reference --------------------------------------------------------------------------------
@@ -434,15 +454,6 @@ def _workspace(like: Tensor, bytes_needed: int) -> Tensor | None:
     return like.new_empty(bytes_needed, dtype=torch.uint8) if bytes_needed else None
 
 
-def _call(operator: str, arguments: tuple[Argument, ...], check: Callable[[], None]) -> None:
-    """The kernels check for themselves; what no kernel knows, such as float64, `check` words better."""
-    try:
-        native.call(operator, *arguments)
-    except ValueError:
-        check()
-        raise
-
-
 # On the CPU the kernels allocate for themselves: `cuda` says whose workspace is needed.
 
 
@@ -458,16 +469,13 @@ def _forward_native(
     adapter_index: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    def check() -> None:
+    if cuda or x.dim() != 2 or weight.dim() != 2 or (lora_a is not None and lora_a.dim() != 3):
         _check_arguments("lora_linear", x, weight, weight_scale, bias, lora_a, lora_b, scale, adapter_index)
-
-    if x.dim() != 2 or weight.dim() != 2 or (lora_a is not None and lora_a.dim() != 3):
-        check()
     rank = 0 if lora_a is None else lora_a.shape[1]
     sizes = (x.shape[0], x.shape[1], weight.shape[0], rank, x.element_size())
     output = x.new_empty(x.shape[0], weight.shape[0])
     low_rank = x.new_empty(x.shape[0], rank, dtype=torch.float32)
-    arguments = (
+    arguments: tuple[Argument, ...] = (
         output,
         low_rank if rank else None,
         _workspace(x, _core.lora_linear_workspace_bytes(*sizes)) if cuda else None,
@@ -478,7 +486,12 @@ def _forward_native(
         *_adapter_arguments(lora_a, lora_b, scale, adapter_index),
         scaling,
     )
-    _call("lora_linear", arguments, check)
+    try:
+        native.call("lora_linear", *arguments)
+    except ValueError:
+        # The core checks for itself; what it has no name for, such as float64, is worded better here.
+        _check_arguments("lora_linear", x, weight, weight_scale, bias, lora_a, lora_b, scale, adapter_index)
+        raise
     return output, low_rank
 
 

@@ -42,7 +42,7 @@ def raw(tensor: Tensor) -> RawTensor:
         ValueError: the core knows no such element type or device.
     """
     dtype = _DTYPE.get(tensor.dtype)
-    device = _DEVICE.get(tensor.device.type)
+    device = 0 if tensor.is_cpu else _DEVICE.get(tensor.device.type)
     if dtype is None or device is None:
         raise ValueError(
             "expected float32, bfloat16, float16, int64, int32, int8, uint8 or bool on cpu or cuda, got "
@@ -67,8 +67,15 @@ def call(name: str, *arguments: Argument) -> None:
     """
     function = getattr(_core, name + "_raw")
     try:
-        values = [raw(a) if isinstance(a, Tensor) else a for a in arguments]
-        device = _cuda_device([a for a in arguments if isinstance(a, Tensor)])
+        on_cpu = True
+        values: list[RawTensor | int | float | bool | None] = []
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                on_cpu = on_cpu and argument.is_cpu
+                values.append(raw(argument))
+            else:
+                values.append(argument)
+        device = None if on_cpu else _cuda_device([a for a in arguments if isinstance(a, Tensor)])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     threads = torch.get_num_threads()
