@@ -1,11 +1,12 @@
 """Language fusion beside its peers, forward and with backward, at the paper's sizes.
 
     python bench/fusion_attention.py [--device cuda] [--cases tokens_64] [--types bfloat16] [--repeats 20]
+                                     [--threads 1 2]
 
-Peers: layer norm, projection, SDPA and projection in torch; torch.compile of the same; and the unfused form
-that Grounding DINO has, with the scores in memory, their maximum over the whole tensor, and clamps. On the
-CPU there is no kernel yet: "visionllm" is its PyTorch reference there, and the compiled peer, which takes a
-minute to compile, is left out. Writes ``bench/results/fusion_attention_<threads or GPU>.json``.
+Peers: layer norm, projection, SDPA and projection in torch; on CUDA torch.compile of the same; the unfused
+form that Grounding DINO has, with the scores in memory, their maximum over the whole tensor, and clamps. On
+the CPU both types and 1 and 2 threads unless the options say otherwise. Writes
+``bench/results/fusion_attention_<threads or GPU>.json``.
 """
 
 from __future__ import annotations
@@ -35,13 +36,17 @@ from visionllm.ops.fusion_attention import SampleInputs, sample_inputs
 
 # An 800 x 1333 picture at strides 8, 16, 32, 64.
 PAPER = dict(batch=1, positions=22223, channels=256, heads=8)
-# Eight 224 x 224 pictures at the same strides, in the packaged model.
+# 224 x 224 pictures at the same strides, in the packaged model: a batch of training, and one.
 TINY = dict(batch=8, positions=1045, channels=128, heads=4)
+TINY_ONE = TINY | dict(batch=1)
 CASES = {
     "tokens_16": dict(tokens=16, **PAPER),
     "tokens_64": dict(tokens=64, **PAPER),
     "tokens_256": dict(tokens=256, **PAPER),
     "tiny_tokens_16": dict(tokens=16, **TINY),
+    "tiny_one_20": dict(tokens=20, **TINY_ONE),
+    "tiny_one_100": dict(tokens=100, **TINY_ONE),
+    "tiny_one_400": dict(tokens=400, **TINY_ONE),
 }
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -166,27 +171,37 @@ def main() -> None:
     )
     add_device_option(parser)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=["bfloat16"])
-    parser.add_argument("--repeats", type=int, help="(default 30; on the CPU 5)")
+    parser.add_argument(
+        "--types", nargs="+", choices=TYPES, help="(default bfloat16, on the CPU float32 too)"
+    )
+    parser.add_argument("--repeats", type=int, help="(default 30; on the CPU 3, of the small cases 20)")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on the CPU (default 1 2)")
     parser.add_argument("--name", default="fusion_attention", help="how the file in bench/results begins")
     options = parser.parse_args()
     device = require_device(options.device)
-    on_cuda = device.type == "cuda"
     forms: dict[str, Form] = {"visionllm": fusion_attention, "sdpa": sdpa_form, "unfused": unfused_form}
-    if on_cuda:
+    if device.type == "cuda":
         forms["sdpa_compiled"] = torch.compile(sdpa_form, dynamic=False)
-    threads = torch.get_num_threads()
+        run(results_name(options.name, device), options, forms, device)
+        return
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        run(f"{options.name}_{threads}_threads", options, forms, device)
+
+
+def run(file: str, options: argparse.Namespace, forms: dict[str, Form], device: torch.device) -> None:
+    on_cuda = device.type == "cuda"
     limits: dict[str, Limits] = {}
     rows: list[Row] = []
-    for type_name in options.types:
+    for type_name in options.types or (["bfloat16"] if on_cuda else ["float32", "bfloat16"]):
         limits[type_name] = measure_limits(device, TYPES[type_name])
         for name in options.cases:
-            repeats = options.repeats or (30 if on_cuda else 5)
+            small = CASES[name]["batch"] * CASES[name]["positions"] < 10000
+            repeats = options.repeats or (30 if on_cuda else 20 if small else 3)
             new = run_case(name, type_name, forms, limits[type_name], repeats, device)
             print_rows(new)
             rows += new
             gc.collect()
-    file = results_name(options.name, device) if on_cuda else f"{options.name}_{threads}_threads"
     print(f"written to {write_results(file, rows, limits, device)}")
 
 

@@ -1,11 +1,19 @@
 // Argument checks and dispatch of language fusion; the contract is in include/visionllm/fusion_attention.h.
 #include "visionllm/fusion_attention.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <vector>
 
 #include "../cuda/fusion_attention.h"
 #include "check.h"
+#include "cpu/fusion_attention.h"
+#include "dispatch.h"
+#include "element_of.h"
+#include "parallel.h"
+#include "scratch.h"
 
 namespace visionllm {
 namespace {
@@ -28,9 +36,10 @@ struct Sizes {
   std::int64_t B, N, C, T, H, D;
 };
 
+// The CPU kernels take any address and stride.
 Status check_address(const char* op, const char* name, const TensorView& tensor) {
   const auto address = reinterpret_cast<std::uintptr_t>(tensor.data);
-  if (tensor.size() == 0 || address % 16 == 0) return {};
+  if (tensor.size() == 0 || address % 16 == 0 || tensor.device == Device::cpu) return {};
   return bad_argument(op, std::string(name) + " must be at a multiple of 16 bytes, got one that is " +
                               std::to_string(address % 16) + " bytes off");
 }
@@ -41,12 +50,12 @@ Status check_layout(const char* op, const char* name, const TensorView& tensor, 
   return check_address(op, name, tensor);
 }
 
-// Key or value: every row of D channels at a multiple of 16 bytes.
+// Key or value: on CUDA every row of D channels at a multiple of 16 bytes.
 Status check_tokens(const char* op, const char* name, const TensorView& tensor, DType dtype) {
   VISIONLLM_RETURN_IF_BAD(check_dtype(op, name, tensor, dtype));
   VISIONLLM_RETURN_IF_BAD(check_inner_contiguous(op, name, tensor, 1));
   VISIONLLM_RETURN_IF_BAD(check_address(op, name, tensor));
-  if (tensor.size() == 0) return {};
+  if (tensor.size() == 0 || tensor.device == Device::cpu) return {};
   for (int i = 0; i < 3; ++i) {
     if (tensor.shape[i] > 1 && tensor.strides[i] * element_size(dtype) % 16 != 0) {
       return bad_argument(op, std::string(name) + " must have strides that are multiples of 16 bytes, got " +
@@ -131,6 +140,125 @@ Status check_limits(const char* op, const Sizes& n) {
   return {};
 }
 
+// ---- CPU --------------------------------------------------------------------------------------------------
+
+// Multiplications and additions that are worth a thread: about 50 us of them.
+constexpr double kWorkPerThread = 4e6;
+
+// Slices of the backward, and the fewest positions of one: each has sums as large as both weights.
+constexpr std::int64_t kSlices = 16;
+constexpr std::int64_t kSlicePositions = 256;
+
+struct Texts {
+  std::vector<std::int32_t> counts;  // [B]
+  std::vector<std::int32_t> tokens;  // [B, T]
+
+  Texts(const TensorView& mask, const Sizes& n)
+      : counts(static_cast<std::size_t>(n.B)), tokens(static_cast<std::size_t>(n.B * n.T)) {
+    const auto* const keep = static_cast<const std::uint8_t*>(mask.data);
+    for (std::int64_t b = 0; b < n.B; ++b) {
+      for (std::int64_t t = 0; t < n.T; ++t) {
+        if (keep[b * n.T + t] != 0)
+          tokens[static_cast<std::size_t>(b * n.T + counts[static_cast<std::size_t>(b)]++)] =
+              static_cast<std::int32_t>(t);
+      }
+    }
+  }
+};
+
+cpu::FusionAttentionParams make_cpu_params(const Inputs& in, const Sizes& n, double epsilon,
+                                           const Texts& texts) {
+  cpu::FusionAttentionParams params{};
+  params.batch = n.B, params.positions = n.N, params.channels = n.C;
+  params.tokens = n.T, params.heads = n.H, params.head_channels = n.D;
+  params.element = element_of(in.x.dtype);
+  params.epsilon = static_cast<float>(epsilon);
+  params.x = in.x.data;
+  params.norm_weight = in.norm_weight.data, params.norm_bias = in.norm_bias.data;
+  params.query_weight = in.query_weight.data, params.query_bias = in.query_bias.data;
+  params.key = in.key.data;
+  params.key_stride_b = in.key.strides[0], params.key_stride_t = in.key.strides[1];
+  params.key_stride_h = in.key.strides[2];
+  params.value = in.value.data;
+  params.value_stride_b = in.value.strides[0], params.value_stride_t = in.value.strides[1];
+  params.value_stride_h = in.value.strides[2];
+  params.output_weight = in.output_weight.data, params.output_bias = in.output_bias.data;
+  params.gate = in.gate.data;
+  params.counts = texts.counts.data(), params.texts = texts.tokens.data();
+  params.most_tokens = *std::max_element(texts.counts.begin(), texts.counts.end());
+  return params;
+}
+
+int useful_threads(const Sizes& n, const Execution& execution, double passes) {
+  const double work =
+      passes * static_cast<double>(n.B) * static_cast<double>(n.N) * static_cast<double>(n.C * (n.C + n.T));
+  return static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1.0, std::max(execution.threads, 1)));
+}
+
+Status run_on_cpu(const Inputs& in, const Sizes& n, double epsilon, const TensorView& output,
+                  const Execution& execution) {
+  Isa isa;
+  VISIONLLM_RETURN_IF_BAD(active_isa(&isa));
+  if (output.size() == 0) return {};
+  const Texts texts(in.mask, n);
+  cpu::FusionAttentionParams params = make_cpu_params(in, n, epsilon, texts);
+  params.output = output.data;
+  cpu::FusionAttentionLayout layout{};
+  VISIONLLM_KERNEL(isa, fusion_attention_layout)(params, &layout);
+  const int threads = useful_threads(n, execution, 2);
+  const Scratch shared(layout.shared), entries(layout.entry * n.B), workspace(layout.workspace, threads);
+  params.shared = shared.part<char>(), params.entries = entries.part<char>();
+  params.entry_bytes = layout.entry;
+  VISIONLLM_KERNEL(isa, fusion_attention_prepare)(params);
+  const auto prepare_tokens = VISIONLLM_KERNEL(isa, fusion_attention_prepare_tokens);
+  parallel_for(n.B, threads,
+               [&](std::int64_t begin, std::int64_t end, int) { prepare_tokens(params, begin, end); });
+  const auto kernel = VISIONLLM_KERNEL(isa, fusion_attention_kernel);
+  const std::int64_t blocks = (n.N + layout.block_rows - 1) / layout.block_rows;
+  parallel_for(n.B * blocks, threads, [&](std::int64_t begin, std::int64_t end, int worker) {
+    kernel(params, begin, end, workspace.part<void>(worker));
+  });
+  return {};
+}
+
+void fill_zero(const TensorView& tensor) {  // contiguous
+  if (tensor.size() > 0)
+    std::memset(tensor.data, 0, static_cast<std::size_t>(tensor.size() * element_size(tensor.dtype)));
+}
+
+Status run_backward_on_cpu(cpu::FusionAttentionParams params, const Sizes& n, const Execution& execution) {
+  Isa isa;
+  VISIONLLM_RETURN_IF_BAD(active_isa(&isa));
+  params.backward = true;
+  cpu::FusionAttentionLayout layout{};
+  VISIONLLM_KERNEL(isa, fusion_attention_layout)(params, &layout);
+  const std::int64_t blocks = (n.N + layout.block_rows - 1) / layout.block_rows;
+  const std::int64_t most = std::min(blocks, (n.N + kSlicePositions - 1) / kSlicePositions);
+  params.slices = std::clamp<std::int64_t>((kSlices + n.B - 1) / n.B, 1, most);
+  const std::int64_t slices = n.B * params.slices;
+  const int threads = useful_threads(n, execution, 7);
+  const Scratch shared(layout.shared), entries(layout.entry * n.B), workspace(layout.workspace, threads);
+  const Scratch sums(slices * layout.slice + n.H * layout.head);
+  params.shared = shared.part<char>(), params.entries = entries.part<char>(), params.sums = sums.part<char>();
+  params.entry_bytes = layout.entry, params.slice_bytes = layout.slice, params.head_bytes = layout.head;
+  VISIONLLM_KERNEL(isa, fusion_attention_prepare)(params);
+  const auto prepare_tokens = VISIONLLM_KERNEL(isa, fusion_attention_prepare_tokens);
+  parallel_for(n.B, threads,
+               [&](std::int64_t begin, std::int64_t end, int) { prepare_tokens(params, begin, end); });
+  const auto share_out = [&](std::int64_t items, auto kernel) {
+    parallel_for(items, threads, [&](std::int64_t begin, std::int64_t end, int worker) {
+      kernel(params, begin, end, workspace.part<void>(worker));
+    });
+  };
+  share_out(slices, VISIONLLM_KERNEL(isa, fusion_attention_backward_kernel));
+  share_out(n.B, VISIONLLM_KERNEL(isa, fusion_attention_sum_tokens));
+  share_out(n.H, VISIONLLM_KERNEL(isa, fusion_attention_sum_head));
+  VISIONLLM_KERNEL(isa, fusion_attention_sum_vectors)(params);
+  return {};
+}
+
+// ---- CUDA -------------------------------------------------------------------------------------------------
+
 [[maybe_unused]] cuda::FusionAttentionParams make_params(const Inputs& in, const Sizes& n, double epsilon) {
   cuda::FusionAttentionParams params{};
   params.batch = n.B;
@@ -186,7 +314,7 @@ Status fusion_attention(const TensorView& output, const TensorView& x, const Ten
                                         {"gate", &gate},
                                         {"output", &output}},
                                        &device));
-  if (device == Device::cpu) return no_cpu_kernel(op);
+  if (device == Device::cpu) return run_on_cpu(in, n, epsilon, output, execution);
   VISIONLLM_RETURN_IF_BAD(check_limits(op, n));
 #ifdef VISIONLLM_HAVE_CUDA
   if (n.B * n.N == 0) return {};
@@ -270,7 +398,22 @@ Status fusion_attention_backward(
                                         {"grad_output_bias", &grad_output_bias},
                                         {"grad_gate", &grad_gate}},
                                        &device));
-  if (device == Device::cpu) return no_cpu_kernel(op);
+  if (device == Device::cpu) {
+    if (grad_output.size() == 0) {
+      for (const auto& entry : gradients) fill_zero(entry.tensor);
+      return {};
+    }
+    const Texts texts(in.mask, n);
+    cpu::FusionAttentionParams params = make_cpu_params(in, n, epsilon, texts);
+    params.grad_output = grad_output.data;
+    params.grad_x = grad_x.data;
+    params.grad_norm_weight = grad_norm_weight.data, params.grad_norm_bias = grad_norm_bias.data;
+    params.grad_query_weight = grad_query_weight.data, params.grad_query_bias = grad_query_bias.data;
+    params.grad_key = grad_key.data, params.grad_value = grad_value.data;
+    params.grad_output_weight = grad_output_weight.data, params.grad_output_bias = grad_output_bias.data;
+    params.grad_gate = grad_gate.data;
+    return run_backward_on_cpu(params, n, execution);
+  }
   VISIONLLM_RETURN_IF_BAD(check_limits(op, n));
   VISIONLLM_RETURN_IF_BAD(check_rank(op, "workspace", workspace, "[W]", 1));
   VISIONLLM_RETURN_IF_BAD(check_layout(op, "workspace", workspace, DType::float32));

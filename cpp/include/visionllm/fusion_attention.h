@@ -18,7 +18,7 @@
 //   norm_bias      [C]           contiguous
 //   query_weight   [C, C]        (outputs, inputs); contiguous
 //   query_bias     [C]           contiguous
-//   key            [B, T, H, D]  D contiguous; other strides are free (0 too) but a multiple of 16 bytes
+//   key            [B, T, H, D]  D contiguous; other strides are free (0 too)
 //   value          [B, T, H, D]  as key; both may be views of one projection
 //   mask           [B, T]        uint8 or boolean, not 0 where there is text; contiguous
 //   output_weight  [C, C]        (outputs, inputs); contiguous
@@ -26,10 +26,19 @@
 //   gate           [C]           contiguous
 //   output         [B, N, C]     contiguous
 //
-// All addresses are multiples of 16 bytes. The CUDA kernels take C up to 256 that is a multiple of 16, D up
-// to 64 that is a multiple of 8, T up to 512 and N up to 2^31 - 256. Accumulation is in float32. In bfloat16
-// and float16 the tensor cores' operands (normed, query, the softmax's exponentials, attended) are rounded to
-// that type. Forward and backward are deterministic.
+// Accumulation is in float32. Forward and backward are deterministic, on the CPU for any number of threads.
+//
+// On CUDA all addresses, and the free strides of key and value, are multiples of 16 bytes; C is up to 256 and a
+// multiple of 16, D up to 64 and a multiple of 8, T up to 512 and N up to 2^31 - 256. On the CPU there are no
+// such limits.
+//
+// In bfloat16 and float16 the operands of matrix products (normed, query, the softmax's weights, attended) are
+// rounded to that type where the hardware multiplies it: on CUDA, and bfloat16 on a CPU with AVX-512's dot
+// products for it. Elsewhere they are float32.
+//
+// The CPU's kernels go through the whole layer with a block of positions at a time, and leave nothing to
+// another library. For short texts, H T <= C + T, weights and tokens are multiplied first: a row then costs
+// 4 C H T operations instead of 4 C (C + T).
 #pragma once
 
 #include <cstdint>
@@ -54,7 +63,8 @@ std::int64_t fusion_attention_backward_workspace_bytes(std::int64_t B, std::int6
 
 // Gradients of a scalar loss; every output element is written (not added to). The gradients are contiguous and
 // have their input's shape and type. `workspace` is float32 [W], at least as many bytes as the function above
-// says, of any content; its content afterwards means nothing. grad_output is contiguous.
+// says, of any content; its content afterwards means nothing. The CPU needs none: W may be 0 there. grad_output
+// is contiguous.
 Status fusion_attention_backward(
     const TensorView& grad_x, const TensorView& grad_norm_weight, const TensorView& grad_norm_bias,
     const TensorView& grad_query_weight, const TensorView& grad_query_bias, const TensorView& grad_key,

@@ -3,8 +3,8 @@
     output = x + gate * (attention(LN(x) W_q^T + b_q, key, value) W_o^T + b_o)
 
 Every position of every scale looks at the text's tokens, all scales in one call. The contract, with the
-meaning of the shape letters, is in ``cpp/include/visionllm/fusion_attention.h``. On CUDA the operator runs
-the compiled kernels; on the CPU, on other devices (with a warning), and in float64, the PyTorch reference
+meaning of the shape letters, is in ``cpp/include/visionllm/fusion_attention.h``. On the CPU and on CUDA the
+operator runs the compiled kernels; on other devices (with a warning), and in float64, the PyTorch reference
 below.
 """
 
@@ -403,26 +403,58 @@ def _kernel_arguments(
     )
 
 
-def _forward_cuda(*arguments: Any) -> Tensor:
+def _forward_kernel(*arguments: Any) -> Tensor:
     kernel_arguments = _kernel_arguments(*arguments)
     output = torch.empty_like(kernel_arguments[0], memory_format=torch.contiguous_format)
     native.call("fusion_attention", output, *kernel_arguments)
     return output
 
 
-def _backward_cuda(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward_kernel(
+    grad_output: Tensor, arguments: tuple[Any, ...], with_workspace: bool
+) -> tuple[Tensor, ...]:
     kernel_arguments = _kernel_arguments(*arguments)
     x, key = kernel_arguments[0], kernel_arguments[5]
     fallback.check_rank("fusion_attention_backward", "x", x, "[B, N, C]")
     fallback.check_rank("fusion_attention_backward", "key", key, "[B, T, H, D]")
     tensors = [t for i, t in enumerate(kernel_arguments[:11]) if i != 7]  # all but the mask
     grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
-    size = _core.fusion_attention_backward_workspace_bytes(
-        *x.shape, key.shape[1], key.shape[2], x.element_size()
-    )
+    size = 0
+    if with_workspace:
+        size = _core.fusion_attention_backward_workspace_bytes(
+            *x.shape, key.shape[1], key.shape[2], x.element_size()
+        )
     workspace = x.new_empty(size // 4, dtype=torch.float32)
     native.call("fusion_attention_backward", *grads, workspace, _aligned(grad_output), *kernel_arguments)
     return grads
+
+
+_KERNEL_TYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+
+def _has_cpu_kernel(arguments: tuple[Any, ...]) -> bool:
+    """The core refuses types that do not fit each other; what it has no name for, the reference refuses."""
+    return all(t.dtype in _KERNEL_TYPES for i, t in enumerate(arguments[:11]) if i != 7)
+
+
+def _forward_cpu(*arguments: Any) -> Tensor:
+    if _has_cpu_kernel(arguments):
+        return _forward_kernel(*arguments)
+    return fusion_attention_reference(*arguments)
+
+
+def _backward_cpu(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    if _has_cpu_kernel(arguments):
+        return _backward_kernel(grad_output, arguments, with_workspace=False)
+    return fusion_attention_backward_reference(grad_output, *arguments)
+
+
+def _forward_cuda(*arguments: Any) -> Tensor:
+    return _forward_kernel(*arguments)
+
+
+def _backward_cuda(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _backward_kernel(grad_output, arguments, with_workspace=True)
 
 
 def _forward_on_cuda(x: Tensor, *arguments: Any) -> Tensor:
@@ -445,7 +477,7 @@ def _forward_elsewhere(x: Tensor, *arguments: Any) -> Tensor:
 
 
 for _key, _forward, _backward in (
-    ("CPU", fusion_attention_reference, fusion_attention_backward_reference),
+    ("CPU", _forward_cpu, _backward_cpu),
     ("CUDA", _forward_on_cuda, _backward_on_cuda),
     ("CompositeExplicitAutograd", _forward_elsewhere, fusion_attention_backward_reference),
 ):
