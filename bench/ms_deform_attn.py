@@ -1,21 +1,22 @@
 """Multi-scale deformable attention beside its peers, forward and with backward, at the paper's sizes.
 
-    python bench/ms_deform_attn.py [--cases encoder decoder] [--threads 1 2] [--repeats 5]
+    python bench/ms_deform_attn.py [--cases encoder] [--threads 1 2] [--types float32] [--repeats 5]
     python bench/ms_deform_attn.py --device cuda [--cases encoder] [--types bfloat16 float32]
 
 Peers: the module of Hugging Face's Deformable DETR, and our own grid_sample form, which adds up level by
 level and so needs less memory; on CUDA also the latter compiled by torch.compile, and mmcv, DCNv4 and
-msda-triton where they are installed. Peers that take one type only get float32, or all in value's type,
-converted before the time is taken. ``visionllm_fused`` begins with logits, offsets and reference points, as
-DCNv4 begins with logits. Writes ``bench/results/ms_deform_attn_<n>_threads.json``, on CUDA
-``..._<gpu>.json``.
+msda-triton where they are installed. There, peers that take one type only get float32, or all in value's
+type, converted before the time is taken; on the CPU they compute in float32, and convert within their time.
+``visionllm_fused`` begins with logits, offsets and reference points, as DCNv4 begins with logits. On the CPU
+it stands in the "layer" rows, where softmax and locations are in the peers' time, by torch. Writes
+``bench/results/ms_deform_attn_<n>_threads.json``, on CUDA ``..._<gpu>.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from harness import (
@@ -35,6 +36,7 @@ from torch.nn import functional
 
 from visionllm.ops import ms_deform_attn, ms_deform_attn_fused
 from visionllm.ops.ms_deform_attn import SampleInputs, sample_inputs
+from visionllm.ops.ms_deform_attn_fused import sample_inputs as fused_sample_inputs
 
 # An 800 x 1333 picture at strides 8, 16, 32, 64: 22223 pixels.
 PAPER = ((100, 167), (50, 84), (25, 42), (13, 21))
@@ -108,31 +110,92 @@ def work(inputs: SampleInputs, backward: bool) -> Work:
     return Work(moved, gathered * 2 * (3 if backward else 1))
 
 
-def run_case(name: str, case: Case, forms: dict[str, Callable], limits: Limits, repeats: int) -> list[Row]:
-    inputs = sample_inputs(requires_grad=True, **case.options)
-    leaves = [t for t in inputs.args() if t.requires_grad]
-    expected = ms_deform_attn(*inputs.args()).detach()
+def cpu_forms() -> dict[str, Callable[..., Tensor]]:
+    return {
+        "visionllm": ms_deform_attn,
+        "hugging_face": hugging_face_form(),
+        "grid_sample": grid_sample_form,
+    }
+
+
+def in_float32(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For bfloat16: torch 2.13's grid_sample gives NaN for some strided bfloat16 inputs on the CPU."""
+
+    def call(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return form(value.float(), shapes, starts, locations, weights.float()).to(value.dtype)
+
+    return call
+
+
+def as_layer(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """From logits, offsets and reference points, as the layers of a model have them, by torch."""
+
+    def call(
+        value: Tensor, shapes: Tensor, starts: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor
+    ) -> Tensor:
+        cells = shapes.flip(-1)[:, None].to(offsets.dtype)  # [L, 1, 2] as (width, height)
+        locations = reference[:, :, None, :, None] + offsets / cells
+        weights = logits.flatten(3).softmax(-1).view(logits.shape)
+        return form(value, shapes, starts, locations, weights)
+
+    return call
+
+
+def run_case(name: str, case: Case, dtype: torch.dtype, limits: Limits, repeats: int) -> list[Row]:
+    plain = sample_inputs(dtype=dtype, requires_grad=True, **case.options)
+    layer = fused_sample_inputs(dtype=dtype, requires_grad=True, **case.options)
+    layer = replace(layer, reference_points=layer.reference_points.detach())  # a detector's have no gradient
+    forms = cpu_forms()
+    if dtype != torch.float32:
+        peers = [form for form in forms if form != "visionllm"]
+        forms |= {form: in_float32(forms[form]) for form in peers}
+    layers = {"visionllm_fused": ms_deform_attn_fused}
+    layers |= {form: as_layer(forms[form]) for form in ("visionllm", "hugging_face")}
+    label = name if dtype == torch.float32 else f"{name} {str(dtype).removeprefix('torch.')}"
+    amounts = work(plain, False), work(plain, True)
+    return [
+        *time_forms(label, case, forms, plain.args(), amounts, limits, repeats),
+        *time_forms(f"{label} layer", case, layers, layer.args(), amounts, limits, repeats),
+    ]
+
+
+def time_forms(
+    label: str,
+    case: Case,
+    forms: dict[str, Callable[..., Tensor]],
+    args: tuple[Tensor, ...],
+    amounts: tuple[Work, Work],
+    limits: Limits,
+    repeats: int,
+) -> list[Row]:
+    """Forward, then forward and backward, of every form, which must all give the same."""
+    leaves = [t for t in args if t.requires_grad]
+    expected = next(iter(forms.values()))(*args).detach()
+    allowed = 1e-3 if expected.dtype == torch.float32 else 2e-2 * float(expected.abs().max())
     for form, function in forms.items():
-        error = float((function(*inputs.args()).detach() - expected).abs().max())
-        if not error < 1e-3:
-            raise SystemExit(f"{name}: {form} differs from visionllm by {error}")
+        error = float((function(*args).detach() - expected).abs().max())
+        if not error < allowed:
+            raise SystemExit(f"{label}: {form} differs by {error}")
     grad_output = torch.randn_like(expected)
 
     def forward(function: Callable) -> Callable[[], object]:
         def call() -> object:
             with torch.no_grad():
-                return function(*inputs.args())
+                return function(*args)
 
         return call
 
     def both(function: Callable) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(function(*inputs.args()), leaves, grad_output)
+        return lambda: torch.autograd.grad(function(*args), leaves, grad_output)
 
     rows = []
-    for label, wrap, backward in (("forward", forward, False), ("forward+backward", both, True)):
-        counts = {form: repeats if form == "visionllm" or not case.slow_peers else 3 for form in forms}
+    for direction, wrap, amount in (
+        ("forward", forward, amounts[0]),
+        ("forward+backward", both, amounts[1]),
+    ):
+        counts = {f: repeats if f.startswith("visionllm") or not case.slow_peers else 3 for f in forms}
         functions = {form: wrap(function) for form, function in forms.items()}
-        rows += compare(f"{name} {label}", functions, work(inputs, backward), limits, counts)
+        rows += compare(f"{label} {direction}", functions, amount, limits, counts)
     return rows
 
 
@@ -289,8 +352,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="calls of the fast ones (default %(default)s)")
     parser.add_argument("--name", default="ms_deform_attn", help="how the files in bench/results begin")
     parser.add_argument(
-        "--types", nargs="+", choices=("float32", "bfloat16", "float16"), default=["bfloat16", "float32"],
-        help="of value, on CUDA",
+        "--types", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"],
+        help="of value (default %(default)s)",
     )  # fmt: skip
     add_device_option(parser)
     options = parser.parse_args()
@@ -298,19 +361,15 @@ def main() -> None:
     if device.type == "cuda":
         run_on_cuda(options, device)
         return
-    forms = {
-        "visionllm": ms_deform_attn,
-        "hugging_face": hugging_face_form(),
-        "grid_sample": grid_sample_form,
-    }
     for threads in options.threads:
         torch.set_num_threads(threads)
         limits = measure_limits()
         rows = []
         for name in options.cases:
-            new = run_case(name, CASES[name], forms, limits, options.repeats)
-            print_rows(new)
-            rows += new
+            for type_name in options.types:
+                new = run_case(name, CASES[name], getattr(torch, type_name), limits, options.repeats)
+                print_rows(new)
+                rows += new
         path = write_results(f"{options.name}_{threads}_threads", rows, {threads: limits})
         print(f"written to {path}")
 
