@@ -208,20 +208,28 @@ def test_pretrained_stages_beside_a_trained_network_change_nothing_at_first():
         assert torch.equal(kept[name], tensor), name
 
 
+def known_features(seed, channels, side):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(1, *channels, side, side, generator=generator)
+
+
 class KnownTrunk(torch.nn.Module):
     """Gives the same features for every picture, the trained ones times `trained`."""
 
     trained = 1.0
+    pretrained = True  # it has such stages
+    trained_passes = 0
 
-    def forward(self, x):
-        generator = torch.Generator().manual_seed(0)
-        channels = [*OUTPUT_CHANNELS, *OUTPUT_CHANNELS[1:]]
-        features = [
-            torch.rand(1, c, side, side, generator=generator)
-            for c, side in zip(channels, (16, 8, 4, 8, 4), strict=True)
-        ]
-        features[1:3] = [f * self.trained for f in features[1:3]]
-        return [f.expand(len(x), -1, -1, -1) for f in features]
+    def first_stages(self, x):
+        return known_features(0, OUTPUT_CHANNELS[:1], 16).expand(len(x), -1, -1, -1)
+
+    def late_stages(self, x, pretrained=False):
+        if not pretrained:
+            self.trained_passes += 1
+        features = [known_features(seed, OUTPUT_CHANNELS[seed : seed + 1], 16 >> seed) for seed in (1, 2)]
+        if pretrained:
+            features = [f.roll(1, 1) / 2 for f in features]
+        return [f.expand(len(x), -1, -1, -1) * (1.0 if pretrained else self.trained) for f in features]
 
 
 def routed_tokenizer():
@@ -253,6 +261,19 @@ def test_photos_are_seen_through_the_pretrained_stages_alone():
             torch.testing.assert_close(scales[i], expected[i])
     for i in range(1, 4):
         assert (whole[i] - alone[i]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_the_trained_stages_run_only_where_a_picture_needs_them():
+    tokenizer, _, _ = routed_tokenizer()
+    for drawings, passes in (([False, False], 0), ([False, True], 1)):
+        tokenizer.backbone.trained_passes = 0
+        scales, _ = tokenizer.pyramid(pictures(2, 8), torch.tensor(drawings))
+        assert tokenizer.backbone.trained_passes == passes
+        for b, drawing in enumerate(drawings):
+            alone, _ = tokenizer.pyramid(pictures(2, 8)[b : b + 1], torch.tensor([drawing]))
+            for scale, expected in zip(scales, alone, strict=True):
+                torch.testing.assert_close(scale[b : b + 1], expected)
 
 
 @torch.no_grad()

@@ -127,21 +127,32 @@ class EfficientNetLite(nn.Module):
                     module.requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        c3 = self.first_stages(x)
+        pretrained = self.late_stages(c3, pretrained=True) if self.pretrained is not None else []
+        return [c3, *self.late_stages(c3), *pretrained]
+
+    def first_stages(self, x: Tensor) -> Tensor:
+        """Picture → C3."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen_stages == 0):
             x = self.stem(x, relu6=True)
-        features = []
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(self.stages[: OUTPUT_STAGES[0] + 1]):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= self.frozen_stages):
+                x = stage(x)
+        return x
+
+    def late_stages(self, x: Tensor, pretrained: bool = False) -> list[Tensor]:
+        """C3 → [C4, C5], by the trained stages or those of `keep_pretrained`."""
+        first, features = OUTPUT_STAGES[0] + 1, []
+        stages = self.stages[first:]
+        if pretrained:
+            assert self.pretrained is not None
+            stages = self.pretrained
+        for i, stage in enumerate(stages, first):
+            trained = not pretrained and i >= self.frozen_stages
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
                 x = stage(x)
             if i in OUTPUT_STAGES:
                 features.append(x)
-        if self.pretrained is not None:
-            x = features[0]
-            with torch.no_grad():
-                for i, stage in enumerate(self.pretrained, self.frozen_stages):
-                    x = stage(x)
-                    if i in OUTPUT_STAGES:
-                        features.append(x)
         return features
 
     def load_imagenet(

@@ -143,17 +143,23 @@ class ImageTokenizer(nn.Module):
         """
         mean, std = pixel_statistics(images.device)
         x = ((images.float() - mean) / std).permute(0, 3, 1, 2)  # channels last in memory, as oneDNN likes it
-        c3, c4, c5, *pretrained = self.backbone(x)
+        c3 = self.backbone.first_stages(x)
         drawing: Tensor | None = None
         own: list[Tensor] = []
-        if pretrained:
+        if self.backbone.pretrained is None:
+            c4, c5 = self.backbone.late_stages(c3)
+        else:
+            pretrained = self.backbone.late_stages(c3, pretrained=True)
             drawing = self.router(pretrained[1].mean((2, 3))).squeeze(-1).float()
             share = (drawing > 0 if drawings is None else drawings).float()
             if self.training:
                 share = share * (torch.rand_like(share) >= TRAINED_DROPOUT)
                 pretrained = [F.dropout2d(c, PRETRAINED_DROPOUT) for c in pretrained]
-            share = share.to(c4.dtype)[:, None, None, None]
-            c4, c5 = c4 * share, c5 * share
+            if self.waits_for_router(x) and not share.any():
+                c4, c5 = (torch.zeros_like(c) for c in pretrained)  # photos alone: a sixth of the work saved
+            else:
+                factor = share.to(c3.dtype)[:, None, None, None]
+                c4, c5 = (c * factor for c in self.backbone.late_stages(c3))
             own = [pretrained[0], pretrained[1], pretrained[1]]
         projections = cast(
             list[nn.Sequential], [*self.lateral, self.coarsest]
@@ -162,6 +168,10 @@ class ImageTokenizer(nn.Module):
         for i, (convolution, c) in enumerate(zip(self.pretrained_lateral, own, strict=True), 1):
             scales[i] = convolution(c, shortcut=scales[i])
         return [p[1](scale) for p, scale in zip(projections, scales, strict=True)], drawing
+
+    def waits_for_router(self, x: Tensor) -> bool:
+        """Whether to read the router at once: not in training, nor where that means waiting for a device."""
+        return not self.training and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def flatten(self, scales: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The pyramid as one sequence: its shapes [L, 2], first positions [L], and features [B, S, C]."""
