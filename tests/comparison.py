@@ -80,13 +80,6 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("lora_linear_int8_grad_x", torch.float16): Tolerance(
         2**-11, 2**-11, "the scaled int8 weight is rounded to 11 bits before it is multiplied"
     ),
-    ("lora_linear_base_rounded", torch.float32): Tolerance(1e-5, 2e-6, "as lora_linear"),
-    ("lora_linear_base_rounded", torch.bfloat16): Tolerance(
-        2**-7, 2**-8, "the base is rounded before the adapter is added, int8 weights to bfloat16"
-    ),
-    ("lora_linear_base_rounded", torch.float16): Tolerance(
-        2**-10, 2**-11, "the base is rounded before the adapter is added, int8 weights to float16"
-    ),
     ("slot_head", torch.float32): Tolerance(
         1e-5, 5e-6, "three tf32 products stand for one; sums of C products; exponentials take on their error"
     ),
