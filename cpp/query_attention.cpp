@@ -144,7 +144,7 @@ cpu::PrefixRows prefix_rows(const TensorView& t) {
 
 // How many groups to take together: at least 128 rows, and as few as fill whole blocks best.
 std::int64_t chunk_groups(const Sizes& n) {
-  constexpr std::int64_t kBlock = cpu::kQueryAttentionPadding, kFewestRows = 128;
+  constexpr std::int64_t kBlock = cpu::kQueryAttentionRows, kFewestRows = 128;
   const std::int64_t rows = std::max<std::int64_t>(n.S * (n.H / n.Hkv), 1);
   std::int64_t best = 1;
   double best_padding = 2.0;

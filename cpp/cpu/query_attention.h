@@ -9,9 +9,9 @@
 
 namespace visionllm::cpu {
 
-// Query rows of a KV head, and channels, are padded to multiples of this in the workspace: a multiple of
-// what a block of every instruction set has.
-constexpr int64_t kQueryAttentionPadding = 64;
+// Query rows of a block, and channels of sums of gradients, are padded to multiples of these: multiples of
+// what every instruction set needs.
+constexpr int64_t kQueryAttentionRows = 64, kQueryAttentionChannels = 16;
 // Keys of the prefix that are taken at a time: a block's scores for them stay in the first-level cache.
 constexpr int64_t kQueryAttentionKeys = 96;
 
@@ -62,8 +62,8 @@ struct QueryAttentionParams {
 using QueryAttentionKernel = void (*)(const QueryAttentionParams& params, int64_t begin, int64_t end,
                                       void* workspace);
 
-static inline int64_t query_attention_padded(int64_t n) {
-  return (n + kQueryAttentionPadding - 1) / kQueryAttentionPadding * kQueryAttentionPadding;
+static inline int64_t query_attention_padded(int64_t channels) {
+  return (channels + kQueryAttentionChannels - 1) / kQueryAttentionChannels * kQueryAttentionChannels;
 }
 
 static inline int64_t query_attention_chunks(const QueryAttentionParams& params) {

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kRows = kPanel;
 constexpr int64_t kKeys = kQueryAttentionKeys;
-static_assert(kQueryAttentionPadding % kRows == 0, "a block fits the padding");
+static_assert(kQueryAttentionRows % kRows == 0 && kQueryAttentionChannels % kWidth == 0, "padding fits");
 
 using Params = QueryAttentionParams;
 

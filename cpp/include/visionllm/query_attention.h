@@ -29,7 +29,11 @@
 // prefix_length outside 0 .. P is clamped (checking it would mean waiting for a CUDA device). On CUDA
 // infinities or NaN in v of one group may reach the slots of groups near it.
 //
-// On the CPU everything runs in kernels of this library; see the note on oneDNN in cpp/cpu/query_attention.h.
+// On the CPU nothing goes to a vendor's library. torch's products of scores and of outputs alone (MKL, oneDNN)
+// took as long as this operator as a whole with rotation, softmax and own groups, or longer once the softmax is
+// added: on one core of an AMD EPYC (Zen 4), 64 groups of 5 slots, 6 heads over 3, D = 32, 400 tokens: float32
+// 1.13 + 0.45 ms against 1.15, bfloat16 0.50 + 0.59 against 0.73; 100 groups of 5, 32 heads, D = 128, 300 tokens:
+// 33.4 + 3.1 against 31.5, bfloat16 13.8 + 4.8 against 18.2.
 #pragma once
 
 #include "visionllm/execution.h"
