@@ -112,13 +112,13 @@ def results_name(operator: str, device: torch.device) -> str:
 
 
 def measure_limits(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Limits:
-    """Copy and matrix product; on CUDA the product is of random ``dtype`` (float32 without TF32)."""
+    """Copy and matrix product of random ``dtype``; float32 on CUDA without TF32."""
     if torch.device(device).type == "cuda":
         return _measure_cuda_limits(torch.device(device), dtype)
     copies = torch.empty(2, _CACHE_BYTES, dtype=torch.uint8)
     copy = min(_time(lambda: copies[0].copy_(copies[1])) for _ in range(4))
     n = 1024
-    a, b = torch.rand(n, n), torch.rand(n, n)
+    a, b = (torch.rand(n, n).to(dtype) for _ in range(2))
     product = min(_time(lambda: a @ b) for _ in range(4))
     return Limits(2 * _CACHE_BYTES / copy, 2 * n**3 / product)
 

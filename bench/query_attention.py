@@ -1,11 +1,13 @@
 """Batched query decoding beside its peers, forward and with backward, at the paper's sizes.
 
-    python bench/query_attention.py [--device cuda] [--cases boxes_300 points_300] [--repeats 20]
+    python bench/query_attention.py [--cases boxes_300 tiny_400] [--threads 1 2] [--types float32 bfloat16]
+    python bench/query_attention.py --device cuda [--cases boxes_300 points_300] [--repeats 20]
 
-Peers: one SDPA over all keys with a mask; the prefix copied into every group and SDPA over the groups;
-flex_attention, compiled (CUDA, two cases: it takes long to compile); a cascade of FlashInfer's kernels and
-its merge (CUDA, forward only). They get q and k rotated already; ours rotates them itself. bfloat16 on CUDA,
-float32 on the CPU. Writes ``bench/results/query_attention_<threads or GPU>.json``, anew after each case.
+Peers: one SDPA over all keys with a mask; the prefix copied into every group and SDPA over the groups; the
+two products and the softmax between them in plain torch (CPU); flex_attention, compiled (CUDA, two cases: it
+takes long to compile); a cascade of FlashInfer's kernels and its merge (CUDA, forward only). They get q and k
+rotated already; ours rotates them itself. bfloat16 on CUDA. Writes
+``bench/results/query_attention_<threads or GPU>.json``, anew after each case.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from visionllm.model.llm import apply_rope
-from visionllm.ops import query_attention
+from visionllm.ops import query_attention, query_attention_reference
 from visionllm.ops.query_attention import SampleInputs, sample_inputs
 
 LLAMA_7B = dict(heads=32, kv_heads=32, channels=128)
@@ -47,7 +49,20 @@ CASES = {
     "boxes_300_gqa": dict(prefix=300, lengths=(300,), **BOXES, **LLAMA_8B),
     "points_1200_gqa": dict(prefix=1200, lengths=(1200,), **POINTS, **LLAMA_8B),
 }
-ON_CPU = ("boxes_300", "boxes_300_gqa")  # the others take minutes
+# The packaged model: 64 image tokens, 100 to 700 tokens of picture and instruction.
+TINY = dict(groups=64, slots=5, heads=6, kv_heads=3, channels=32)
+TINY_CASES = {
+    f"tiny_{prefix}" + (f"_x{batch}" if batch > 1 else ""): dict(
+        prefix=prefix, lengths=(prefix,) * batch, **TINY
+    )
+    for batch in (1, 8)
+    for prefix in (100, 400, 700)
+}
+ON_CUDA = tuple(CASES)
+ON_CPU = ("boxes_300", "boxes_300_gqa", *TINY_CASES)  # the others take minutes, copied KV many gigabytes
+CASES |= TINY_CASES
+# Fast enough to be called often: a call of the slowest peer takes less than a second.
+QUICK = tuple(TINY_CASES)
 
 Form = Callable[..., Tensor]
 
@@ -56,7 +71,7 @@ Form = Callable[..., Tensor]
 class Peer:
     prepare: Callable[[SampleInputs], Form]  # what does not belong to a call: masks, plans
     backward: bool = True
-    cuda_only: bool = False
+    device: str = ""  # the only one it is for
     cases: tuple[str, ...] = tuple(CASES)
 
 
@@ -92,6 +107,15 @@ def copied(inputs: SampleInputs) -> Form:
         query = q.flatten(0, 1).transpose(1, 2)
         y = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         return y.transpose(1, 2).reshape(-1, groups, slots, heads, channels)
+
+    return call
+
+
+def plain(inputs: SampleInputs) -> Form:
+    """The reference: as ours, the prefix once for all groups; scores of all rows and keys in memory."""
+
+    def call(*tensors: Tensor) -> Tensor:
+        return query_attention_reference(*tensors, inputs.prefix_length, None)
 
     return call
 
@@ -146,8 +170,9 @@ def flashinfer_cascade(inputs: SampleInputs) -> Form:
 PEERS = {
     "sdpa_masked": Peer(masked),
     "sdpa_copied": Peer(copied),
-    "flex_attention": Peer(flex, cuda_only=True, cases=("boxes_300", "points_300")),
-    "flashinfer": Peer(flashinfer_cascade, backward=False, cuda_only=True),
+    "plain_torch": Peer(plain, device="cpu"),
+    "flex_attention": Peer(flex, device="cuda", cases=("boxes_300", "points_300")),
+    "flashinfer": Peer(flashinfer_cascade, backward=False, device="cuda"),
 }
 
 
@@ -179,8 +204,7 @@ def rotated(inputs: SampleInputs) -> SampleInputs:
     return SampleInputs(q, k, *inputs.args()[2:6], None)
 
 
-def run_case(name: str, limits: Limits, repeats: int, device: torch.device) -> list[Row]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def run_case(name: str, dtype: torch.dtype, limits: Limits, repeats: int, device: torch.device) -> list[Row]:
     inputs = sample_inputs(device, dtype, requires_grad=True, **CASES[name])
     turned = rotated(inputs)
     expected = query_attention(*inputs.args()).detach()
@@ -188,7 +212,7 @@ def run_case(name: str, limits: Limits, repeats: int, device: torch.device) -> l
     forms = {"visionllm": lambda *tensors: query_attention(*tensors, inputs.prefix_length, inputs.rope)}
     arguments = {"visionllm": inputs.args()[:5]}
     for peer_name, peer in PEERS.items():
-        if name not in peer.cases or (peer.cuda_only and device.type != "cuda"):
+        if name not in peer.cases or peer.device not in ("", device.type):
             continue
         try:
             form = peer.prepare(turned)
@@ -198,7 +222,7 @@ def run_case(name: str, limits: Limits, repeats: int, device: torch.device) -> l
             text = str(error).splitlines()
             print(f"{name}: {peer_name} left out: {type(error).__name__}: {text[0] if text else ''}")
             continue
-        if not difference < (2e-2 if dtype == torch.bfloat16 else 1e-4):
+        if not difference < (1e-4 if dtype == torch.float32 else 2e-2):
             raise SystemExit(
                 f"{name}: {peer_name} differs from visionllm by {difference} of the largest output"
             )
@@ -216,11 +240,45 @@ def run_case(name: str, limits: Limits, repeats: int, device: torch.device) -> l
         return lambda: torch.autograd.grad(forms[form_name](*tensors), tensors, grad_output)
 
     rows = []
+    title = name if dtype == torch.bfloat16 and device.type == "cuda" else f"{name} {type_name(dtype)}"
     for label, wrap, backward in (("forward", forward, False), ("forward+backward", both, True)):
         functions = {f: wrap(f) for f in forms if not backward or f == "visionllm" or PEERS[f].backward}
         counts = dict.fromkeys(functions, repeats)
-        rows += compare(f"{name} {label}", functions, work(inputs, backward), limits, counts, device)
+        rows += compare(f"{title} {label}", functions, work(inputs, backward), limits, counts, device)
     return rows
+
+
+def type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run_on_cuda(options: argparse.Namespace, device: torch.device) -> None:
+    dtype = torch.bfloat16
+    limits = measure_limits(device, dtype)
+    rows: list[Row] = []
+    for name in options.cases or ON_CUDA:
+        new = run_case(name, dtype, limits, options.repeats or 30, device)
+        print_rows(new)
+        rows += new
+        path = write_results(results_name(options.name, device), rows, {type_name(dtype): limits}, device)
+        gc.collect()
+    print(f"written to {path}")
+
+
+def run_on_cpu(options: argparse.Namespace, device: torch.device) -> None:
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        limits = {name: measure_limits(device, getattr(torch, name)) for name in options.types}
+        rows: list[Row] = []
+        for name in options.cases or ON_CPU:
+            repeats = options.repeats or (15 if name in QUICK else 3)
+            for dtype in options.types:
+                new = run_case(name, getattr(torch, dtype), limits[dtype], repeats, device)
+                print_rows(new)
+                rows += new
+                path = write_results(f"{options.name}_{threads}_threads", rows, limits)
+                gc.collect()
+        print(f"written to {path}")
 
 
 def main() -> None:
@@ -228,27 +286,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_device_option(parser)
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="(default: those that take no minutes)")
+    parser.add_argument("--repeats", type=int, help="(default 30; on the CPU 15, with long calls 3)")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on the CPU (default 1 2)")
     parser.add_argument(
-        "--cases", nargs="+", choices=CASES, help="(default: all; on the CPU those of 5 slots)"
-    )
-    parser.add_argument("--repeats", type=int, help="(default 30; on the CPU 5)")
+        "--types", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"],
+        help="on the CPU",
+    )  # fmt: skip
     parser.add_argument("--name", default="query_attention", help="how the file in bench/results begins")
     options = parser.parse_args()
     device = require_device(options.device)
-    on_cuda = device.type == "cuda"
-    limits = measure_limits(device, torch.bfloat16 if on_cuda else torch.float32)
-    threads = torch.get_num_threads()
-    rows: list[Row] = []
-    for name in options.cases or (CASES if on_cuda else ON_CPU):
-        new = run_case(name, limits, options.repeats or (30 if on_cuda else 5), device)
-        print_rows(new)
-        rows += new
-        if on_cuda:
-            path = write_results(results_name(options.name, device), rows, {"bfloat16": limits}, device)
-        else:
-            path = write_results(f"{options.name}_{threads}_threads", rows, {threads: limits})
-        gc.collect()
-    print(f"written to {path}")
+    if device.type == "cuda":
+        run_on_cuda(options, device)
+    else:
+        run_on_cpu(options, device)
 
 
 if __name__ == "__main__":
