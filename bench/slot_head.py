@@ -168,8 +168,9 @@ def train_forms(inputs: SampleInputs, case: Case, device: torch.device) -> dict[
             norm_weight=inputs.norm_weight,
             epsilon=inputs.epsilon,
             sigma=SIGMA if smooth else None,
+            reduction="sum",
         )
-        return gradients(loss.mean())
+        return gradients(loss / case.total)
 
     def written_loss() -> Tensor:
         logits = (normed(inputs) @ rows.T).float()

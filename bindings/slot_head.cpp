@@ -28,6 +28,10 @@ void bind_slot_head(nb::module_& m) {
                    {"grad_states", "grad_norm_weight?", "grad_loss", "states", "rows", "row_scale", "target",
                     "weight?", "valid?", "norm_weight?", "logsumexp", "target_logsumexp", "epsilon", "scale",
                     "sigma", "slots_at_once"});
+  bind_operator<6>(
+      m, "slot_head_cross_entropy_sum", &slot_head_cross_entropy_sum,
+      {"loss", "logsumexp", "target_logsumexp", "grad_states", "grad_rows", "grad_norm_weight?", "states",
+       "rows", "target", "weight?", "valid?", "norm_weight?", "epsilon", "scale", "sigma", "slots_at_once"});
   m.def(
       "slot_head_workspace_bytes",
       [](int call, std::int64_t B, std::int64_t G, std::int64_t S, std::int64_t C, std::int64_t V,

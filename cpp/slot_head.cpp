@@ -134,8 +134,8 @@ cpu::SlotHeadParams cpu_params(const Inputs& in, const Sizes& n) {
                           n);
 }
 
-// int8 rows have no CUDA kernels.
-Status no_cuda_kernel_for_int8(const char* op) {
+// int8 rows have no CUDA kernels, nor has the loss with its gradients.
+Status cpu_only(const char* op) {
   return Status::unsupported(std::string(op) + ": there are CPU kernels only");
 }
 
@@ -220,7 +220,7 @@ Status predict(const char* op, const TensorView& best, const TensorView& probabi
     params.window = window, params.offset = static_cast<float>(offset);
     return slot_head_forward_on_cpu(VISIONLLM_KERNEL(isa, slot_head_predict_kernel), params, execution);
   }
-  if (in.quantized) return no_cuda_kernel_for_int8(op);
+  if (in.quantized) return cpu_only(op);
 #ifdef VISIONLLM_HAVE_CUDA
   cuda::SlotHeadPredictParams params{};
   params.inputs = make_inputs(workspace, in, n);
@@ -271,7 +271,7 @@ Status cross_entropy(const char* op, const TensorView& loss, const TensorView& l
     params.target_logsumexp = static_cast<float*>(target_logsumexp.data);
     return slot_head_forward_on_cpu(VISIONLLM_KERNEL(isa, slot_head_cross_entropy_kernel), params, execution);
   }
-  if (in.quantized) return no_cuda_kernel_for_int8(op);
+  if (in.quantized) return cpu_only(op);
 #ifdef VISIONLLM_HAVE_CUDA
   cuda::SlotHeadCrossEntropyParams params{};
   params.inputs = make_inputs(workspace, in, n);
@@ -285,15 +285,18 @@ Status cross_entropy(const char* op, const TensorView& loss, const TensorView& l
 #endif
 }
 
-Status backward(const char* op, const TensorView& grad_states, const TensorView& grad_rows,
-                const TensorView& grad_norm_weight, const TensorView& workspace, const TensorView& grad_loss,
-                const Inputs& in, const TensorView& target, const TensorView& weight,
-                const TensorView& logsumexp, const TensorView& target_logsumexp, double sigma,
-                std::int64_t slots_at_once, const Execution& execution) {
+// With `loss` it is the forward too: then grad_loss is absent, and stands for 1.
+Status backward(const char* op, const TensorView& loss, const TensorView& grad_states,
+                const TensorView& grad_rows, const TensorView& grad_norm_weight, const TensorView& workspace,
+                const TensorView& grad_loss, const Inputs& in, const TensorView& target,
+                const TensorView& weight, const TensorView& logsumexp, const TensorView& target_logsumexp,
+                double sigma, std::int64_t slots_at_once, const Execution& execution) {
   Sizes n;
   VISIONLLM_RETURN_IF_BAD(check_inputs(op, in, &n));
   VISIONLLM_RETURN_IF_BAD(check_target(op, target, weight, sigma, n));
-  VISIONLLM_RETURN_IF_BAD(check_slots(op, "grad_loss", grad_loss, n, DType::float32));
+  const bool fused = !loss.absent();
+  const char* name = fused ? "loss" : "grad_loss";
+  VISIONLLM_RETURN_IF_BAD(check_slots(op, name, fused ? loss : grad_loss, n, DType::float32));
   VISIONLLM_RETURN_IF_BAD(check_slots(op, "logsumexp", logsumexp, n, DType::float32));
   VISIONLLM_RETURN_IF_BAD(check_slots(op, "target_logsumexp", target_logsumexp, n, DType::float32));
   VISIONLLM_RETURN_IF_BAD(check_shape(op, "grad_states", grad_states, "[B, G, S, C]", {n.B, n.G, n.S, n.C}));
@@ -321,6 +324,7 @@ Status backward(const char* op, const TensorView& grad_states, const TensorView&
                                         {"weight", &weight},
                                         {"valid", &in.valid},
                                         {"norm_weight", &in.norm_weight},
+                                        {"loss", &loss},
                                         {"grad_loss", &grad_loss},
                                         {"logsumexp", &logsumexp},
                                         {"target_logsumexp", &target_logsumexp},
@@ -332,13 +336,14 @@ Status backward(const char* op, const TensorView& grad_states, const TensorView&
   if (device == Device::cpu) {
     cpu::SlotHeadParams params = cpu_params(in, n);
     slot_head_target(target, weight, sigma, &params);
+    params.loss = static_cast<float*>(loss.data);
     params.grad_loss = static_cast<const float*>(grad_loss.data);
     params.logsumexp = static_cast<float*>(logsumexp.data);
     params.target_logsumexp = static_cast<float*>(target_logsumexp.data);
     return slot_head_backward_on_cpu(grad_states, grad_rows, grad_norm_weight, slots_at_once, params,
                                      execution);
   }
-  if (in.quantized) return no_cuda_kernel_for_int8(op);
+  if (in.quantized || fused) return cpu_only(op);
 #ifdef VISIONLLM_HAVE_CUDA
   cuda::SlotHeadBackwardParams params{};
   params.inputs = make_inputs(workspace, in, n);
@@ -421,8 +426,8 @@ Status slot_head_cross_entropy_backward(
     const TensorView& norm_weight, const TensorView& logsumexp, const TensorView& target_logsumexp,
     double epsilon, double scale, double sigma, std::int64_t slots_at_once, const Execution& execution) {
   const Inputs in{states, rows, kAbsent, valid, norm_weight, epsilon, scale, false};
-  return backward("slot_head_cross_entropy_backward", grad_states, grad_rows, grad_norm_weight, workspace,
-                  grad_loss, in, target, weight, logsumexp, target_logsumexp, sigma, slots_at_once,
+  return backward("slot_head_cross_entropy_backward", kAbsent, grad_states, grad_rows, grad_norm_weight,
+                  workspace, grad_loss, in, target, weight, logsumexp, target_logsumexp, sigma, slots_at_once,
                   execution);
 }
 
@@ -433,9 +438,21 @@ Status slot_head_cross_entropy_int8_backward(
     const TensorView& logsumexp, const TensorView& target_logsumexp, double epsilon, double scale,
     double sigma, std::int64_t slots_at_once, const Execution& execution) {
   const Inputs in{states, rows, row_scale, valid, norm_weight, epsilon, scale, true};
-  return backward("slot_head_cross_entropy_int8_backward", grad_states, kAbsent, grad_norm_weight, kAbsent,
-                  grad_loss, in, target, weight, logsumexp, target_logsumexp, sigma, slots_at_once,
+  return backward("slot_head_cross_entropy_int8_backward", kAbsent, grad_states, kAbsent, grad_norm_weight,
+                  kAbsent, grad_loss, in, target, weight, logsumexp, target_logsumexp, sigma, slots_at_once,
                   execution);
+}
+
+Status slot_head_cross_entropy_sum(const TensorView& loss, const TensorView& logsumexp,
+                                   const TensorView& target_logsumexp, const TensorView& grad_states,
+                                   const TensorView& grad_rows, const TensorView& grad_norm_weight,
+                                   const TensorView& states, const TensorView& rows, const TensorView& target,
+                                   const TensorView& weight, const TensorView& valid,
+                                   const TensorView& norm_weight, double epsilon, double scale, double sigma,
+                                   std::int64_t slots_at_once, const Execution& execution) {
+  const Inputs in{states, rows, kAbsent, valid, norm_weight, epsilon, scale, false};
+  return backward("slot_head_cross_entropy_sum", loss, grad_states, grad_rows, grad_norm_weight, kAbsent,
+                  kAbsent, in, target, weight, logsumexp, target_logsumexp, sigma, slots_at_once, execution);
 }
 
 }  // namespace visionllm

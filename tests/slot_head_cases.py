@@ -12,7 +12,7 @@ from emulation import emulated
 from torch import Tensor
 
 from visionllm.ops.slot_head import SampleInputs, rms_normed, slot_logits
-from visionllm.ops.slot_head_cross_entropy import (
+from visionllm.ops.slot_head_cross_entropy_reference import (
     slot_head_cross_entropy_backward_reference,
     slot_head_cross_entropy_reference,
 )

@@ -21,7 +21,7 @@ from visionllm.model.slots import (
 )
 from visionllm.ops import slot_head_cross_entropy, slot_head_predict
 from visionllm.ops.slot_head import SampleInputs, sample_inputs
-from visionllm.ops.slot_head_cross_entropy import (
+from visionllm.ops.slot_head_cross_entropy_reference import (
     slot_head_cross_entropy_backward_reference,
     slot_head_cross_entropy_reference,
 )

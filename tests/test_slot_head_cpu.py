@@ -82,6 +82,72 @@ def test_the_kernels_are_what_torch_calls(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [name for name in CASES if "int8" not in name])
+def test_sum_with_gradients_is_the_sum_and_its_gradients(case: str, dtype: torch.dtype, isa: str) -> None:
+    inputs = sample_inputs(dtype=dtype, requires_grad=True, **CASES[case])
+    arguments = inputs.cross_entropy_args()[:9]
+    loss, *grads = torch.ops.visionllm.slot_head_cross_entropy_sum(*arguments)
+    losses = torch.ops.visionllm.slot_head_cross_entropy(*arguments)[0]
+    expected = torch.autograd.grad(losses.sum(), inputs.leaves())
+    torch.testing.assert_close(loss, losses.sum(), rtol=1e-6, atol=1e-6)
+    tolerance = TOLERANCES["slot_head_backward", dtype]
+    for a, b in zip(grads, expected, strict=inputs.norm_weight is not None):
+        assert a.dtype == dtype
+        assert_close("gradient", a, b, tolerance)
+
+
+def test_sum_through_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    original = native.call
+    monkeypatch.setattr(native, "call", lambda name, *rest: (names.append(name), original(name, *rest)))
+    inputs = sample_inputs(requires_grad=True, groups=4, rows=9, channels=6)
+    options = dict(weight=inputs.weight, valid=inputs.valid, norm_weight=inputs.norm_weight)
+
+    def loss(**more: str) -> Tensor:
+        return slot_head_cross_entropy(inputs.states, inputs.rows, inputs.target, **options, **more)
+
+    whole = loss(reduction="sum")
+    assert whole.shape == () and names == ["slot_head_cross_entropy_sum"]
+    got = torch.autograd.grad(whole * 0.25, inputs.leaves())
+    for a, b in zip(got, torch.autograd.grad(loss().sum() * 0.25, inputs.leaves()), strict=True):
+        torch.testing.assert_close(a, b)
+    names.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(loss(reduction="sum"), whole)
+    assert names == ["slot_head_cross_entropy"]
+    with pytest.raises(ValueError, match="reduction must be none or sum, got 'mean'"):
+        loss(reduction="mean")
+    grad = torch.autograd.grad(loss(reduction="sum"), inputs.states, create_graph=True)[0]
+    with pytest.raises((NotImplementedError, RuntimeError), match="second derivatives"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_sum_by_opcheck(dtype: torch.dtype) -> None:
+    inputs = sample_inputs(dtype=dtype, groups=3, rows=7, channels=6, requires_grad=True)
+    arguments = inputs.cross_entropy_args()[:9]
+    torch.library.opcheck(torch.ops.visionllm.slot_head_cross_entropy_sum.default, arguments)
+    loss, *grads = torch.ops.visionllm.slot_head_cross_entropy_sum(*arguments)
+    torch.library.opcheck(
+        torch.ops.visionllm.slot_head_cross_entropy_sum_backward.default,
+        (torch.ones_like(loss).detach(), *(t.detach() for t in inputs.leaves()), *grads),
+    )
+
+
+def test_sum_compiles_into_one_graph() -> None:
+    def step(states: Tensor, rows: Tensor, target: Tensor) -> Tensor:
+        return slot_head_cross_entropy(states.sin(), rows, target, reduction="sum").square()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        inputs = sample_inputs(requires_grad=True, groups=3, rows=7, channels=6, masked=False, normed=False)
+        loss = function(inputs.states, inputs.rows, inputs.target)
+        results.append((loss.detach(), *torch.autograd.grad(loss, inputs.leaves())))
+    for eager, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shared", "masked"), [(True, False), (True, True), (False, True)])
 def test_chunks_of_slots_add_up(
     shared: bool, masked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

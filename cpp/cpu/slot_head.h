@@ -51,16 +51,16 @@ struct SlotHeadParams {
   const float* target_centre;
   float inverse_variance;  // 1 / (2 sigma^2)
   const float* weight;     // [B, G, S] or null
-  float* loss;
+  float* loss;             // where the backward has it, it computes the forward's outputs too
 
-  // Outputs of the forwards, inputs of the backward
+  // Outputs of the forwards, inputs of a backward without loss
   float* logsumexp;
   float* target_logsumexp;
 
   // Backward, of the slots chunk_begin ... chunk_begin + chunk - 1 of every set
   int64_t chunk_begin, chunk;
   bool first_chunk, last_chunk;
-  const float* grad_loss;
+  const float* grad_loss;  // [B, G, S], or null: 1
   void* grad_states;       // [B, G, S, C], contiguous
   void* grad_rows;         // [R, V, C], contiguous, or null
   void* grad_norm_weight;  // [C] or null

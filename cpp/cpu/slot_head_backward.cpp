@@ -34,7 +34,8 @@ VISIONLLM_INLINE void load_factors(const SlotHeadParams& p, int64_t slot, int la
     const int64_t i = slot + lane;
     f->used[lane] = 1.0f;
     f->logsumexp[lane] = p.logsumexp[i];
-    f->factor[lane] = p.scale * p.grad_loss[i] * (p.weight == nullptr ? 1.0f : p.weight[i]);
+    f->factor[lane] = p.scale * (p.weight == nullptr ? 1.0f : p.weight[i]);
+    if (p.grad_loss != nullptr) f->factor[lane] *= p.grad_loss[i];
     if (!__builtin_isfinite(p.target_logsumexp[i])) f->factor[lane] = NAN;
   }
 }
@@ -122,6 +123,7 @@ void gradient(const SlotHeadParams& p, int64_t begin, int64_t end, void* memory)
     compute_logits<T, R>(p, block.slot_set, normed, block.count, memory);
     for (int64_t i = 0; i < block.count; i += kWidth) {
       const int lanes = static_cast<int>(at_most(kWidth, block.count - i));
+      if (p.loss != nullptr) cross_entropy_vector(p, block.slot_set, logits + i * p.V, block.slot + i, lanes);
       logits_to_gradient(p, block.slot_set, logits + i * p.V, block.slot + i, lanes);
       write_gradient<T>(p, block.slot_set, logits + i * p.V, place + i, lanes);
     }

@@ -1,5 +1,5 @@
-// What the kernels of the slot head share: the norm, the logits of a block of slots, and the weights of a
-// target that is spread over the rows. Included by the kernel sources only, once per instruction set (simd.h).
+// What the kernels of the slot head share: the norm, the logits of a block of slots, the weights of a target
+// that is spread over the rows, softmax and loss. Included by the kernel sources only, once per instruction set (simd.h).
 #pragma once
 
 #include "cpu/exp2.h"
@@ -192,6 +192,100 @@ VISIONLLM_INLINE void for_weights(const SlotHeadParams& p, const uint8_t* valid,
       if (valid != nullptr && valid[v + i] == 0) weights[i] = 0.0f;  // it may be nearer than the nearest
     }
     body(v, count, weights);
+  }
+}
+
+// ---- softmax ----------------------------------------------------------------------------------------------
+
+// Of one vector of slots; the sum is that of exp(logit - offset).
+struct Softmax {
+  float offset[kWidth];  // the largest logit where that is finite, else 0
+  float total[kWidth];
+  int32_t best[kWidth];
+
+  float logsumexp(int lane) const { return offset[lane] + logf(total[lane]); }
+};
+
+// logits [V, kWidth]; with kKeep they become the exponentials.
+template <bool kKeep>
+VISIONLLM_INLINE void softmax(float* logits, int64_t V, Softmax* result) {
+  F top = set(-INFINITY);
+  I best = set(0), number = set(0);
+  for (int64_t v = 0; v < V; ++v) {
+    const F logit = load(logits + v * kWidth);
+    best = where(greater(logit, top), number, best);
+    top = max(logit, top);
+    number = add(number, set(1));
+  }
+  const F finite_top = where(both(greater(top, set(-INFINITY)), greater(set(INFINITY), top)), top);
+  // Infinity among numbers makes an infinite sum, not the NaN that infinity - infinity would make.
+  float tops[kWidth];
+  bool infinite[kWidth];
+  store(tops, top);
+  for (int lane = 0; lane < kWidth; ++lane) {
+    infinite[lane] = tops[lane] == INFINITY;
+    for (int64_t v = 0; v < V && infinite[lane]; ++v)
+      infinite[lane] = logits[v * kWidth + lane] == logits[v * kWidth + lane];
+  }
+  // Four sums: a quarter of the roundings, and of the waiting for the one before.
+  F sums[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
+  const auto add_row = [&](int64_t v, F& sum) {
+    const F power = exp_below(load(logits + v * kWidth) - finite_top);
+    if (kKeep) store(logits + v * kWidth, power);
+    sum = sum + power;
+  };
+  int64_t v = 0;
+  for (; v + 4 <= V; v += 4) {
+    for (int i = 0; i < 4; ++i) add_row(v + i, sums[i]);
+  }
+  for (; v < V; ++v) add_row(v, sums[0]);
+  store(result->offset, finite_top);
+  store(result->total, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  store(result->best, best);
+  for (int lane = 0; lane < kWidth; ++lane) {
+    if (infinite[lane]) result->total[lane] = INFINITY;
+  }
+}
+
+// ---- cross-entropy ----------------------------------------------------------------------------------------
+
+// Loss without its weight, and *target_logsumexp, of one slot with these logits.
+VISIONLLM_INLINE float slot_loss(const SlotHeadParams& p, const uint8_t* valid, const float* logits,
+                                 float offset, float total, int64_t slot, float* target_logsumexp) {
+  const float log_total = logf(total);
+  if (p.target_row != nullptr) {
+    const int64_t target = p.target_row[slot];
+    *target_logsumexp = target >= 0 && target < p.V ? 0.0f : -INFINITY;
+    if (target < 0 || target >= p.V) return NAN;
+    // Differences first: a certain and right slot's loss is small beside its logits.
+    return log_total + (offset - logits[target * kWidth]);
+  }
+  const float centre = clamped_centre(p, slot), nearest = nearest_row(p, valid, centre);
+  *target_logsumexp = -nearest;  // -inf where no row is allowed, NaN where the centre is
+  if (!__builtin_isfinite(nearest)) return NAN;
+  float sum = 0.0f, product = 0.0f;
+  for_weights(p, valid, centre, nearest, [&](int64_t v, int count, const float* weights) {
+    for (int i = 0; i < count; ++i) {
+      if (weights[i] == 0.0f) continue;  // 0 times an infinite logit would be NaN
+      sum += weights[i];
+      product += weights[i] * (offset - logits[(v + i) * kWidth]);
+    }
+  });
+  *target_logsumexp = logf(sum) - nearest * nearest * p.inverse_variance;
+  return log_total + product / sum;
+}
+
+VISIONLLM_INLINE void cross_entropy_vector(const SlotHeadParams& p, int64_t slot_set, float* logits,
+                                           int64_t slot, int lanes) {
+  Softmax found;
+  softmax<false>(logits, p.V, &found);
+  for (int lane = 0; lane < lanes; ++lane) {
+    const int64_t i = slot + lane;
+    p.logsumexp[i] = found.logsumexp(lane);
+    const float loss = slot_loss(p, valid_of(p, slot_set), logits + lane, found.offset[lane],
+                                 found.total[lane], i, p.target_logsumexp + i);
+    const float weight = p.weight == nullptr ? 1.0f : p.weight[i];
+    p.loss[i] = is_ignored(p, i) ? 0.0f : weight * loss;
   }
 }
 

@@ -124,4 +124,14 @@ Status slot_head_cross_entropy_int8_backward(
     const TensorView& logsumexp, const TensorView& target_logsumexp, double epsilon, double scale,
     double sigma, std::int64_t slots_at_once, const Execution& execution);
 
+// The forward, and the gradients of the sum of `loss` over all slots, on the CPU only: three products where the
+// two calls above take four, for the logits are not computed again.
+Status slot_head_cross_entropy_sum(const TensorView& loss, const TensorView& logsumexp,
+                                   const TensorView& target_logsumexp, const TensorView& grad_states,
+                                   const TensorView& grad_rows, const TensorView& grad_norm_weight,
+                                   const TensorView& states, const TensorView& rows, const TensorView& target,
+                                   const TensorView& weight, const TensorView& valid,
+                                   const TensorView& norm_weight, double epsilon, double scale, double sigma,
+                                   std::int64_t slots_at_once, const Execution& execution);
+
 }  // namespace visionllm

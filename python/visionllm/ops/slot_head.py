@@ -5,7 +5,7 @@
 
 The contract, with the meaning of the shape letters, is in ``cpp/include/visionllm/slot_head.h``. On the CPU
 and on CUDA the compiled kernels run, which never write the logits as a whole; on other devices and in float64
-the operators' PyTorch references, in ``slot_head_predict.py`` and ``slot_head_cross_entropy.py``.
+the operators' PyTorch references, in ``slot_head_predict.py`` and ``slot_head_cross_entropy_reference.py``.
 """
 
 from __future__ import annotations

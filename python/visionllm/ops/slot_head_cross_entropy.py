@@ -8,22 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visionllm.ops import fallback
+from visionllm.ops import fallback, native
 from visionllm.ops.slot_head import (
     BACKWARD,
     CROSS_ENTROPY,
     accumulator,
     aligned,
     check,
-    exact_rows,
-    inverse_norm,
     library,
     operands,
     register,
     run_kernel,
     sample_inputs,
-    slot_logits,
     workspace,
+)
+from visionllm.ops.slot_head_cross_entropy_reference import (
+    slot_head_cross_entropy_backward_reference,
+    slot_head_cross_entropy_reference,
+    slot_head_cross_entropy_sum_reference,
 )
 
 __all__ = ["sample_inputs", "slot_head_cross_entropy", "slot_head_cross_entropy_reference"]
@@ -44,6 +46,7 @@ def slot_head_cross_entropy(
     epsilon: float = 1e-5,
     scale: float = 1.0,
     sigma: float | None = None,
+    reduction: str = "none",
 ) -> Tensor:
     """Cross-entropy of each slot; differentiable in states, norm_weight and rows that are not int8.
 
@@ -53,11 +56,13 @@ def slot_head_cross_entropy(
             in rows of a Gaussian over the allowed rows, moved into [0, V − 1]. Shape of states without C.
         weight: float32, factor on each slot's loss; 0: the slot is ignored. Shape of target; None: 1.
         sigma: standard deviation of the Gaussian in rows; for floating-point targets, and only for them.
+        reduction: "none", or "sum" over all slots, which costs a quarter less on the CPU where there are
+            gradients: they are made with it, from the same logits. A mean is a sum with weights.
 
     Returns:
-        float32, target's shape. An ignored slot's loss is 0 and it adds to no gradient, whatever its state
-        holds. A wanted row that is not allowed costs +inf; one beyond the rows, or a centre that is NaN,
-        gives NaN.
+        float32, target's shape, or a scalar. An ignored slot's loss is 0 and it adds to no gradient, whatever
+        its state holds. A wanted row that is not allowed costs +inf; one beyond the rows, or a centre that is
+        NaN, gives NaN.
 
     Raises:
         ValueError: a shape or type does not fit; the message names it.
@@ -68,6 +73,8 @@ def slot_head_cross_entropy(
             f"{operator}: sigma must be given for floating-point targets and for no others, got {sigma} with "
             f"{fallback.type_name(target)}"
         )
+    if reduction not in ("none", "sum"):
+        raise ValueError(f"{operator}: reduction must be none or sum, got {reduction!r}")
     if sigma is not None and not sigma > 0:
         raise ValueError(f"{operator}: sigma must be above 0, got {sigma}")
     by_group, rows, row_scale, norm_weight = operands(operator, states, rows, row_scale, valid, norm_weight)
@@ -78,7 +85,7 @@ def slot_head_cross_entropy(
                 f"{list(tensor.shape)}"
             )
     slots = by_group.shape[:-1]
-    loss, _, _ = torch.ops.visionllm.slot_head_cross_entropy(
+    arguments = (
         by_group,
         rows,
         target.detach().reshape(slots),
@@ -88,117 +95,13 @@ def slot_head_cross_entropy(
         epsilon,
         scale,
         0.0 if sigma is None else sigma,
-        row_scale,
     )
-    return loss.view(target.shape)
-
-
-# ---- reference ------------------------------------------------------------------------------------------
-
-
-def _ignored(target: Tensor, weight: Tensor | None) -> Tensor:
-    """bool [B, G, S]"""
-    ignored = torch.zeros_like(target, dtype=torch.bool) if target.is_floating_point() else target < 0
-    return ignored if weight is None else ignored | (weight == 0)
-
-
-def _target_exponents(target: Tensor, valid: Tensor | None, count: int, sigma: float, like: Tensor) -> Tensor:
-    """Logarithms of the target's weights of ``count`` rows, not yet normalised: [B, G, S, V]."""
-    index = torch.arange(count, device=target.device)
-    if not target.is_floating_point():
-        return torch.where(index == target[..., None], 0.0, float("-inf")).to(like.dtype)
-    centre = target.to(like.dtype).clamp(0, count - 1)
-    exponents = -((index - centre[..., None]) ** 2) / (2 * sigma**2)
-    return exponents if valid is None else exponents.masked_fill(~valid[:, None, None], float("-inf"))
-
-
-def slot_head_cross_entropy_reference(
-    states: Tensor,
-    rows: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    valid: Tensor | None,
-    norm_weight: Tensor | None,
-    epsilon: float,
-    scale: float,
-    sigma: float,
-    row_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``slot_head_cross_entropy`` in plain PyTorch, differentiable by autograd.
-
-    Returns:
-        loss, logsumexp of the logits and logsumexp of the target's exponents, all [B, G, S].
-    """
-    check("slot_head_cross_entropy", states, rows, row_scale, valid, norm_weight, target, weight)
-    logits = slot_logits(states, rows, row_scale, valid, norm_weight, epsilon, scale)
-    logsumexp = logits.logsumexp(-1)
-    exponents = _target_exponents(target, valid, rows.shape[1], sigma, logits)
-    target_logsumexp = exponents.logsumexp(-1)
-    wanted = (exponents - target_logsumexp[..., None]).exp()
-    ignored = _ignored(target, weight)
-    wanted = wanted.masked_fill(ignored[..., None], 0.0)
-    loss = torch.where(wanted == 0, 0.0, wanted * (logsumexp[..., None] - logits)).sum(-1)
-    if weight is not None:
-        loss = loss * weight.to(loss.dtype)
-    return loss.masked_fill(ignored, 0.0), logsumexp, target_logsumexp
-
-
-def slot_head_cross_entropy_backward_reference(
-    grad_loss: Tensor,
-    states: Tensor,
-    rows: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    valid: Tensor | None,
-    norm_weight: Tensor | None,
-    logsumexp: Tensor,
-    target_logsumexp: Tensor,
-    epsilon: float,
-    scale: float,
-    sigma: float,
-    row_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of states, rows (empty for int8) and norm_weight (empty without one) in plain PyTorch."""
-    operator = "slot_head_cross_entropy_backward"
-    check(operator, states, rows, row_scale, valid, norm_weight, target, weight)
-    for name, tensor in (
-        ("grad_loss", grad_loss),
-        ("logsumexp", logsumexp),
-        ("target_logsumexp", target_logsumexp),
-    ):
-        fallback.check_shape(operator, name, tensor, "[B, G, S]", states.shape[:-1])
-    dtype = accumulator(states)
-    ignored = _ignored(target, weight)
-    factor = grad_loss.to(dtype) if weight is None else grad_loss.to(dtype) * weight.to(dtype)
-    # 0 times what an ignored state or a disallowed row holds would be NaN where that is not finite.
-    x = states.to(dtype).masked_fill(ignored[..., None], 0.0)
-    unit, inverse, normed = x, None, x
-    if norm_weight is not None:
-        inverse = inverse_norm(x, epsilon)
-        unit = x * inverse
-        normed = (unit * norm_weight.to(dtype)).to(states.dtype)
-    logits = slot_logits(normed.to(states.dtype), rows, row_scale, valid, None, epsilon, scale)
-    exponents = _target_exponents(target, valid, rows.shape[1], sigma, logits)
-    wanted = (exponents - target_logsumexp.to(dtype)[..., None]).exp()
-    grad = scale * factor[..., None] * ((logits - logsumexp.to(dtype)[..., None]).exp() - wanted)
-    grad = grad.masked_fill(ignored[..., None], 0.0)
-    used = exact_rows(rows, row_scale, dtype)
-    if valid is not None:
-        grad = grad.masked_fill(~valid[:, None, None], 0.0)
-        used = used.expand(states.shape[0], -1, -1).masked_fill(~valid[..., None], 0.0)
-    by_slot = grad.flatten(1, 2)  # [B, G * S, V]
-    grad_normed = (by_slot @ used).view(states.shape)
-    grad_rows = rows.new_empty(0)
-    if row_scale is None:
-        grad_rows = by_slot.transpose(1, 2) @ normed.to(dtype).flatten(1, 2)  # [B, V, C]
-        if rows.shape[0] == 1:
-            grad_rows = grad_rows.sum(0, keepdim=True)
-    grad_states, grad_norm_weight = grad_normed, states.new_empty(0)
-    if norm_weight is not None and inverse is not None:
-        grad_norm_weight = (grad_normed * unit).sum((0, 1, 2)).to(norm_weight.dtype)
-        grad_unit = grad_normed * norm_weight.to(dtype)
-        grad_states = inverse * (grad_unit - unit * (grad_unit * unit).mean(-1, keepdim=True))
-    return grad_states.to(states.dtype), grad_rows.to(rows.dtype), grad_norm_weight
+    leaves = [t for t in (by_group, rows, norm_weight) if t is not None]
+    if reduction == "sum" and row_scale is None and torch.is_grad_enabled():
+        if any(leaf.requires_grad for leaf in leaves):
+            return torch.ops.visionllm.slot_head_cross_entropy_sum(*arguments)[0]
+    loss = torch.ops.visionllm.slot_head_cross_entropy(*arguments, row_scale)[0]
+    return loss.sum() if reduction == "sum" else loss.view(target.shape)
 
 
 # ---- kernels --------------------------------------------------------------------------------------------
@@ -297,6 +200,48 @@ def _cross_entropy_backward(
     return grads
 
 
+def _cross_entropy_sum_cpu(
+    states: Tensor,
+    rows: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    valid: Tensor | None,
+    norm_weight: Tensor | None,
+    epsilon: float,
+    scale: float,
+    sigma: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if states.dtype == torch.float64:
+        return slot_head_cross_entropy_sum_reference(
+            states, rows, target, weight, valid, norm_weight, epsilon, scale, sigma
+        )
+    losses, grads = _cross_entropy_outputs(states), _gradients(states, rows, norm_weight)
+    native.call(
+        "slot_head_cross_entropy_sum",
+        *losses,
+        *grads[:2],
+        None if norm_weight is None else grads[2],
+        aligned(states, False),
+        aligned(rows, False),
+        *_target_and_weight(target, weight),
+        None if valid is None else valid.contiguous(),
+        None if norm_weight is None else aligned(norm_weight, False),
+        epsilon,
+        scale,
+        sigma,
+        SLOTS_AT_ONCE,
+    )
+    return losses[0].sum(), *grads
+
+
+def _cross_entropy_sum_cuda(*arguments) -> tuple[Tensor, ...]:
+    """One after the other: there is no kernel that does both."""
+    tensors, scalars = arguments[:6], arguments[6:]
+    loss, *saved = _cross_entropy_cuda(*arguments)
+    grads = _cross_entropy_backward_cuda(torch.ones_like(loss), *tensors, *saved, *scalars)
+    return loss.sum(), *grads
+
+
 def _cross_entropy_cuda(*arguments) -> tuple[Tensor, ...]:
     return _cross_entropy(True, *arguments)
 
@@ -326,6 +271,14 @@ library.define(
     "Tensor? weight, Tensor? valid, Tensor? norm_weight, Tensor logsumexp, Tensor target_logsumexp, "
     "float epsilon, float scale, float sigma, Tensor? row_scale=None) -> (Tensor, Tensor, Tensor)"
 )
+library.define(
+    "slot_head_cross_entropy_sum(Tensor states, Tensor rows, Tensor target, Tensor? weight, Tensor? valid, "
+    "Tensor? norm_weight, float epsilon, float scale, float sigma) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "slot_head_cross_entropy_sum_backward(Tensor grad_loss, Tensor states, Tensor rows, Tensor? norm_weight, "
+    "Tensor grad_states, Tensor grad_rows, Tensor grad_norm_weight) -> (Tensor, Tensor, Tensor)"
+)
 register(
     "slot_head_cross_entropy", slot_head_cross_entropy_reference, _cross_entropy_cpu, _cross_entropy_cuda
 )
@@ -335,6 +288,24 @@ register(
     _cross_entropy_backward_cpu,
     _cross_entropy_backward_cuda,
 )
+
+
+register(
+    "slot_head_cross_entropy_sum",
+    slot_head_cross_entropy_sum_reference,
+    _cross_entropy_sum_cpu,
+    _cross_entropy_sum_cuda,
+)
+
+
+def _scaled(
+    grad_loss: Tensor, states: Tensor, rows: Tensor, norm_weight: Tensor | None, *gradients: Tensor
+) -> tuple[Tensor, ...]:
+    """States, rows and norm_weight are there for autograd alone, so that a second derivative is refused."""
+    return tuple(gradient * grad_loss.to(gradient.dtype) for gradient in gradients)
+
+
+library.impl("slot_head_cross_entropy_sum_backward", _scaled, "CompositeExplicitAutograd")
 
 
 def _cross_entropy_outputs(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -406,4 +377,39 @@ def _no_second_derivative(ctx, *grads: Tensor) -> tuple[None, ...]:
 
 torch.library.register_autograd(
     "visionllm::slot_head_cross_entropy_backward", _no_second_derivative, lib=library
+)
+
+
+@torch.library.register_fake("visionllm::slot_head_cross_entropy_sum", lib=library)
+def _cross_entropy_sum_fake(states, rows, target, weight, valid, norm_weight, epsilon, scale, sigma):
+    check("slot_head_cross_entropy_sum", states, rows, None, valid, norm_weight, target, weight)
+    return states.new_empty((), dtype=accumulator(states)), *_gradients(states, rows, norm_weight)
+
+
+@torch.library.register_fake("visionllm::slot_head_cross_entropy_sum_backward", lib=library)
+def _cross_entropy_sum_backward_fake(grad_loss, states, rows, norm_weight, *gradients):
+    return tuple(torch.empty_like(gradient) for gradient in gradients)
+
+
+def _setup_sum_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(inputs[0], inputs[1], inputs[5], *output[1:])
+
+
+def _sum_autograd_backward(ctx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    states, rows, norm_weight = torch.ops.visionllm.slot_head_cross_entropy_sum_backward(
+        grad_loss, *ctx.saved_tensors
+    )
+    normed = ctx.saved_tensors[2] is not None
+    return states, rows, None, None, None, norm_weight if normed else None, None, None, None
+
+
+torch.library.register_autograd(
+    "visionllm::slot_head_cross_entropy_sum",
+    _sum_autograd_backward,
+    setup_context=_setup_sum_context,
+    lib=library,
+)
+torch.library.register_autograd(
+    "visionllm::slot_head_cross_entropy_sum_backward", _no_second_derivative, lib=library
 )
