@@ -25,9 +25,16 @@ __all__ = ["CHOICES", "autocast", "chosen", "use_operators", "uses_operator"]
 CHOICES = ("auto", "all", "reference")
 VARIABLE = "VISIONLLM_OPS"
 
-# On the CPU, at the packaged model's sizes (bench/model.py): what "auto" runs in prediction and in training.
-CPU_PREDICTION = frozenset({"ms_deform_attn_fused"})
-CPU_TRAINING = frozenset({"ms_deform_attn_fused"})
+# What "auto" runs on the CPU, measured at the packaged model's sizes on one core (AVX-512), plain / operator:
+#                        prediction, fp32   training step of the layer, batch 4: fp32        bfloat16
+#   query_attention      2292 /  630 us     13.5 /  6.0 ms
+#   fusion_attention     1824 / 1034 us     22.1 / 16.1 ms                       15.7 / 10.8 ms
+#   slot_head            2932 / 1101 us     10.0 / 10.4 ms                        6.1 /  6.3 ms
+#   lora_linear           466 /  438 us      6.1 /  4.9 ms                        2.8 /  2.9 ms
+CPU_PREDICTION = frozenset(
+    {"fusion_attention", "lora_linear", "ms_deform_attn_fused", "query_attention", "slot_head"}
+)
+CPU_TRAINING = frozenset({"fusion_attention", "ms_deform_attn_fused", "query_attention"})
 
 
 def _checked(choice: str, where: str) -> str:
