@@ -1,15 +1,17 @@
 """A linear layer with low-rank adapters beside its peers, forward and with backward, at the paper's sizes.
 
-    python bench/lora_linear.py [--device cpu|cuda] [--rows 1 64 ...] [--cases base int8 mixed] [--repeats 20]
+    python bench/lora_linear.py [--threads 1 2] [--types float32 bfloat16] [--features 4096 192]
+    python bench/lora_linear.py --device cuda [--rows 1 64 ...] [--cases base int8 mixed] [--repeats 20]
 
-Peers: the bare layer without adapter (the yardstick: what the adapter costs), the layer and addmm,
-torch.compile of that, and, where they are installed, PEFT, LoRAFusion and punica. Each result is held against
-ours first. On the CPU, where the operator has no kernel of its own yet, sizes are smaller.
+Peers: the bare layer without adapter (the yardstick: what the adapter costs), the layer and addmm, the four
+operations of PEFT's layer by themselves, torch.compile of addmm (CUDA: on the CPU it takes long to compile),
+and, where they are installed, PEFT, LoRAFusion and punica. Each result is held against ours first.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,9 +34,11 @@ from torch.nn import functional
 from visionllm.ops import lora_linear
 from visionllm.ops.lora_linear import SampleInputs, sample_inputs
 
-ROWS = {"cuda": (1, 64, 313, 500, 900, 4900), "cpu": (1, 64, 313)}
-FEATURES = {"cuda": 4096, "cpu": 1024}
+ROWS = {"cuda": (1, 64, 313, 500, 900, 4900), "cpu": (1, 64, 500, 1024)}
+# LLaMA-7B's width, and the packaged model's.
+FEATURES = {"cuda": (4096,), "cpu": (4096, 192)}
 RANK = 16
+CALLS = 20
 # Largest error of a peer against ours, over the largest output.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -48,6 +52,7 @@ class Case:
 
 
 CASES = {
+    "plain": Case(dict(adapters=0), False),
     "base": Case(dict(), True),
     "int8": Case(dict(int8=True), False),
     "mixed": Case(dict(adapters=8, indexed=True), True),
@@ -66,6 +71,18 @@ def addmm(inputs: SampleInputs) -> Form:
     def call() -> Tensor:
         low_rank = functional.linear(x, lora_a[0])
         return torch.addmm(functional.linear(x, weight), low_rank, lora_b[0].T, alpha=float(scale))
+
+    return call
+
+
+def separate(inputs: SampleInputs) -> Form:
+    """What PEFT's layer computes, without what it looks up on the way."""
+    x, weight, _, lora_a, lora_b, scale, *_ = inputs.args()
+    assert lora_a is not None and lora_b is not None
+
+    def call() -> Tensor:
+        term = functional.linear(functional.linear(x, lora_a[0]), lora_b[0])
+        return functional.linear(x, weight) + term * float(scale)
 
     return call
 
@@ -152,9 +169,11 @@ def punica(inputs: SampleInputs) -> Form:
 
 # Those marked True are differentiable in x, A and B.
 FORMS: dict[str, dict[str, tuple[Callable[[SampleInputs], Form], bool]]] = {
+    "plain": {"base_only": (base_only, False)},
     "base": {
         "base_only": (base_only, False),
         "addmm": (addmm, True),
+        "separate": (separate, True),
         "compiled_addmm": (compiled_addmm, True),
         "peft": (peft, False),
         "lorafusion": (lorafusion, True),
@@ -165,26 +184,37 @@ FORMS: dict[str, dict[str, tuple[Callable[[SampleInputs], Form], bool]]] = {
 }
 
 
+ONLY_CUDA = ("compiled_addmm", "lorafusion", "punica")
+
+
 def work(inputs: SampleInputs, backward: bool) -> Work:
     """Forward: each operand once. Backward: the gradients of x, A and B, for which all is read again."""
     x, weight, _, lora_a, lora_b, *_ = inputs.args()
-    assert lora_a is not None and lora_b is not None
     rows, outputs = x.shape[0], weight.shape[0]
-    forward = [x, weight, lora_a, lora_b]
+    adapters = [] if lora_a is None or lora_b is None else [lora_a, lora_b]
+    forward = [x, weight, *adapters]
+    rank = 0 if lora_a is None else lora_a.shape[1]
     size = sum(t.numel() * t.element_size() for t in forward) + rows * outputs * x.element_size()
     base = 2 * rows * outputs * x.shape[1]
-    adapter = 2 * rows * lora_a.shape[1] * (x.shape[1] + outputs)
+    adapter = 2 * rows * rank * (x.shape[1] + outputs)
     if backward:
-        written = (x.numel() + lora_a.numel() + lora_b.numel()) * x.element_size()
+        written = sum(t.numel() for t in (x, *adapters)) * x.element_size()
         return Work(2 * size + written, 2 * base + 3 * adapter)
     return Work(size, base + adapter)
 
 
 def run_case(
-    name: str, rows: int, dtype: torch.dtype, device: torch.device, limits: Limits, repeats: int
+    name: str,
+    rows: int,
+    features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    limits: Limits,
+    repeats: int | None,
 ) -> list[Row]:
     case = CASES[name]
-    features = FEATURES[device.type]
+    if repeats is None:  # on the CPU the largest calls take half a second
+        repeats = 20 if device.type == "cuda" else max(3, min(40, int(2e10 / (rows * features**2))))
     inputs = sample_inputs(
         device,
         dtype,
@@ -205,14 +235,15 @@ def run_case(
         expected = forms["visionllm"]().float()
     differentiable = ["visionllm"]
     for peer, (make, has_backward) in FORMS[name].items():
+        if peer in ONLY_CUDA and device.type == "cpu":
+            continue
         try:
             form = make(inputs)
             with torch.no_grad():
                 error = float((form().float() - expected).abs().max() / expected.abs().max())
         except Exception as problem:  # a peer that is not installed, or not for this device, type or size
-            print(
-                f"{name} T={rows}: without {peer}: {type(problem).__name__}: {str(problem).splitlines()[:1]}"
-            )
+            reason = f"{type(problem).__name__}: {str(problem).splitlines()[:1]}"
+            print(f"{name} T={rows} K={features}: without {peer}: {reason}")
             continue
         if peer != "base_only" and not error < TOLERANCE[dtype]:
             raise SystemExit(f"{name} T={rows}: {peer} differs from visionllm by {error}")
@@ -221,23 +252,37 @@ def run_case(
     leaves = [t for t in (inputs.x, inputs.lora_a, inputs.lora_b) if t is not None]
     grad_output = torch.randn_like(expected).to(dtype)
 
+    # A small layer on the CPU finds its weights in the cache: several calls are timed as one.
+    calls = CALLS if device.type == "cpu" and features < 1024 else 1
+
     def forward(form: Form) -> Callable[[], object]:
-        def call() -> object:
+        def call() -> None:
             with torch.no_grad():
-                return form()
+                for _ in range(calls):
+                    form()
 
         return call
 
     def both(form: Form) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(form(), leaves, grad_output)
+        def call() -> None:
+            for _ in range(calls):
+                torch.autograd.grad(form(), leaves, grad_output)
 
-    label = f"{name} T={rows} {str(dtype).removeprefix('torch.')}"
+        return call
+
+    def total(one: Work) -> Work:
+        return Work(calls * one.bytes, calls * one.flops)
+
+    label = f"{name} T={rows} K={features} {str(dtype).removeprefix('torch.')}"
+    label += f" x {calls}" if calls > 1 else ""
     counts = dict.fromkeys(forms, repeats)
     functions = {peer: forward(form) for peer, form in forms.items()}
-    result = compare(f"{label} forward", functions, work(inputs, False), limits, counts, device)
+    result = compare(f"{label} forward", functions, total(work(inputs, False)), limits, counts, device)
     if case.backward:
         functions = {peer: both(forms[peer]) for peer in differentiable}
-        result += compare(f"{label} forward+backward", functions, work(inputs, True), limits, counts, device)
+        result += compare(
+            f"{label} forward+backward", functions, total(work(inputs, True)), limits, counts, device
+        )
     return result
 
 
@@ -247,24 +292,36 @@ def main() -> None:
     )
     add_device_option(parser)
     parser.add_argument("--rows", nargs="+", type=int, help="numbers of rows of x")
+    parser.add_argument("--features", nargs="+", type=int, help="inputs and outputs of the layer")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on CUDA, float32 on the CPU)"
-    )
-    parser.add_argument("--repeats", type=int, default=20, help="calls of each (default %(default)s)")
+        "--types", nargs="+", choices=("float32", "bfloat16", "float16"),
+        help="(default: bfloat16 on CUDA, float32 and bfloat16 on the CPU)",
+    )  # fmt: skip
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on the CPU (default 1 2)")
+    parser.add_argument("--repeats", type=int, help="calls of each (default: 20, on the CPU by size)")
+    parser.add_argument("--name", default="lora_linear", help="how the file in bench/results begins")
     options = parser.parse_args()
     device = require_device(options.device)
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    limits = measure_limits(device, dtype)
-    rows = []
-    for name in options.cases:
-        for count in options.rows or ROWS[device.type]:
-            new = run_case(name, count, dtype, device, limits, options.repeats)
-            print_rows(new)
-            rows += new
-    threads = f"_{torch.get_num_threads()}_threads" if device.type == "cpu" else ""
-    path = write_results(results_name("lora_linear", device) + threads, rows, {str(dtype): limits}, device)
-    print(f"written to {path}")
+    on_cpu = device.type == "cpu"
+    types = [getattr(torch, t) for t in options.types or (["float32"] if on_cpu else []) + ["bfloat16"]]
+    for threads in options.threads if on_cpu else (torch.get_num_threads(),):
+        torch.set_num_threads(threads)
+        limits = {str(dtype): measure_limits(device, dtype) for dtype in types}
+        rows: list[Row] = []
+        for features in options.features or FEATURES[device.type]:
+            for name in options.cases:
+                for dtype in types:
+                    for count in options.rows or ROWS[device.type]:
+                        limit = limits[str(dtype)]
+                        new = run_case(name, count, features, dtype, device, limit, options.repeats)
+                        print_rows(new)
+                        rows += new
+                        gc.collect()
+        suffix = f"_{threads}_threads" if on_cpu else ""
+        print(
+            f"written to {write_results(results_name(options.name, device) + suffix, rows, limits, device)}"
+        )
 
 
 if __name__ == "__main__":
