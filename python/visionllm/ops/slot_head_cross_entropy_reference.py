@@ -132,7 +132,10 @@ def slot_head_cross_entropy_sum_reference(
     sigma: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of the losses, and its gradients of states, rows and norm_weight, in plain PyTorch."""
-    tensors, scalars = (states, rows, target, weight, valid, norm_weight), (epsilon, scale, sigma)
-    loss, *saved = slot_head_cross_entropy_reference(*tensors, *scalars)
-    ones = torch.ones_like(loss)
-    return loss.sum(), *slot_head_cross_entropy_backward_reference(ones, *tensors, *saved, *scalars)
+    tensors = (states, rows, target, weight, valid, norm_weight)
+    scalars = (epsilon, scale, sigma)
+    loss, logsumexp, target_logsumexp = slot_head_cross_entropy_reference(*tensors, *scalars)
+    grads = slot_head_cross_entropy_backward_reference(
+        torch.ones_like(loss), *tensors, logsumexp, target_logsumexp, *scalars
+    )
+    return loss.sum(), *grads
