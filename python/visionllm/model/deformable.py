@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionllm.model.attention import attention
+from visionllm.model.linear import Linear
 from visionllm.ops import ms_deform_attn_fused, ms_deform_attn_fused_reference
 from visionllm.ops.choice import uses_operator
 
@@ -23,10 +23,10 @@ class MSDeformAttention(nn.Module):
     def __init__(self, dim: int, heads: int, levels: int, points: int) -> None:
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
-        self.value = nn.Linear(dim, dim)
-        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(dim, heads * levels * points)
-        self.output = nn.Linear(dim, dim)
+        self.value = Linear(dim, dim)
+        self.sampling_offsets = Linear(dim, heads * levels * points * 2)
+        self.attention_weights = Linear(dim, heads * levels * points)
+        self.output = Linear(dim, dim)
         # One direction per head, growing with the point's index: Deformable DETR's initial fan of offsets.
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(heads) * (2 * math.pi / heads)
@@ -40,12 +40,19 @@ class MSDeformAttention(nn.Module):
         nn.init.zeros_(self.attention_weights.bias)
 
     def forward(
-        self, query: Tensor, reference: Tensor, value: Tensor, shapes: Tensor, starts: Tensor
+        self,
+        query: Tensor,
+        reference: Tensor,
+        value: Tensor,
+        shapes: Tensor,
+        starts: Tensor,
+        shortcut: Tensor | None = None,
     ) -> Tensor:
         """One query may sample every scale.
 
         Args:
             query: [B, Q, C]; reference: [B, Q, 2 or 4] in 0..1; value: [B, S, C].
+            shortcut: [B, Q, C], added to the result.
             shapes: int64 [L, 2], heights and widths; starts: int64 [L], first row of every scale.
 
         Returns:
@@ -62,7 +69,7 @@ class MSDeformAttention(nn.Module):
             y = ms_deform_attn_fused_reference(
                 value.float(), shapes, starts, reference, offsets.float(), logits.float()
             )
-        return self.output(y.to(query.dtype))
+        return self.output(y.to(query.dtype), shortcut=shortcut)
 
 
 class FeedForward(nn.Module):
@@ -71,11 +78,11 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.up = nn.Linear(dim, hidden)
-        self.down = nn.Linear(hidden, dim)
+        self.up = Linear(dim, hidden)
+        self.down = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.down(self.up(self.norm(x), "gelu"), shortcut=x)
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -91,7 +98,7 @@ class DeformableEncoderLayer(nn.Module):
         self, x: Tensor, position: Tensor, reference: Tensor, shapes: Tensor, starts: Tensor
     ) -> Tensor:
         normed = self.norm(x)
-        return self.ffn(x + self.attention(normed + position, reference, normed, shapes, starts))
+        return self.ffn(self.attention(normed + position, reference, normed, shapes, starts, shortcut=x))
 
 
 class DeformableDecoderLayer(nn.Module):
@@ -125,5 +132,6 @@ class DeformableDecoderLayer(nn.Module):
         v = self.value(normed).view(b, n, self.heads, -1).transpose(1, 2)
         y = attention(q, k, v, mask)
         x = x + self.output(y.transpose(1, 2).reshape(b, n, c))
-        x = x + self.attention(self.cross_norm(x) + position, reference, memory, shapes, starts)
+        query = self.cross_norm(x) + position
+        x = self.attention(query, reference, memory, shapes, starts, shortcut=x)
         return self.ffn(x)

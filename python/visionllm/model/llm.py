@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from visionllm.model.attention import attention
 from visionllm.model.config import ModelConfig
+from visionllm.model.linear import Linear
 from visionllm.model.lora import LoRALinear
 from visionllm.ops import query_attention
 from visionllm.ops.choice import uses_operator
@@ -122,10 +123,10 @@ class LLMLayer(nn.Module):
         self.heads, self.kv_heads = config.llm_heads, config.llm_kv_heads
         self.head_dim = dim // self.heads
 
-        def linear(name: str, inputs: int, outputs: int) -> nn.Linear:
+        def linear(name: str, inputs: int, outputs: int) -> Linear:
             if config.lora_rank and name in config.lora_targets:
                 return LoRALinear(inputs, outputs, config.lora_rank, config.lora_alpha)
-            return nn.Linear(inputs, outputs, bias=False)
+            return Linear(inputs, outputs, bias=False)
 
         self.attention_norm = RMSNorm(dim)
         self.q = linear("q", dim, dim)
@@ -160,9 +161,9 @@ class LLMLayer(nn.Module):
                 own_q, own_k = (apply_rope(t, layout.slot_rope) for t in (own_q, own_k))
                 own = grouped_attention(own_q, own_k, own_v, far_k, far_v, layout.mask)
             y = torch.cat([y, own.reshape(b, n - p, c)], 1)
-        x = x + self.o(y)
+        x = self.o(y, shortcut=x)
         normed = self.ffn_norm(x)
-        return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
+        return self.down(self.gate(normed, "silu") * self.up(normed), shortcut=x)
 
 
 class LLM(nn.Module):

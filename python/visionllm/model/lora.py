@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionllm.model.linear import Linear, finish
 from visionllm.ops import lora_linear
 from visionllm.ops.choice import uses_operator
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """Linear layer with an adapter of the given rank; B starts at zero, so the adapter adds nothing at first.
 
     Args:
@@ -29,7 +30,10 @@ class LoRALinear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(outputs, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: str = "", shortcut: Tensor | None = None) -> Tensor:
+        return finish(self.adapted(x), activation, shortcut)
+
+    def adapted(self, x: Tensor) -> Tensor:
         if uses_operator("lora_linear", x):
             bias = None if self.bias is None else self.bias.detach()
             y = lora_linear(x, self.weight.detach(), bias, self.lora_a, self.lora_b, self.scale)

@@ -180,8 +180,9 @@ class SlotReading:
             offsets + BINS_PER_UNIT,
             weight=wanted[..., None].expand(offsets.shape).to(offsets.dtype),
             sigma=LOCATION_SIGMA,
+            reduction="sum",
         )
-        return loss.sum() / offsets.shape[-1]
+        return loss / offsets.shape[-1]
 
     def _class_operands(self, groups: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """States [B, G, C], rows [B, K + 1, C] and which of them each picture allows."""
