@@ -21,31 +21,31 @@ from visionllm.ops.lora_linear import SampleInputs, sample_inputs
 module = sys.modules[SampleInputs.__module__]
 
 MIXED = dict(adapters=3, indexed=True)
-# Up to 12 rows: tiles of 2 or 4 rows and 4 columns over the weights as they lie. More: blocks of 480 rows,
+# Up to 64 rows: tiles of 2 or 4 rows and 4 columns over the weights as they lie. More: blocks of 480 rows,
 # 256 columns and 256 words of depth (512 bfloat16), in panels of up to 64 columns.
 CASES = {
     "one_row": dict(rows=1, inputs=40, outputs=17, rank=16),
     "one_row_long": dict(rows=1, inputs=1096, outputs=17, rank=1, bias=False),
     "eight_rows": dict(rows=8, inputs=72, outputs=33, rank=9, **MIXED),
-    "twelve_rows": dict(rows=12, inputs=308, outputs=260, rank=9),
+    "64_rows": dict(rows=64, inputs=308, outputs=260, rank=9),
     "few_rows_odd": dict(rows=5, inputs=37, outputs=19, rank=5, **MIXED),
     "few_rows_int8": dict(rows=3, inputs=80, outputs=20, rank=8, int8=True, **MIXED),
     "few_rows_int8_odd": dict(rows=11, inputs=75, outputs=35, rank=7, int8=True),
     "few_rows_plain": dict(rows=4, inputs=24, outputs=16, adapters=0),
-    "block": dict(rows=13, inputs=48, outputs=40, rank=8),
-    "block_plain": dict(rows=40, inputs=40, outputs=24, adapters=0, bias=False),
-    "block_odd": dict(rows=70, inputs=45, outputs=131, rank=17, **MIXED),
-    "block_int8": dict(rows=35, inputs=80, outputs=144, rank=16, int8=True, **MIXED),
-    "block_int8_odd": dict(rows=35, inputs=41, outputs=37, rank=5, int8=True, adapters=0),
-    "deep": dict(rows=15, inputs=1027, outputs=24, rank=4, **MIXED),
-    "deep_backward": dict(rows=15, inputs=24, outputs=1027, rank=4, int8=True),
-    "strides_that_collide": dict(rows=14, inputs=2048, outputs=20, rank=3),
-    "rank_128": dict(rows=33, inputs=36, outputs=36, rank=128, **MIXED),
+    "block": dict(rows=65, inputs=48, outputs=40, rank=8),
+    "block_plain": dict(rows=80, inputs=40, outputs=24, adapters=0, bias=False),
+    "block_odd": dict(rows=90, inputs=45, outputs=131, rank=17, **MIXED),
+    "block_int8": dict(rows=70, inputs=80, outputs=144, rank=16, int8=True, **MIXED),
+    "block_int8_odd": dict(rows=75, inputs=41, outputs=37, rank=5, int8=True, adapters=0),
+    "deep": dict(rows=66, inputs=1027, outputs=24, rank=4, **MIXED),
+    "deep_backward": dict(rows=66, inputs=24, outputs=1027, rank=4, int8=True),
+    "strides_that_collide": dict(rows=67, inputs=2048, outputs=20, rank=3),
+    "rank_128": dict(rows=70, inputs=36, outputs=36, rank=128, **MIXED),
     "several_blocks": dict(rows=490, inputs=10, outputs=270, rank=3, **MIXED),
-    "many_adapters": dict(rows=20, inputs=16, outputs=24, rank=4, adapters=30, indexed=True),
+    "many_adapters": dict(rows=100, inputs=16, outputs=24, rank=4, adapters=30, indexed=True),
     "no_rows": dict(rows=0, inputs=16, outputs=8, rank=2, **MIXED),
-    "no_inputs": dict(rows=20, inputs=0, outputs=8, rank=2),
-    "no_outputs": dict(rows=20, inputs=8, outputs=0, rank=2, **MIXED),
+    "no_inputs": dict(rows=70, inputs=0, outputs=8, rank=2),
+    "no_outputs": dict(rows=70, inputs=8, outputs=0, rank=2, **MIXED),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("output", "low_rank", "grad_x", "grad_a", "grad_b")
@@ -107,7 +107,7 @@ def test_against_float64(case: str, dtype: torch.dtype, isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [7, 50])
+@pytest.mark.parametrize("rows", [7, 70])
 def test_rows_may_lie_apart(rows: int, dtype: torch.dtype, isa: str) -> None:
     inputs = sample_inputs(dtype=dtype, rows=rows, inputs=70, outputs=37, rank=6, **MIXED)
     assert inputs.lora_a is not None and inputs.lora_b is not None
@@ -130,7 +130,7 @@ def test_rows_may_lie_apart(rows: int, dtype: torch.dtype, isa: str) -> None:
 
 
 def test_output_rows_may_lie_apart_and_nothing_between_is_written(isa: str) -> None:
-    for rows in (3, 30):
+    for rows in (3, 70):
         inputs = sample_inputs(rows=rows, inputs=20, outputs=21, adapters=0)
         memory = torch.full((rows, 33), 7.0)
         arguments = (inputs.x, inputs.weight, None, inputs.bias, None, None, None, None, 1.0)
@@ -151,7 +151,7 @@ def test_thread_counts_give_the_same(case: str, dtype: torch.dtype, threads: Cal
             assert torch.equal(value, alone[name]), f"{name} with {count} threads"
 
 
-@pytest.mark.parametrize("rows", [9, 60])
+@pytest.mark.parametrize("rows", [9, 100])
 def test_rows_do_not_see_the_adapters_of_others(rows: int, isa: str) -> None:
     inputs = sample_inputs(rows=rows, inputs=33, outputs=29, rank=5, **MIXED)
     assert inputs.lora_a is not None and inputs.lora_b is not None and inputs.adapter_index is not None

@@ -20,15 +20,24 @@ VISIONLLM_INLINE void finish(const LoraLinearParams& p, int64_t row, int64_t n, 
 
 template <typename T>
 void stream_low_rank(const LoraLinearParams& p, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
+  const T* x[kLoraStreamRows];
+  const auto adapter = [&](int64_t row) {
     const int64_t e = p.index == nullptr ? 0 : p.index[row];
+    return e >= 0 && e < p.E ? e : -1;
+  };
+  for (int64_t row = begin, next; row < end; row = next) {
+    const int64_t e = adapter(row);
+    next = row;
+    do {
+      x[next - row] = at<T>(p.x, next * p.x_stride);
+      ++next;
+    } while (next < end && adapter(next) == e);
     float* out = p.low_rank + row * p.R;
-    const T* x = at<T>(p.x, row * p.x_stride);
-    const bool adapted = e >= 0 && e < p.E;
-    if (adapted)
-      matmul_stream(out, p.R, &x, 1, at<T>(p.a, e * p.R * p.K), p.K, 0, p.R, p.K, nullptr,
+    const int64_t count = (next - row) * p.R;
+    if (e >= 0)
+      matmul_stream(out, p.R, x, next - row, at<T>(p.a, e * p.R * p.K), p.K, 0, p.R, p.K, nullptr,
                     static_cast<const StreamAdapter<T>*>(nullptr), 0);
-    for (int64_t r = 0; r < p.R; ++r) out[r] = adapted ? out[r] * p.factor[e] : 0.0f;
+    for (int64_t i = 0; i < count; ++i) out[i] = e >= 0 ? out[i] * p.factor[e] : 0.0f;
   }
 }
 

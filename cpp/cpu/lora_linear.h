@@ -10,7 +10,8 @@
 namespace visionllm::cpu {
 
 // Up to this many rows the forward reads the weights once, as they lie; with more rows it pays to pack them.
-constexpr int64_t kLoraStreamRows = 12;
+// Measured: 7 % faster with 64 rows of 1024 inputs, as fast with 96 (Zen 4).
+constexpr int64_t kLoraStreamRows = 64;
 
 // A block of the product: its sums, kLoraBlockRows (or all rows, where they are fewer) by kLoraBlockColumns, and
 // as many packed columns of kLoraBlockDepth words stay in the second-level cache.

@@ -1,6 +1,6 @@
 // A product for few rows of A, which reads B once, as it lies: C[m, n] = sum over k of A[m, k] B[n, k], both with k
 // contiguous. Each sum is a dot product over vectors along k, whose lanes are added up at its end. Only memory
-// limits one row; from about 12 rows on, packing B (cpu/matmul.h) costs less than the loads here.
+// limits one row; from about 64 rows on, packing B (cpu/matmul.h) costs less than the loads here.
 #pragma once
 
 #include "matmul.h"

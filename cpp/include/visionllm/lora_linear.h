@@ -24,6 +24,10 @@
 // an adapter may reach rows without it that share a tile of 128 rows with its own. s is kept to at least 16 bits
 // of mantissa wherever it is a factor; in float16 it has that type's range, as x has.
 //
+// On the CPU nothing goes to a vendor's library. Measured on one core of an EPYC (Zen 4) against oneDNN's and MKL's
+// product of the same size: 500 rows of 192 inputs and outputs 103 against 102 GFLOP/s in float32, 192 against
+// 198 in bfloat16; 64 rows of 1024 1.1 times, 12 rows 1.8 times as fast.
+//
 // The base (weight, weight_scale, bias) is frozen: it has no gradient here.
 #pragma once
 
