@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -43,21 +44,30 @@ class VisionLLM:
     Attributes:
         network: the `visionllm.model.Network`, in inference mode.
         threshold: score from which an object is shown, where a call does not say otherwise.
+        dtype: of the products; with bfloat16 everything else stays in float32, as in training.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         self.network = network.eval()
         self.threshold: float = network.config.score_threshold
-        if network.device.type == "cpu":
-            keep_freed_memory()
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], device: str | None = None) -> VisionLLM:
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        device: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> VisionLLM:
         """Loads a folder written by `save_pretrained` or by training.
 
         Args:
             folder: holds ``config.json``, ``model.safetensors`` and ``tokenizer.model``.
             device: "cpu", "cuda", "cuda:1", ...; None: a GPU if torch has one, else the CPU.
+            dtype: torch.float32, or torch.bfloat16 for twice the speed of products where the processor has
+                instructions for it.
 
         Raises:
             FileNotFoundError: no such folder.
@@ -68,7 +78,8 @@ class VisionLLM:
 
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{os.fspath(folder)}: expected a model folder, found none")
-        return cls(Network.from_pretrained(Path(folder), device=checked_device(device)))
+        keep_freed_memory()
+        return cls(Network.from_pretrained(Path(folder), device=checked_device(device)), dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the folder that `from_pretrained` reads."""
@@ -136,11 +147,10 @@ class VisionLLM:
         rounds = max((len(asked.instructions) for asked in requests), default=0)
         for turn in range(rounds):
             members = [i for i, asked in enumerate(requests) if turn < len(asked.instructions)]
-            detections = self.network.detect(
-                pixels[members] if len(members) < len(images) else pixels,
-                [requests[i].instructions[turn] for i in members],
-                top=MAX_BOXES,
-            )
+            asked_now = [requests[i].instructions[turn] for i in members]
+            shown = pixels[members] if len(members) < len(images) else pixels
+            with self._precision():
+                detections = self.network.detect(shown, asked_now, top=MAX_BOXES)
             for i, detection in zip(members, detections, strict=True):
                 found[i].append(detection)
         return [
@@ -153,6 +163,11 @@ class VisionLLM:
             )
             for image, asked, parts in zip(images, requests, found, strict=True)
         ]
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.network.device.type, self.dtype)
 
     def _answer_all(
         self,
@@ -189,18 +204,22 @@ class VisionLLM:
         return float(threshold)
 
 
-def load(model: str | os.PathLike[str] = DEFAULT_MODEL, device: str | None = None) -> VisionLLM:
+def load(
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> VisionLLM:
     """The model that comes with the package, or one from a folder.
 
     Args:
         model: a folder as for `VisionLLM.from_pretrained`, or, as text, the name of packaged weights, which
             goes before a folder of that name in the working directory: that one is "./name".
-        device: as for `VisionLLM.from_pretrained`.
+        device, dtype: as for `VisionLLM.from_pretrained`.
 
     Raises:
         FileNotFoundError: neither a folder nor packaged weights; says what to do.
     """
-    return VisionLLM.from_pretrained(model_folder(model), device)
+    return VisionLLM.from_pretrained(model_folder(model), device, dtype)
 
 
 @cache

@@ -60,14 +60,15 @@ class PackedConvolution(PackedWeights):
             x, pad = F.pad(x, edges), (0, 0)
         weight, bias = self.packed(x.dtype, x.shape, pad, grown)
         stride, groups = self.module.stride, self.module.groups
-        if shortcut is not None:
+        if shortcut is not None and not relu6:
             return torch.ops.mkldnn._convolution_pointwise.binary(
                 x, shortcut.to(x.dtype), weight, bias, pad, stride, (1, 1), groups, "add", 1.0, None, [], None
             )
         activation, limits = ("hardtanh", [0.0, 6.0]) if relu6 else ("none", [])
-        return torch.ops.mkldnn._convolution_pointwise(
+        y = torch.ops.mkldnn._convolution_pointwise(
             x, weight, bias, pad, stride, (1, 1), groups, activation, limits, ""
         )
+        return y if shortcut is None else shortcut + y
 
     def pack(self, weight: Tensor, *how: Any) -> Tensor:
         shape, pad, grown = how

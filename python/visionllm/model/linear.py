@@ -47,7 +47,7 @@ class PackedLinear(PackedWeights):
     def __call__(self, x: Tensor, activation: str, shortcut: Tensor | None) -> Tensor:
         x = autocast(x)
         weight, bias = self.packed(x.dtype)
-        if shortcut is not None and shortcut.dtype == x.dtype:
+        if shortcut is not None and shortcut.dtype == x.dtype and not activation:
             return torch.ops.mkldnn._linear_pointwise.binary(x, shortcut, weight, bias, "add")
         name, algorithm = ONEDNN_NAMES[activation]
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)

@@ -116,7 +116,8 @@ class Network(nn.Module):
         Pictures are mostly asked the same, one after the other.
         """
         weights = [self.embedding.weight, *self.text_encoder.parameters()]
-        key = (tuple(instructions), tuple((w.data_ptr(), w._version) for w in weights))
+        reduced = torch.is_autocast_enabled(self.device.type)
+        key = (tuple(instructions), reduced, *((w.data_ptr(), w._version) for w in weights))
         keep = not self.training and not torch.is_grad_enabled()
         if keep and (found := self._asked.get(key)) is not None:
             return found
