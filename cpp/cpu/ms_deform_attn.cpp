@@ -12,7 +12,7 @@ template <int kVectors, int kChains, typename T>
 VISIONLLM_INLINE void gather_point(const Points& points, int64_t p, const T* value, int64_t stride,
                                    F (&sum)[kChains][kVectors]) {
   for (int corner = 0; corner < kCorners; ++corner) {
-    const T* row = value + points.row[corner * points.padded + p] * stride;
+    const T* row = one_address(value + points.row[corner * points.padded + p] * stride);
     const F weight = set(points.weight[corner * points.padded + p]);
     for (int i = 0; i < kVectors; ++i) {
       sum[corner % kChains][i] = mul_add(weight, load(row + i * kWidth), sum[corner % kChains][i]);

@@ -47,8 +47,8 @@ VISIONLLM_INLINE void scatter_points(const Points& points, int64_t p, uint32_t v
     for (int lane = 0; lane < kWidth; ++lane) {
       product[lane] = set(0.0f);
       if (!(valid >> lane & 1u)) continue;
-      const V* row = value + rows[lane] * stride;
-      float* grad_row = grad_value + rows[lane] * grad_stride;
+      const V* row = one_address(value + rows[lane] * stride);
+      float* grad_row = one_address(grad_value + rows[lane] * grad_stride);
       const F weight = set(weights[lane]);
       if (kTail) {
         product[lane] = grad[0] * load_partial(row, tail);

@@ -25,6 +25,13 @@
 namespace visionllm::cpu::VISIONLLM_ISA {
 namespace {
 
+// Makes the compiler keep one address for a row: left alone, GCC computes another for each vector of it.
+template <typename T>
+VISIONLLM_INLINE T* one_address(T* row) {
+  asm("" : "+r"(row));
+  return row;
+}
+
 constexpr int kCorners = 4;  // (y0, x0), (y0, x1), (y1, x0), (y1, x1)
 
 // Slices of the workspace, all [padded_points], arrays of corners [kCorners][padded_points].
@@ -234,11 +241,21 @@ VISIONLLM_INLINE void locate(const MsDeformAttnParams& params, const Place& plac
   }
 }
 
+VISIONLLM_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
+// Rows of one head lie H heads apart, which the hardware does not foresee: they are asked for so many ahead.
+constexpr int64_t kPrefetchRows = 16;
+
 // Copies `pixels` rows of `channels` elements, converting as the types say.
 template <typename From, typename To>
 void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t pixels,
                int64_t channels) {
   for (int64_t s = 0; s < pixels; ++s, from += from_stride, to += to_stride) {
+    if (s + kPrefetchRows < pixels) {
+      prefetch(from + kPrefetchRows * from_stride, channels * static_cast<int64_t>(sizeof(From)));
+    }
     int64_t d = 0;
     for (; d + kWidth <= channels; d += kWidth) store(to + d, load(from + d));
     if (d < channels) {
@@ -249,10 +266,6 @@ void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride,
 }
 
 // Asks for the inputs of a query to come: they lie H heads apart, which the hardware does not foresee.
-VISIONLLM_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
-}
-
 VISIONLLM_INLINE void prefetch(const MsDeformAttnParams& params, const Place& place) {
   prefetch(place.locations, static_cast<int64_t>(params.points) * 2 * static_cast<int64_t>(sizeof(float)));
   prefetch(place.attention, static_cast<int64_t>(params.points) * static_cast<int64_t>(sizeof(float)));
