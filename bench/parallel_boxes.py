@@ -124,8 +124,8 @@ class Bench:
     def parallel(self, groups: int | None = None) -> Tensor:
         """The chosen row of every slot, [1, objects, 5]."""
         _, states = self.llm(self.prefix, self.mask, self.slots[:, :groups])
-        classes = (states[:, :, :1] @ self.classes.T).argmax(-1)
-        return torch.cat([classes, (states[:, :, 1:] @ self.locations.T).argmax(-1)], -1)
+        classes = functional.linear(states[:, :, :1], self.classes).argmax(-1)
+        return torch.cat([classes, functional.linear(states[:, :, 1:], self.locations).argmax(-1)], -1)
 
     def decode(self, tokens: int, whole_vocabulary: bool) -> tuple[float, list[int]]:
         """Seconds of the prefill, and what was chosen."""
@@ -172,6 +172,7 @@ def shown(value: float | None) -> str:
     return "--" if value is None else f"{value:.3f}"
 
 
+@torch.inference_mode()
 def run(bench: Bench, repeats: int) -> list[Row]:
     bench.check_decoder()
     whole = seconds(bench.parallel, repeats)
@@ -213,20 +214,19 @@ def main() -> None:
     parser.add_argument("--name", default="parallel_boxes", help="the file in bench/results")
     options = parser.parse_args()
     rows: list[Row] = []
-    with torch.inference_mode():
-        for name in options.types:
-            bench = Bench(options.objects, options.prefix, getattr(torch, name))
-            for threads in options.threads:
-                torch.set_num_threads(threads)
-                new = run(bench, options.repeats)
-                for row in new:
-                    print(
-                        f"{row.objects} objects {row.type} {row.threads} thr  {row.implementation:<20}"
-                        f" {row.decoded:5d} tokens {row.seconds:8.3f} s ({shown(row.seconds_after_prefix)} s)"
-                        f"  parallel is {row.speedup:.1f} x as fast ({shown(row.speedup_after_prefix)} x)",
-                        flush=True,
-                    )
-                rows += new
+    for name in options.types:
+        bench = Bench(options.objects, options.prefix, getattr(torch, name))
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            new = run(bench, options.repeats)
+            for row in new:
+                print(
+                    f"{row.objects} objects {row.type} {row.threads} thr  {row.implementation:<20}"
+                    f" {row.decoded:5d} tokens {row.seconds:8.3f} s ({shown(row.seconds_after_prefix)} s)"
+                    f"  parallel is {row.speedup:.1f} x as fast ({shown(row.speedup_after_prefix)} x)",
+                    flush=True,
+                )
+            rows += new
     print(f"written to {write_report(options.name, {'rows': [asdict(row) for row in rows]})}")
 
 

@@ -86,16 +86,13 @@ def test_reference_is_the_definition(case: str) -> None:
 def test_reference_is_the_models_attention(case: str) -> None:
     inputs = finite(sample_inputs(dtype=torch.float64, **CASES[case]))
     q, k, v, prefix_k, prefix_v, length, rope = inputs.args()
-    batch, groups, slots, heads, channels = q.shape
-    flat_q, flat_k, flat_v = (t.flatten(1, 2) for t in (q, k, v))
     if rope is not None:
-        position = length[:, None] + torch.arange(slots).repeat(groups)
-        table = tuple(t[position][:, :, None] for t in rope)
-        flat_q, flat_k = llm.apply_rope(flat_q, table), llm.apply_rope(flat_k, table)
+        position = length[:, None] + torch.arange(q.shape[2])  # [B, S]
+        table = tuple(t[position][:, None, :, None] for t in rope)
+        q, k = llm.apply_rope(q, table), llm.apply_rope(k, table)
     mask = torch.arange(prefix_k.shape[1]) < length[:, None]
-    expected = llm.grouped_attention(flat_q, flat_k, flat_v, prefix_k, prefix_v, mask, slots)
-    got = query_attention(*inputs.args())
-    torch.testing.assert_close(got, expected.view(batch, groups, slots, heads, channels))
+    expected = llm.grouped_attention(q, k, v, prefix_k, prefix_v, mask)
+    torch.testing.assert_close(query_attention(*inputs.args()), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)

@@ -485,8 +485,8 @@ def _backward_kernel(
     if q.dtype == torch.float64:
         return query_attention_backward_reference(grad_output, output, logsumexp, *inputs)
     operator = "query_attention_backward"
-    fallback.check_shape(operator, "grad_output", grad_output, "[B, M, S, H, D]", q.shape)
     arguments = _kernel_arguments(operator, *inputs)
+    fallback.check_shape(operator, "grad_output", grad_output, "[B, M, S, H, D]", q.shape)
     grad_q, grad_k, grad_v, grad_prefix_k, grad_prefix_v = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, prefix_k, prefix_v)
     )
