@@ -88,6 +88,18 @@ def test_more_than_512_classes(model):
     assert result.boxes.labels.max() < 520 and len(result.instructions) == 2
 
 
+def test_bfloat16_answers_alike(model):
+    """Products rounded to 8 bits: every candidate's best score stays close, and so does its box."""
+    picture, names = noise(120, 160), [f"thing {k}" for k in range(5)]
+    reduced = VisionLLM(model.network, torch.bfloat16)
+    exact, found = model.detect(picture, names), reduced.detect(picture, names)
+    assert found.all_boxes.scores.dtype == np.float32 and len(found.all_boxes.scores) == 100
+    assert not np.array_equal(found.all_boxes.scores, exact.all_boxes.scores)
+    np.testing.assert_allclose(found.all_boxes.scores, exact.all_boxes.scores, atol=0.02)
+    with pytest.raises(ValueError, match="expected torch.float32 or torch.bfloat16, got torch.float16"):
+        VisionLLM(model.network, torch.float16)
+
+
 def test_nothing_needs_gradients(model):
     result = model.detect(noise(32, 32), ["dog"])
     assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
