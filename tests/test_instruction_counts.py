@@ -9,7 +9,7 @@ import instruction_counts
 import pytest
 
 TABLE = json.loads((instruction_counts.ROOT / "bench/results/instruction_counts.json").read_text())
-OPERATORS = ("ms_deform_attn", "lora_linear", "query_attention", "slot_head")
+OPERATORS = ("fusion_attention", "lora_linear", "ms_deform_attn", "query_attention", "slot_head")
 
 
 def test_every_operator_is_recorded_forward_and_backward() -> None:
