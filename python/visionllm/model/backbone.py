@@ -30,8 +30,7 @@ STEM_CHANNELS = 32
 OUTPUT_STAGES = (2, 4, 6)  # C3, C4, C5
 OUTPUT_CHANNELS = tuple(STAGES[i][4] for i in OUTPUT_STAGES)
 # The statistics the published weights expect, on pixel values 0..255.
-PIXEL_MEAN = (127.0, 127.0, 127.0)
-PIXEL_STD = (128.0, 128.0, 128.0)
+PIXEL_MEAN, PIXEL_STD = 127.0, 128.0  # of every channel
 
 
 class SameConv(Convolution):

@@ -141,8 +141,8 @@ class ImageTokenizer(nn.Module):
         Returns:
             the scales [B, C, H / stride, W / stride], and the router's logits [B] of "drawing".
         """
-        mean, std = pixel_statistics(images.device)
-        x = ((images.float() - mean) / std).permute(0, 3, 1, 2)  # channels last in memory, as oneDNN likes it
+        # Channels last in memory, as oneDNN likes it.
+        x = ((images.float() - PIXEL_MEAN) / PIXEL_STD).permute(0, 3, 1, 2)
         c3 = self.backbone.first_stages(x)
         drawing: Tensor | None = None
         own: list[Tensor] = []
@@ -259,13 +259,6 @@ def _grid(sizes: tuple[tuple[int, int], ...], dim: int, device: torch.device) ->
         starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
         anchors = anchor_boxes(shapes).to(device)
         return Grid(shapes, starts, anchors, inverse_sigmoid(anchors), sine_encoding(anchors[:, :2], dim))
-
-
-@lru_cache(maxsize=16)
-def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The backbone's mean and standard deviation of pixels, each [3]. Shared: not to be changed."""
-    with torch.inference_mode(False):
-        return torch.tensor(PIXEL_MEAN, device=device), torch.tensor(PIXEL_STD, device=device)
 
 
 def anchor_boxes(shapes: Tensor) -> Tensor:
