@@ -32,7 +32,7 @@ from visionllm.pipeline import VisionLLM
 from visionllm.train.precision import use_autocast
 
 COMPILED = ("image_tokenizer", "text_encoder", "llm")
-PEERS = {"visionllm": "auto", "eager": "reference", "compile": "reference"}
+PEERS = {"visionllm": "kernels", "eager": "reference", "compile": "reference"}
 OBJECTS = 4  # a training picture
 
 

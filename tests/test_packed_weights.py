@@ -16,7 +16,7 @@ from visionllm.model.linear import PACKED_ROWS, Linear
 from visionllm.model.packed_weights import can_pack
 from visionllm.ops import use_operators
 
-with torch.no_grad(), use_operators("auto"):
+with torch.no_grad(), use_operators("kernels"):
     PACKS = can_pack(torch.zeros(1))
 needs_packing = pytest.mark.skipif(
     not PACKS,
@@ -37,7 +37,7 @@ def both(call, dtype=None):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         with use_operators("reference"):
             expected = call()
-        with use_operators("all"):
+        with use_operators("kernels"):
             return call(), expected
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from visionllm.model.attention import attention
 from visionllm.model.linear import Linear
 from visionllm.ops import ms_deform_attn_fused, ms_deform_attn_fused_reference
-from visionllm.ops.choice import uses_operator
+from visionllm.ops.choice import uses_operators
 
 
 class MSDeformAttention(nn.Module):
@@ -63,7 +63,7 @@ class MSDeformAttention(nn.Module):
         offsets = self.sampling_offsets(query).view(b, q, self.heads, self.levels, self.points, 2)
         logits = self.attention_weights(query).view(b, q, self.heads, self.levels, self.points)
         reference = reference[:, :, None].expand(-1, -1, self.levels, -1)
-        if uses_operator("ms_deform_attn_fused", value):
+        if uses_operators(value):
             y = ms_deform_attn_fused(value, shapes, starts, reference, offsets, logits)
         else:
             y = ms_deform_attn_fused_reference(

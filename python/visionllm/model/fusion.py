@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from visionllm.model.attention import attention
 from visionllm.ops import fusion_attention
-from visionllm.ops.choice import autocast, uses_operator
+from visionllm.ops.choice import autocast, uses_operators
 
 
 class LanguageFusion(nn.Module):
@@ -26,7 +26,7 @@ class LanguageFusion(nn.Module):
         """x: [B, N, C]; text: [B, T, C_text]; mask: [B, T], True where there is text. Returns [B, N, C]."""
         b, n, c = x.shape
         key, value = self.key_value(text).view(b, text.shape[1], 2, self.heads, -1).unbind(2)
-        if uses_operator("fusion_attention", x):
+        if uses_operators(x):
             y = fusion_attention(
                 autocast(x),
                 autocast(self.norm.weight),

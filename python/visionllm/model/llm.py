@@ -19,7 +19,7 @@ from visionllm.model.config import ModelConfig
 from visionllm.model.linear import Linear
 from visionllm.model.lora import LoRALinear
 from visionllm.ops import query_attention
-from visionllm.ops.choice import uses_operator
+from visionllm.ops.choice import uses_operators
 
 
 class RMSNorm(nn.Module):
@@ -154,7 +154,7 @@ class LLMLayer(nn.Module):
         y = attention(far_q.transpose(1, 2), wide_k, wide_v, causal=True).transpose(1, 2).reshape(b, p, c)
         if n > p:
             own_q, own_k, own_v = (t[:, p:].unflatten(1, (-1, layout.slots)) for t in (q, k, v))
-            if uses_operator("query_attention", q):
+            if uses_operators(q):
                 rope = (layout.table[0][:, 0], layout.table[1][:, 0])
                 own = query_attention(own_q, own_k, own_v, far_k, far_v, layout.lengths, rope)
             else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visionllm.model.linear import Linear, finish
 from visionllm.ops import lora_linear
-from visionllm.ops.choice import uses_operator
+from visionllm.ops.choice import uses_operators
 
 
 class LoRALinear(Linear):
@@ -34,7 +34,7 @@ class LoRALinear(Linear):
         return finish(self.adapted(x), activation, shortcut)
 
     def adapted(self, x: Tensor) -> Tensor:
-        if uses_operator("lora_linear", x):
+        if uses_operators(x):
             bias = None if self.bias is None else self.bias.detach()
             y = lora_linear(x, self.weight.detach(), bias, self.lora_a, self.lora_b, self.scale)
             if torch.is_grad_enabled() and self.weight.requires_grad:

@@ -18,7 +18,7 @@ from visionllm.instruction.instruction import MAX_CLASSES
 from visionllm.model.config import LOCATION_BINS, MAX_BOUNDARY_POINTS, ModelConfig
 from visionllm.model.position_encoding import sine_encoding
 from visionllm.ops import SlotPrediction, slot_head_cross_entropy, slot_head_predict
-from visionllm.ops.choice import autocast, uses_operator
+from visionllm.ops.choice import autocast, uses_operators
 
 BINS_PER_UNIT = (LOCATION_BINS - 1) // 2  # a bin is 1/512 of the picture's height or width
 LOCATION_SIGMA = 1.5  # standard deviation, in bins, of the smoothed coordinate targets
@@ -125,7 +125,7 @@ class SlotReading:
 
     def __init__(self, head: SlotHead, states: Tensor, rows: Tensor, mask: Tensor, boxes: Tensor) -> None:
         self.head, self.states, self.rows, self.mask, self.boxes = head, states, rows, mask, boxes
-        self.by_operator = uses_operator("slot_head", states)
+        self.by_operator = uses_operators(states)
 
     @cached_property
     def logits(self) -> SlotLogits:

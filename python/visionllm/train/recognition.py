@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionllm.ops import ms_deform_attn
+from visionllm.ops import ms_deform_attn, ms_deform_attn_reference
+from visionllm.ops.choice import uses_operators
 from visionllm.tokenizer import MAX_NAME_TOKENS, PADDING, pad
 from visionllm.train.losses import pad_boxes, router_loss
 
@@ -61,7 +62,8 @@ def recognition_loss(network: Network, batch: TrainBatch, names: tuple[str, ...]
     locations = locations[:, :, None, None].expand(-1, -1, heads, levels, -1, -1)
     weights = torch.full(locations.shape[:-1], 1 / (levels * len(SAMPLE_POINTS)), device=device)
     value = positions.float().unflatten(-1, (heads, -1))
-    at_objects = ms_deform_attn(value, shapes, starts, locations.contiguous(), weights)  # [B, N, C]
+    attend = ms_deform_attn if uses_operators(value) else ms_deform_attn_reference
+    at_objects = attend(value, shapes, starts, locations.contiguous(), weights)  # [B, N, C]
 
     features = network.alignment["encoder"](tokenizer.encoder_norm(at_objects[valid]))
     ids = pad([network.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in names], PADDING)
