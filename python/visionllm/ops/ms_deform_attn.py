@@ -434,7 +434,7 @@ def _backward_cuda(
 
 
 def backward_workspace(value: Tensor, locations: Tensor, deterministic: bool) -> Tensor | None:
-    """What the backward sums in (nothing on the CPU), for value [B, S, H, D] and locations [B, Q, H, L, P, 2]; or None."""
+    """What the backward of value [B, S, H, D] and locations [B, Q, H, L, P, 2] sums in; None on the CPU."""
     size = _core.ms_deform_attn_backward_workspace_raw(
         native.raw(value), native.raw(locations), deterministic
     )
