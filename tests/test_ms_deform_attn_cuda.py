@@ -58,7 +58,7 @@ SANITIZED = ("two_heads_a_line", "encoder_batch", "odd", "many_points", "no_chan
 
 @contextmanager
 def kernels(way: str, levels: str = "host", **options: object) -> Iterator[Emulation | None]:
-    """Where ``_forward_cuda`` runs; ``levels``: whether their sizes are in "host" or "device" memory."""
+    """Where the kernels run; ``levels``: whether their sizes are in "host" or "device" memory."""
     if way == "device":
         yield None
         return
@@ -76,10 +76,6 @@ def placed(inputs: Inputs, way: str, levels: str) -> list[Tensor]:
     return [t.cpu() if i in (1, 2) and levels == "host" else t.cuda() for i, t in enumerate(inputs.args())]
 
 
-def module_of(inputs: Inputs):
-    return fused if isinstance(inputs, FusedInputs) else plain
-
-
 def gradient_like(inputs: Inputs) -> Tensor:
     value, points = inputs.args()[0], inputs.args()[-1]
     shape = (value.shape[0], points.shape[1], value.shape[2] * value.shape[3])
@@ -88,7 +84,8 @@ def gradient_like(inputs: Inputs) -> Tensor:
 
 def forward(inputs: Inputs, way: str, levels: str = "host", **options: object) -> Tensor:
     with kernels(way, levels, **options):
-        return module_of(inputs)._forward_cuda(*placed(inputs, way, levels)).cpu()
+        run = fused._forward_kernel if isinstance(inputs, FusedInputs) else plain._forward_cuda
+        return run(*placed(inputs, way, levels)).cpu()
 
 
 def backward(
@@ -108,7 +105,8 @@ def backward(
     try:
         with kernels(way, levels, deterministic=deterministic, **options):
             grad_output = grad_output if way == "emulated" else grad_output.cuda()
-            grads = module_of(inputs)._backward_cuda(grad_output, *placed(inputs, way, levels), *extra)
+            run = fused._backward_kernel if isinstance(inputs, FusedInputs) else plain._backward_cuda
+            grads = run(grad_output, *placed(inputs, way, levels), *extra)
     finally:
         torch.use_deterministic_algorithms(before)
     return [grad.cpu() for grad in grads]
