@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -58,11 +57,12 @@ def _assert_kernels_share_no_code(build: Path) -> None:
     for isa in _core.built_isas():
         objects = list((build / "CMakeFiles" / f"visionllm_{isa}.dir").rglob("*.o"))
         assert objects, f"no kernels of {isa} in {build}"
-        for line in run(nm, "--demangle", "--defined-only", "--extern-only", *objects).splitlines():
+        # Mangled names: a demangled function template has its return type before its namespace.
+        own = f"_ZN9visionllm3cpu{len(isa)}{isa}"
+        for line in run(nm, "--defined-only", "--extern-only", *objects).splitlines():
             symbol = line.split(maxsplit=2)
-            if len(symbol) == 3:  # a function template's name has its return type before it
-                own = re.match(rf"(?:void )?visionllm::cpu::{isa}::", symbol[2])
-                assert own, f"{isa} kernels define {symbol[2]}"
+            if len(symbol) == 3:
+                assert symbol[2].startswith(own), f"{isa} kernels define {symbol[2]}"
 
 
 def test_neon_cross_compiled(tmp_path: Path) -> None:
