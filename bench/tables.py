@@ -81,7 +81,8 @@ def latency() -> str:
     machine = found["machine"]
     return wrap(
         f"One picture on one core of an {machine['cpu']} ({machine['instruction_set']}), "
-        f"`python bench/latency.py`: {times}; loading {1e3 * found['load_seconds']:.0f} ms."
+        f"`python bench/latency.py`: {times}; loading {1e3 * found['load_seconds']:.0f} ms. "
+        "The picture is noise, which goes the photos' way through the backbone; a drawing takes longer."
     )
 
 

@@ -161,9 +161,8 @@ class ImageTokenizer(nn.Module):
                 factor = share.to(c3.dtype)[:, None, None, None]
                 c4, c5 = (c * factor for c in self.backbone.late_stages(c3))
             own = [pretrained[0], pretrained[1], pretrained[1]]
-        projections = cast(
-            list[nn.Sequential], [*self.lateral, self.coarsest]
-        )  # a convolution and a norm each
+        # A convolution and a norm each.
+        projections = cast(list[nn.Sequential], [*self.lateral, self.coarsest])
         scales = [p[0](c) for p, c in zip(projections, (c3, c4, c5, c5), strict=True)]
         for i, (convolution, c) in enumerate(zip(self.pretrained_lateral, own, strict=True), 1):
             scales[i] = convolution(c, shortcut=scales[i])
