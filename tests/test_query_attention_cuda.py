@@ -15,6 +15,7 @@ from torch import Tensor
 import visionllm._core as _core
 from visionllm.ops import native
 from visionllm.ops.query_attention import SampleInputs, rope_table, sample_inputs
+from visionllm.ops.query_attention_reference import forward_reference
 
 # visionllm.ops.query_attention names the function.
 module = sys.modules[SampleInputs.__module__]
@@ -77,7 +78,7 @@ def forward_and_backward(
 def expected_results(inputs: SampleInputs) -> dict[str, Tensor]:
     tensors = [t.double().requires_grad_() for t in inputs.args()[:5]]
     cosine, sine = inputs.rope if inputs.rope is not None else (None, None)
-    output, logsumexp = module._forward_reference(*tensors, inputs.prefix_length, cosine, sine)
+    output, logsumexp = forward_reference(*tensors, inputs.prefix_length, cosine, sine)
     random = torch.Generator().manual_seed(1)
     grad = torch.randn(inputs.q.shape, generator=random).to(inputs.q.dtype).double()
     grads = torch.autograd.grad(output, tensors, grad)
