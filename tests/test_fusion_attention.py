@@ -13,7 +13,8 @@ from comparison import TOLERANCES, assert_close
 
 from visionllm.model.fusion import LanguageFusion
 from visionllm.ops import fallback, fusion_attention, fusion_attention_reference
-from visionllm.ops.fusion_attention import SampleInputs, fusion_attention_backward_reference, sample_inputs
+from visionllm.ops.fusion_attention import SampleInputs, sample_inputs
+from visionllm.ops.fusion_attention_reference import fusion_attention_backward_reference
 
 SMALL = dict(batch=2, positions=3, channels=8, heads=2, tokens=4, texts=(3, 2))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import visionllm._core as _core
 from visionllm.ops import fusion_attention, fusion_attention_reference
-from visionllm.ops.fusion_attention import SampleInputs, fusion_attention_backward_reference, sample_inputs
+from visionllm.ops.fusion_attention import SampleInputs, sample_inputs
+from visionllm.ops.fusion_attention_reference import fusion_attention_backward_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADIENTS = (

@@ -11,7 +11,8 @@ from comparison import TOLERANCES, assert_close
 from emulation import Emulation, emulated
 
 from visionllm.ops import fusion_attention_reference
-from visionllm.ops.fusion_attention import SampleInputs, fusion_attention_backward_reference, sample_inputs
+from visionllm.ops.fusion_attention import SampleInputs, sample_inputs
+from visionllm.ops.fusion_attention_reference import fusion_attention_backward_reference
 
 kernels = sys.modules[SampleInputs.__module__]  # visionllm.ops.fusion_attention names the function
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,7 +8,8 @@ from comparison import TOLERANCES, assert_close
 from torch import Tensor
 
 from visionllm.ops import lora_linear, lora_linear_reference
-from visionllm.ops.lora_linear import SampleInputs, lora_linear_backward_reference, sample_inputs
+from visionllm.ops.lora_linear import SampleInputs, sample_inputs
+from visionllm.ops.lora_linear_reference import lora_linear_backward_reference
 
 SMALL = dict(rows=7, inputs=6, outputs=5, rank=3)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

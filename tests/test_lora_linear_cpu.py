@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import visionllm._core as _core
 from visionllm.ops import lora_linear, native
 from visionllm.ops.lora_linear import SampleInputs, sample_inputs
+from visionllm.ops.lora_linear_reference import lora_linear_backward_reference, lora_linear_reference
 
 # visionllm.ops.lora_linear names the function.
 module = sys.modules[SampleInputs.__module__]
@@ -85,8 +86,8 @@ def expected_results(inputs: SampleInputs) -> dict[str, Tensor]:
     args = [
         t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs.operator_args()
     ]
-    output, low_rank = module.lora_linear_reference(*args)
-    grads = module.lora_linear_backward_reference(
+    output, low_rank = lora_linear_reference(*args)
+    grads = lora_linear_backward_reference(
         gradient(inputs).double(), *args[:3], *args[4:8], low_rank, args[8], True, True, True
     )
     return dict(zip(NAMES, (output, low_rank, *grads), strict=True))
