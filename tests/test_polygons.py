@@ -83,9 +83,8 @@ def test_a_square_resampled() -> None:
             assert resample(points, 8).tolist() == expected
 
 
-outlines = arrays(
-    np.float32, st.tuples(st.integers(3, 40), st.just(2)), elements=st.floats(-99, 999, width=32)
-)
+coordinates = st.floats(-99, 999, width=32)
+outlines = arrays(np.float32, st.tuples(st.integers(3, 40), st.just(2)), elements=coordinates)
 
 
 @given(outlines, st.integers(1, 64))

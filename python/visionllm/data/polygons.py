@@ -69,9 +69,9 @@ def _parts(mask: np.ndarray) -> tuple[list[np.ndarray], list[float]]:
     top, left = rows[0], columns[0]
     window = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1).astype(np.float32)
     generator = contourpy.contour_generator(z=window, fill_type=contourpy.FillType.OuterOffset)
-    points, offsets = generator.filled(0.5, np.inf)
+    filled: Any = generator.filled(0.5, np.inf)  # points of each part, and where each part's rings begin
     parts, areas = [], []
-    for vertices, bounds in zip(points, offsets, strict=True):
+    for vertices, bounds in zip(*filled, strict=True):
         rings = [vertices[a : b - 1] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]  # last = first
         # samples stand at the pixels' centres; the padding is one pixel
         parts.append(rings[0] + (left - 0.5, top - 0.5))

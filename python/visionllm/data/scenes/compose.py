@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
+from visionllm.data.polygons import outline_of
 from visionllm.data.scenes.appearance import BORDER, Appearance, cast_shadow, restyle
 
 COUNT_CHANCE = np.array([0.08, 0.14, 0.2, 0.2, 0.15, 0.11, 0.07, 0.05])  # of 1..8 objects; 3.9 on average
@@ -123,6 +124,25 @@ def pose(picture: np.ndarray, side: float, angle: float, mirror: bool, stretch: 
     return np.asarray(turned.convert("RGBA"))
 
 
+@dataclass(frozen=True)
+class Posed:
+    """How a painted object was posed: what takes points of its picture to the canvas."""
+
+    centre: tuple[float, float]  # x, y of its patch's centre on the canvas, pixels
+    picture: tuple[int, int]  # height and width of its picture, pixels
+    scale: tuple[float, float]  # across and down, canvas pixels per picture pixel
+    angle: float  # radians, clockwise
+    mirror: bool
+
+    def points(self, points: np.ndarray) -> np.ndarray:
+        """Points [n, 2], picture pixels from the picture's centre, on the canvas: float64 [n, 2] pixels."""
+        x, y = (points * self.scale).T
+        if self.mirror:
+            x = -x
+        c, s = math.cos(self.angle), math.sin(self.angle)
+        return np.stack([c * x - s * y, s * x + c * y], axis=1) + self.centre
+
+
 class Canvas:
     """A picture being painted, and whose every pixel is.
 
@@ -130,6 +150,7 @@ class Canvas:
         picture: float32 [S, S, 3] in 0..255.
         owner: int8 [S, S], the object that a pixel belongs to, -1 for the background.
         kept: per object that was painted, the caller's key.
+        posed: per object that `paint_posed` painted, how.
     """
 
     def __init__(self, background: np.ndarray):
@@ -137,6 +158,7 @@ class Canvas:
         self.size = background.shape[0]
         self.owner = np.full((self.size, self.size), -1, np.int8)
         self.kept: list = []
+        self.posed: list[Posed] = []
         self._whole: list[int] = []  # solid pixels of each object, were nothing in front of it
         self._visible: list[int] = []
 
@@ -215,7 +237,17 @@ class Canvas:
         patch = pose(picture, place.side * self.size, place.angle, place.mirror, stretch)
         rgb, alpha = restyle(patch, rng, look, keep)
         shadow = rng if rng.random() < look.shadow else None
-        return self.paint(rgb, alpha, place.x * self.size, place.y * self.size, key, shadow)
+        if not self.paint(rgb, alpha, place.x * self.size, place.y * self.size, key, shadow):
+            return False
+        h, w = picture.shape[:2]
+        scale = place.side * self.size / max(h / math.sqrt(stretch), w * math.sqrt(stretch))
+        centre = (
+            round(place.x * self.size - alpha.shape[1] / 2) + alpha.shape[1] / 2,
+            round(place.y * self.size - alpha.shape[0] / 2) + alpha.shape[0] / 2,
+        )
+        across, down = scale * math.sqrt(stretch), scale / math.sqrt(stretch)
+        self.posed.append(Posed(centre, (h, w), (across, down), place.angle, place.mirror))
+        return True
 
     def boxes(self) -> tuple[np.ndarray, np.ndarray]:
         """Boxes of the visible pixels, float32 [n, 4] x1, y1, x2, y2, and their number, float32 [n]."""
@@ -229,6 +261,10 @@ class Canvas:
     def masks(self) -> list[np.ndarray]:
         """Per object the visible pixels, bool [S, S]."""
         return [self.owner == k for k in range(len(self.kept))]
+
+    def outlines(self) -> list[np.ndarray | None]:
+        """Per object the boundary of the largest part that is visible, float32 [P, 2]."""
+        return [outline_of(mask, self.size, self.size)[0] for mask in self.masks()]
 
     def finish(self, rng: np.random.Generator, look: Appearance) -> np.ndarray:
         """Light, noise, blur and compression over the whole; uint8 RGB [S, S, 3]."""

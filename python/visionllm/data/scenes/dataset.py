@@ -12,6 +12,7 @@ from visionllm.data.scenes.appearance import EVALUATION, TRAINING, Appearance
 from visionllm.data.scenes.atlas import GLYPH_SIZE, HELD_OUT_STYLE, GlyphAtlas
 from visionllm.data.scenes.backgrounds import Photo, drawn, photo_crop, photos_of
 from visionllm.data.scenes.compose import COUNT_CHANCE, DENSE_COUNT_CHANCE, Canvas, layout
+from visionllm.data.scenes.keypoints import keypoints_of
 from visionllm.data.scenes.shapes import SHAPE_NAMES, shape_picture
 
 SPLITS = ("train", "val", "test", "heldout_style")
@@ -89,6 +90,8 @@ class SceneDataset:
         cutouts: (RGBA uint8 [h, w, 4], name) of real objects, mixed with the glyphs in "train".
         augment: changes of looks; default `TRAINING` for "train", else `EVALUATION`.
         masks: give `Sample.masks` as COCO RLE (needs pycocotools).
+        outlines: give `Sample.outlines`.
+        keypoints: give `Sample.keypoints` (`visionllm.data.scenes.keypoints`).
 
     Attributes:
         names: every class name of the split.
@@ -106,6 +109,8 @@ class SceneDataset:
         cutouts: Sequence[tuple[np.ndarray, str]] | None = None,
         augment: Appearance | None = None,
         masks: bool = False,
+        outlines: bool = False,
+        keypoints: bool = False,
         held_out: str = HELD_OUT_STYLE,
     ):
         if split not in SPLITS:
@@ -117,7 +122,7 @@ class SceneDataset:
         self.split, self.seed, self.size = split, seed, size
         self.length = LENGTHS[split] if length is None else length
         self.augment = augment or (TRAINING if split == "train" else EVALUATION)
-        self.with_masks = masks
+        self.with_masks, self.with_outlines, self.with_keypoints = masks, outlines, keypoints
         self.atlas = GlyphAtlas(glyphs, held_out) if glyphs is not None else None
         self._held_out = split == "heldout_style"
         # placed by index, so the list must be the same in every split
@@ -184,6 +189,8 @@ class SceneDataset:
             image_id=f"{self.split}-{self.seed}-{index}",
             vocabulary=self._vocabulary(names, photo),
             masks=self._masks(canvas) if self.with_masks else None,
+            outlines=canvas.outlines() if self.with_outlines else None,
+            keypoints=keypoints_of(canvas, boxes) if self.with_keypoints else None,
         )
 
     def _picture(self, name: str, glyph: float, looks: np.random.Generator) -> np.ndarray:

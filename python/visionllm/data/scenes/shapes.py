@@ -27,6 +27,23 @@ COLOURS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, 
     "white": ((0.0, 1.0), (0.0, 0.03), (0.94, 1.0)),
 }
 
+# Points of the shapes, clockwise from the top. Where a shape looks the same after a turn, the names follow
+# its looks: the corner that is nearest to the top is the top one.
+POINTS: dict[str, tuple[str, ...]] = {
+    "square": ("top left corner", "top right corner", "bottom right corner", "bottom left corner"),
+    "triangle": ("top corner", "right corner", "left corner"),
+    "star": ("top tip", "right tip", "lower right tip", "lower left tip", "left tip"),
+    "heart": ("bottom tip", "notch"),
+    "cross": ("top end", "right end", "bottom end", "left end"),
+    "arrow": ("tip", "tail"),
+    "hexagon": (
+        "top corner", "upper right corner", "lower right corner",
+        "bottom corner", "lower left corner", "upper left corner",
+    ),
+    "crescent": ("upper tip", "lower tip"),
+}  # fmt: skip
+TURNS_INTO_ITSELF = ("square", "triangle", "star", "cross", "hexagon")  # as often as it has points
+
 SHAPE_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 
 
@@ -62,6 +79,27 @@ def _points(shape: str) -> list[tuple[float, float]]:
             for t in ts
         ]
     raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+
+
+@cache
+def shape_points(shape: str) -> np.ndarray:
+    """Where the `POINTS` of a shape are: float64 [n, 2] from the centre of its extent, in longer sides."""
+    if shape == "crescent":  # where its two circles meet; its extent ends at these points
+        horns = np.array([(0.561, 0.004), (0.9335, 0.749)])
+        return horns - np.array([0.9335 / 2, (1 + 0.004) / 2])
+    corners = np.array(_points(shape))
+    low, high = corners.min(0), corners.max(0)
+    if shape == "star":
+        points = corners[::2]
+    elif shape == "cross":
+        points = np.array([(0.0, -1.0), (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)])
+    elif shape == "arrow":
+        points = np.array([(1.0, 0.0), (-1.0, 0.0)])
+    elif shape == "heart":
+        points = np.array([corners[45], corners[0]])  # t = π and 0
+    else:
+        points = corners
+    return (points - (low + high) / 2) / (high - low).max()
 
 
 @cache
