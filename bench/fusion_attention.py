@@ -11,22 +11,20 @@ the CPU both types and 1 and 2 threads unless the options say otherwise. Writes
 
 from __future__ import annotations
 
-import argparse
-import gc
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from harness import (
-    Limits,
-    Row,
-    Work,
-    add_device_option,
-    compare,
-    measure_limits,
-    print_rows,
-    require_device,
-    results_name,
-    write_results,
+from harness import Limits, Row, Work, compare, require_device
+from operator_bench import (
+    Measurement,
+    chosen_types,
+    operator_parser,
+    relative_error,
+    run_measurements,
+    type_name,
+    with_backward,
+    without_grad,
 )
 from torch import Tensor
 from torch.nn import functional
@@ -48,7 +46,6 @@ CASES = {
     "tiny_one_100": dict(tokens=100, **TINY_ONE),
     "tiny_one_400": dict(tokens=400, **TINY_ONE),
 }
-TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 Form = Callable[..., Tensor]
 
@@ -121,88 +118,55 @@ def work(inputs: SampleInputs, backward: bool) -> Work:
 
 
 def run_case(
-    name: str, type_name: str, forms: dict[str, Form], limits: Limits, repeats: int, device: torch.device
+    name: str, dtype: torch.dtype, forms: dict[str, Form], limits: Limits, repeats: int, device: torch.device
 ) -> list[Row]:
     sizes = CASES[name]
     inputs = sample_inputs(
-        device, TYPES[type_name], texts=(sizes["tokens"],) * sizes["batch"], requires_grad=True, **sizes
+        device, dtype, texts=(sizes["tokens"],) * sizes["batch"], requires_grad=True, **sizes
     )
     args, leaves = inputs.args(), inputs.leaves()
     expected = sdpa_form(*(t.detach().float() if t is not inputs.mask else t for t in args[:11]), args[11])
-    usable = {}
+    usable: dict[str, Callable[[], Tensor]] = {}
     for form, function in forms.items():
         try:
-            error = float((function(*args).detach().float() - expected).abs().max() / expected.abs().max())
+            error = relative_error(function(*args), expected)
         except torch.OutOfMemoryError as problem:
             print(f"{name}: skipped {form}: {str(problem).splitlines()[0]}")
             continue
-        if not error < (1e-4 if type_name == "float32" else 3e-2):
+        if not error < (1e-4 if dtype == torch.float32 else 3e-2):
             raise SystemExit(f"{name}: {form} differs from the float32 result by {error} of its maximum")
-        usable[form] = function
+        usable[form] = partial(function, *args)
     grad_output = torch.randn_like(inputs.x)
 
-    def forward(function: Form) -> Callable[[], object]:
-        def call() -> object:
-            with torch.no_grad():
-                return function(*args)
-
-        return call
-
-    def both(function: Form) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(function(*args), leaves, grad_output)
-
-    rows = []
-    for label, wrap, backward in (("forward", forward, False), ("forward+backward", both, True)):
-        functions = {form: wrap(function) for form, function in usable.items()}
-        rows += compare(
-            f"{name} {type_name} {label}",
-            functions,
-            work(inputs, backward),
-            limits,
-            dict.fromkeys(functions, repeats),
-            device,
-        )
+    functions = {form: without_grad(call) for form, call in usable.items()}
+    counts = dict.fromkeys(usable, repeats)
+    title = f"{name} {type_name(dtype)}"
+    rows = compare(f"{title} forward", functions, work(inputs, False), limits, counts, device)
+    functions = {form: with_backward(call, leaves, grad_output) for form, call in usable.items()}
+    rows += compare(f"{title} forward+backward", functions, work(inputs, True), limits, counts, device)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = operator_parser(
+        __doc__, "fusion_attention", CASES, "(default 30; on the CPU 3, of the small cases 20)"
     )
-    add_device_option(parser)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument(
-        "--types", nargs="+", choices=TYPES, help="(default bfloat16, on the CPU float32 too)"
-    )
-    parser.add_argument("--repeats", type=int, help="(default 30; on the CPU 3, of the small cases 20)")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on the CPU (default 1 2)")
-    parser.add_argument("--name", default="fusion_attention", help="how the file in bench/results begins")
     options = parser.parse_args()
     device = require_device(options.device)
-    forms: dict[str, Form] = {"visionllm": fusion_attention, "sdpa": sdpa_form, "unfused": unfused_form}
-    if device.type == "cuda":
-        forms["sdpa_compiled"] = torch.compile(sdpa_form, dynamic=False)
-        run(results_name(options.name, device), options, forms, device)
-        return
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        run(f"{options.name}_{threads}_threads", options, forms, device)
-
-
-def run(file: str, options: argparse.Namespace, forms: dict[str, Form], device: torch.device) -> None:
     on_cuda = device.type == "cuda"
-    limits: dict[str, Limits] = {}
-    rows: list[Row] = []
-    for type_name in options.types or (["bfloat16"] if on_cuda else ["float32", "bfloat16"]):
-        limits[type_name] = measure_limits(device, TYPES[type_name])
-        for name in options.cases:
-            small = CASES[name]["batch"] * CASES[name]["positions"] < 10000
-            repeats = options.repeats or (30 if on_cuda else 20 if small else 3)
-            new = run_case(name, type_name, forms, limits[type_name], repeats, device)
-            print_rows(new)
-            rows += new
-            gc.collect()
-    print(f"written to {write_results(file, rows, limits, device)}")
+    forms: dict[str, Form] = {"visionllm": fusion_attention, "sdpa": sdpa_form, "unfused": unfused_form}
+    if on_cuda:
+        forms["sdpa_compiled"] = torch.compile(sdpa_form, dynamic=False)
+
+    def measurement(name: str, dtype: torch.dtype) -> Measurement:
+        small = CASES[name]["batch"] * CASES[name]["positions"] < 10000
+        repeats = options.repeats or (30 if on_cuda else 20 if small else 3)
+        return Measurement(dtype, lambda limits: run_case(name, dtype, forms, limits, repeats, device))
+
+    measurements = [
+        measurement(name, dtype) for dtype in chosen_types(options, device) for name in options.cases or CASES
+    ]
+    run_measurements(options, device, measurements)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,21 @@ and, where they are installed, PEFT, LoRAFusion and punica. Each result is held 
 
 from __future__ import annotations
 
-import argparse
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from harness import (
-    Limits,
-    Row,
-    Work,
-    add_device_option,
-    compare,
-    measure_limits,
-    print_rows,
-    require_device,
-    results_name,
-    write_results,
+from harness import Limits, Row, Work, compare, require_device
+from operator_bench import (
+    Measurement,
+    chosen_types,
+    operator_parser,
+    reason,
+    relative_error,
+    run_measurements,
+    type_name,
+    with_backward,
+    without_grad,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -232,7 +230,7 @@ def run_case(
         index.clamp_(min=0)
     forms: dict[str, Form] = {"visionllm": lambda: lora_linear(*inputs.args())}
     with torch.no_grad():
-        expected = forms["visionllm"]().float()
+        expected = forms["visionllm"]()
     differentiable = ["visionllm"]
     for peer, (make, has_backward) in FORMS[name].items():
         if peer in ONLY_CUDA and device.type == "cpu":
@@ -240,46 +238,39 @@ def run_case(
         try:
             form = make(inputs)
             with torch.no_grad():
-                error = float((form().float() - expected).abs().max() / expected.abs().max())
+                error = relative_error(form(), expected)
         except Exception as problem:  # a peer that is not installed, or not for this device, type or size
-            reason = f"{type(problem).__name__}: {str(problem).splitlines()[:1]}"
-            print(f"{name} T={rows} K={features}: without {peer}: {reason}")
+            print(f"{name} T={rows} K={features}: without {peer}: {reason(problem)}")
             continue
         if peer != "base_only" and not error < TOLERANCE[dtype]:
             raise SystemExit(f"{name} T={rows}: {peer} differs from visionllm by {error}")
         forms[peer] = form
         differentiable += [peer] if has_backward else []
     leaves = [t for t in (inputs.x, inputs.lora_a, inputs.lora_b) if t is not None]
-    grad_output = torch.randn_like(expected).to(dtype)
+    grad_output = torch.randn_like(expected)
 
     # A small layer on the CPU finds its weights in the cache: several calls are timed as one.
     calls = CALLS if device.type == "cpu" and features < 1024 else 1
 
-    def forward(form: Form) -> Callable[[], object]:
-        def call() -> None:
-            with torch.no_grad():
-                for _ in range(calls):
-                    form()
-
-        return call
-
-    def both(form: Form) -> Callable[[], object]:
+    def repeated(form: Callable[[], object]) -> Callable[[], object]:
         def call() -> None:
             for _ in range(calls):
-                torch.autograd.grad(form(), leaves, grad_output)
+                form()
 
         return call
 
     def total(one: Work) -> Work:
         return Work(calls * one.bytes, calls * one.flops)
 
-    label = f"{name} T={rows} K={features} {str(dtype).removeprefix('torch.')}"
+    label = f"{name} T={rows} K={features} {type_name(dtype)}"
     label += f" x {calls}" if calls > 1 else ""
     counts = dict.fromkeys(forms, repeats)
-    functions = {peer: forward(form) for peer, form in forms.items()}
+    functions = {peer: without_grad(repeated(form)) for peer, form in forms.items()}
     result = compare(f"{label} forward", functions, total(work(inputs, False)), limits, counts, device)
     if case.backward:
-        functions = {peer: both(forms[peer]) for peer in differentiable}
+        functions = {
+            peer: repeated(with_backward(forms[peer], leaves, grad_output)) for peer in differentiable
+        }
         result += compare(
             f"{label} forward+backward", functions, total(work(inputs, True)), limits, counts, device
         )
@@ -287,41 +278,25 @@ def run_case(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_device_option(parser)
+    parser = operator_parser(__doc__, "lora_linear", CASES, "(default: 20, on the CPU by size)")
     parser.add_argument("--rows", nargs="+", type=int, help="numbers of rows of x")
     parser.add_argument("--features", nargs="+", type=int, help="inputs and outputs of the layer")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument(
-        "--types", nargs="+", choices=("float32", "bfloat16", "float16"),
-        help="(default: bfloat16 on CUDA, float32 and bfloat16 on the CPU)",
-    )  # fmt: skip
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on the CPU (default 1 2)")
-    parser.add_argument("--repeats", type=int, help="calls of each (default: 20, on the CPU by size)")
-    parser.add_argument("--name", default="lora_linear", help="how the file in bench/results begins")
     options = parser.parse_args()
     device = require_device(options.device)
-    on_cpu = device.type == "cpu"
-    types = [getattr(torch, t) for t in options.types or (["float32"] if on_cpu else []) + ["bfloat16"]]
-    for threads in options.threads if on_cpu else (torch.get_num_threads(),):
-        torch.set_num_threads(threads)
-        limits = {str(dtype): measure_limits(device, dtype) for dtype in types}
-        rows: list[Row] = []
-        for features in options.features or FEATURES[device.type]:
-            for name in options.cases:
-                for dtype in types:
-                    for count in options.rows or ROWS[device.type]:
-                        limit = limits[str(dtype)]
-                        new = run_case(name, count, features, dtype, device, limit, options.repeats)
-                        print_rows(new)
-                        rows += new
-                        gc.collect()
-        suffix = f"_{threads}_threads" if on_cpu else ""
-        print(
-            f"written to {write_results(results_name(options.name, device) + suffix, rows, limits, device)}"
+
+    def measurement(features: int, name: str, dtype: torch.dtype, rows: int) -> Measurement:
+        return Measurement(
+            dtype, lambda limits: run_case(name, rows, features, dtype, device, limits, options.repeats)
         )
+
+    measurements = [
+        measurement(features, name, dtype, rows)
+        for features in options.features or FEATURES[device.type]
+        for name in options.cases or CASES
+        for dtype in chosen_types(options, device)
+        for rows in options.rows or ROWS[device.type]
+    ]
+    run_measurements(options, device, measurements, limits_name=str)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from harness import (
@@ -31,6 +32,7 @@ from harness import (
     results_name,
     write_results,
 )
+from operator_bench import reason, type_name, with_backward, without_grad
 from torch import Tensor
 from torch.nn import functional
 
@@ -151,7 +153,7 @@ def run_case(name: str, case: Case, dtype: torch.dtype, limits: Limits, repeats:
         forms |= {form: in_float32(forms[form]) for form in peers}
     layers = {"visionllm_fused": ms_deform_attn_fused}
     layers |= {form: as_layer(forms[form]) for form in ("visionllm", "hugging_face")}
-    label = name if dtype == torch.float32 else f"{name} {str(dtype).removeprefix('torch.')}"
+    label = name if dtype == torch.float32 else f"{name} {type_name(dtype)}"
     amounts = work(plain, False), work(plain, True)
     return [
         *time_forms(label, case, forms, plain.args(), amounts, limits, repeats),
@@ -178,24 +180,12 @@ def time_forms(
             raise SystemExit(f"{label}: {form} differs by {error}")
     grad_output = torch.randn_like(expected)
 
-    def forward(function: Callable) -> Callable[[], object]:
-        def call() -> object:
-            with torch.no_grad():
-                return function(*args)
-
-        return call
-
-    def both(function: Callable) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(function(*args), leaves, grad_output)
-
-    rows = []
-    for direction, wrap, amount in (
-        ("forward", forward, amounts[0]),
-        ("forward+backward", both, amounts[1]),
-    ):
-        counts = {f: repeats if f.startswith("visionllm") or not case.slow_peers else 3 for f in forms}
-        functions = {form: wrap(function) for form, function in forms.items()}
-        rows += compare(f"{label} {direction}", functions, amount, limits, counts)
+    calls = {form: partial(function, *args) for form, function in forms.items()}
+    counts = {f: repeats if f.startswith("visionllm") or not case.slow_peers else 3 for f in forms}
+    functions = {form: without_grad(call) for form, call in calls.items()}
+    rows = compare(f"{label} forward", functions, amounts[0], limits, counts)
+    functions = {form: with_backward(call, leaves, grad_output) for form, call in calls.items()}
+    rows += compare(f"{label} forward+backward", functions, amounts[1], limits, counts)
     return rows
 
 
@@ -219,8 +209,7 @@ def cuda_forms(inputs: SampleInputs) -> dict[str, Prepared]:
         try:
             forms[name] = make()
         except Exception as error:  # not installed, or not for this size, type or GPU
-            reason = str(error).splitlines()[0] if str(error) else ""
-            print(f"  without {name}: {type(error).__name__}: {reason}", flush=True)
+            print(f"  without {name}: {reason(error)}", flush=True)
 
     def ours() -> Prepared:
         args = leaf(value), leaf(locations), leaf(weights)
@@ -291,29 +280,19 @@ def run_cuda_case(name: str, case: Case, dtype: torch.dtype, limits: Limits, rep
             error = float((output.detach().float() - expected).abs().max()) / scale
             torch.autograd.grad(output, leaves, torch.ones_like(output))
         except Exception as problem:
-            print(f"  without {form}: {type(problem).__name__}: {str(problem).splitlines()[0]}", flush=True)
+            print(f"  without {form}: {reason(problem)}", flush=True)
             del forms[form]
             continue
         # Peers that round locations to 8 bits are off by a third of a pixel: said, and left in.
         print(f"  {form}: differs from visionllm by {error:.1e} of the largest output", flush=True)
 
-    def forward(call: Callable[[], Tensor]) -> Callable[[], object]:
-        def run() -> object:
-            with torch.no_grad():
-                return call()
-
-        return run
-
-    def both(call: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
-        grad_output = torch.randn_like(call())
-        return lambda: torch.autograd.grad(call(), leaves, grad_output)
-
-    label = str(dtype).removeprefix("torch.")
-    rows = []
-    calls = {form: forward(call) for form, (call, _) in forms.items()}
+    label = type_name(dtype)
+    calls = {form: without_grad(call) for form, (call, _) in forms.items()}
     counts = {form: repeats if form.startswith("visionllm") else min(repeats, 9) for form in forms}
-    rows += compare(f"{name} {label} forward", calls, work(inputs, False), limits, counts, "cuda")
-    calls = {form: both(*prepared) for form, prepared in forms.items()}
+    rows = compare(f"{name} {label} forward", calls, work(inputs, False), limits, counts, "cuda")
+    calls = {
+        form: with_backward(call, leaves, torch.randn_like(call())) for form, (call, leaves) in forms.items()
+    }
 
     def deterministic() -> object:
         torch.use_deterministic_algorithms(True)
@@ -332,11 +311,11 @@ def run_cuda_case(name: str, case: Case, dtype: torch.dtype, limits: Limits, rep
 
 def run_on_cuda(options: argparse.Namespace, device: torch.device) -> None:
     rows, limits = [], {}
-    for type_name in options.types:
-        dtype = getattr(torch, type_name)
-        limits[type_name] = measure_limits(device, dtype)
+    for kind in options.types:
+        dtype = getattr(torch, kind)
+        limits[kind] = measure_limits(device, dtype)
         for name in options.cases:
-            new = run_cuda_case(name, CASES[name], dtype, limits[type_name], options.repeats)
+            new = run_cuda_case(name, CASES[name], dtype, limits[kind], options.repeats)
             print_rows(new)
             rows += new
             torch.cuda.empty_cache()
@@ -366,8 +345,8 @@ def main() -> None:
         limits = measure_limits()
         rows = []
         for name in options.cases:
-            for type_name in options.types:
-                new = run_case(name, CASES[name], getattr(torch, type_name), limits, options.repeats)
+            for kind in options.types:
+                new = run_case(name, CASES[name], getattr(torch, kind), limits, options.repeats)
                 print_rows(new)
                 rows += new
         path = write_results(f"{options.name}_{threads}_threads", rows, {threads: limits})

@@ -12,23 +12,22 @@ rotated already; ours rotates them itself. bfloat16 on CUDA. Writes
 
 from __future__ import annotations
 
-import argparse
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from harness import (
-    Limits,
-    Row,
-    Work,
-    add_device_option,
-    compare,
-    measure_limits,
-    print_rows,
-    require_device,
-    results_name,
-    write_results,
+from harness import Limits, Row, Work, compare, require_device
+from operator_bench import (
+    Measurement,
+    chosen_types,
+    operator_parser,
+    reason,
+    relative_error,
+    run_measurements,
+    type_name,
+    with_backward,
+    without_grad,
 )
 from torch import Tensor
 from torch.nn import functional
@@ -217,10 +216,9 @@ def run_case(name: str, dtype: torch.dtype, limits: Limits, repeats: int, device
         try:
             form = peer.prepare(turned)
             with torch.no_grad():
-                difference = float((form(*turned.args()[:5]) - expected).abs().max() / expected.abs().max())
-        except Exception as error:
-            text = str(error).splitlines()
-            print(f"{name}: {peer_name} left out: {type(error).__name__}: {text[0] if text else ''}")
+                difference = relative_error(form(*turned.args()[:5]), expected)
+        except Exception as problem:
+            print(f"{name}: {peer_name} left out: {reason(problem)}")
             continue
         if not difference < (1e-4 if dtype == torch.float32 else 2e-2):
             raise SystemExit(
@@ -228,78 +226,38 @@ def run_case(name: str, dtype: torch.dtype, limits: Limits, repeats: int, device
             )
         forms[peer_name], arguments[peer_name] = form, turned.args()[:5]
 
-    def forward(form_name: str) -> Callable[[], object]:
-        def call() -> object:
-            with torch.no_grad():
-                return forms[form_name](*arguments[form_name])
-
-        return call
-
-    def both(form_name: str) -> Callable[[], object]:
-        tensors = arguments[form_name]
-        return lambda: torch.autograd.grad(forms[form_name](*tensors), tensors, grad_output)
-
-    rows = []
+    calls = {form: partial(function, *arguments[form]) for form, function in forms.items()}
+    counts = dict.fromkeys(calls, repeats)
     title = name if dtype == torch.bfloat16 and device.type == "cuda" else f"{name} {type_name(dtype)}"
-    for label, wrap, backward in (("forward", forward, False), ("forward+backward", both, True)):
-        functions = {f: wrap(f) for f in forms if not backward or f == "visionllm" or PEERS[f].backward}
-        counts = dict.fromkeys(functions, repeats)
-        rows += compare(f"{title} {label}", functions, work(inputs, backward), limits, counts, device)
+    functions = {form: without_grad(call) for form, call in calls.items()}
+    rows = compare(f"{title} forward", functions, work(inputs, False), limits, counts, device)
+    functions = {
+        form: with_backward(call, arguments[form], grad_output)
+        for form, call in calls.items()
+        if form == "visionllm" or PEERS[form].backward
+    }
+    rows += compare(f"{title} forward+backward", functions, work(inputs, True), limits, counts, device)
     return rows
 
 
-def type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def run_on_cuda(options: argparse.Namespace, device: torch.device) -> None:
-    dtype = torch.bfloat16
-    limits = measure_limits(device, dtype)
-    rows: list[Row] = []
-    for name in options.cases or ON_CUDA:
-        new = run_case(name, dtype, limits, options.repeats or 30, device)
-        print_rows(new)
-        rows += new
-        path = write_results(results_name(options.name, device), rows, {type_name(dtype): limits}, device)
-        gc.collect()
-    print(f"written to {path}")
-
-
-def run_on_cpu(options: argparse.Namespace, device: torch.device) -> None:
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        limits = {name: measure_limits(device, getattr(torch, name)) for name in options.types}
-        rows: list[Row] = []
-        for name in options.cases or ON_CPU:
-            repeats = options.repeats or (15 if name in QUICK else 3)
-            for dtype in options.types:
-                new = run_case(name, getattr(torch, dtype), limits[dtype], repeats, device)
-                print_rows(new)
-                rows += new
-                path = write_results(f"{options.name}_{threads}_threads", rows, limits)
-                gc.collect()
-        print(f"written to {path}")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = operator_parser(
+        __doc__, "query_attention", CASES, "(default 30; on the CPU 15, with long calls 3)"
     )
-    add_device_option(parser)
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="(default: those that take no minutes)")
-    parser.add_argument("--repeats", type=int, help="(default 30; on the CPU 15, with long calls 3)")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on the CPU (default 1 2)")
-    parser.add_argument(
-        "--types", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"],
-        help="on the CPU",
-    )  # fmt: skip
-    parser.add_argument("--name", default="query_attention", help="how the file in bench/results begins")
     options = parser.parse_args()
     device = require_device(options.device)
-    if device.type == "cuda":
-        run_on_cuda(options, device)
-    else:
-        run_on_cpu(options, device)
+    on_cuda = device.type == "cuda"
+
+    def measurement(name: str, dtype: torch.dtype) -> Measurement:
+        repeats = options.repeats or (30 if on_cuda else 15 if name in QUICK else 3)
+        return Measurement(dtype, lambda limits: run_case(name, dtype, limits, repeats, device))
+
+    measurements = [
+        measurement(name, dtype)
+        for name in options.cases or (ON_CUDA if on_cuda else ON_CPU)
+        for dtype in chosen_types(options, device)
+    ]
+    run_measurements(options, device, measurements)
 
 
 if __name__ == "__main__":

@@ -16,23 +16,18 @@ over the full vocabulary (tiny only); F.linear_cross_entropy and Liger's fused o
 
 from __future__ import annotations
 
-import argparse
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from harness import (
-    Limits,
-    Row,
-    Work,
-    add_device_option,
-    compare,
-    measure_limits,
-    print_rows,
-    require_device,
-    results_name,
-    write_results,
+from harness import Limits, Row, Work, compare, require_device
+from operator_bench import (
+    Measurement,
+    chosen_types,
+    operator_parser,
+    relative_error,
+    run_measurements,
+    type_name,
 )
 from torch import Tensor
 from torch.nn import functional
@@ -218,7 +213,7 @@ def check_gradients(name: str, forms: dict[str, Form], dtype: torch.dtype) -> No
         if form == "full_vocabulary":
             continue
         for a, b in zip(function(), expected, strict=True):
-            difference = float((a - b).abs().max() / b.abs().max())
+            difference = relative_error(a, b)
             if not difference < (1e-3 if dtype == torch.float32 else 5e-2):
                 raise SystemExit(
                     f"{name}: {form} differs from visionllm by {difference} of the largest gradient"
@@ -262,62 +257,26 @@ def run_case(name: str, dtype: torch.dtype, limits: Limits, repeats: int, device
     counts = dict.fromkeys(forms, repeats)
     if device.type == "cpu" and not case.small and "full_vocabulary" in counts:
         counts["full_vocabulary"] = min(repeats, 2)  # seconds a call
-    title = name if device.type == "cuda" else f"{name} {type_name(dtype)}"
+    title = name if dtype == torch.bfloat16 and device.type == "cuda" else f"{name} {type_name(dtype)}"
     return compare(title, forms, work(inputs, case), limits, counts, device)
 
 
-def type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def run_on_cuda(options: argparse.Namespace, device: torch.device) -> None:
-    dtype = torch.bfloat16
-    limits = measure_limits(device, dtype)
-    rows: list[Row] = []
-    for name in options.cases or ON_CUDA:
-        new = run_case(name, dtype, limits, options.repeats or 30, device)
-        print_rows(new)
-        rows += new
-        path = write_results(results_name(options.name, device), rows, {type_name(dtype): limits}, device)
-        gc.collect()
-    print(f"written to {path}")
-
-
-def run_on_cpu(options: argparse.Namespace, device: torch.device) -> None:
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        limits = {name: measure_limits(device, getattr(torch, name)) for name in options.types}
-        rows: list[Row] = []
-        for name in options.cases or ON_CPU:
-            repeats = options.repeats or (30 if CASES[name].small else 5)
-            for dtype in options.types:
-                new = run_case(name, getattr(torch, dtype), limits[dtype], repeats, device)
-                print_rows(new)
-                rows += new
-                path = write_results(f"{options.name}_{threads}_threads", rows, limits)
-                gc.collect()
-        print(f"written to {path}")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_device_option(parser)
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="(default: those that take no minutes)")
-    parser.add_argument("--repeats", type=int, help="(default 30; on the CPU with long calls 5)")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on the CPU (default 1 2)")
-    parser.add_argument(
-        "--types", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"],
-        help="on the CPU",
-    )  # fmt: skip
-    parser.add_argument("--name", default="slot_head", help="how the file in bench/results begins")
+    parser = operator_parser(__doc__, "slot_head", CASES, "(default 30; on the CPU with long calls 5)")
     options = parser.parse_args()
     device = require_device(options.device)
-    if device.type == "cuda":
-        run_on_cuda(options, device)
-    else:
-        run_on_cpu(options, device)
+    on_cuda = device.type == "cuda"
+
+    def measurement(name: str, dtype: torch.dtype) -> Measurement:
+        repeats = options.repeats or (30 if on_cuda or CASES[name].small else 5)
+        return Measurement(dtype, lambda limits: run_case(name, dtype, limits, repeats, device))
+
+    measurements = [
+        measurement(name, dtype)
+        for name in options.cases or (ON_CUDA if on_cuda else ON_CPU)
+        for dtype in chosen_types(options, device)
+    ]
+    run_measurements(options, device, measurements)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import harness
+import operator_bench
 import pytest
 import torch
 from harness import Limits, Row, Work
+from operator_bench import Measurement
 
 LIMITS = Limits(bytes_per_second=1e9, flops_per_second=1e12)
 WORK = Work(bytes=1000, flops=10**6)  # limits: 1 us by both
@@ -80,6 +82,60 @@ def test_results_say_what_they_were_measured_on(tmp_path: Path, monkeypatch: pyt
         assert report["limits"] == {key: {"bytes_per_second": 1e9, "flops_per_second": 1e12}}
     assert report["commit"] == "abc" and report["rows"][0]["case"] == "case"
     assert report["machine"]["instruction_set"] and report["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "arguments, types, files",
+    [
+        ([], ["float32", "bfloat16"], ["op_1_threads", "op_2_threads"]),
+        (["--types", "float16", "--threads", "1", "--name", "other"], ["float16"], ["other_1_threads"]),
+    ],
+)
+def test_operator_bench_goes_through_threads_and_measurements(
+    arguments: list[str],
+    types: list[str],
+    files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    limits = {torch.float32: LIMITS, torch.bfloat16: Limits(2e9, 1e12), torch.float16: Limits(3e9, 1e12)}
+    monkeypatch.setattr(operator_bench, "measure_limits", lambda _, dtype: limits[dtype])
+    options = operator_bench.operator_parser("what it is", "op", ["small"], "calls").parse_args(arguments)
+    cpu = torch.device("cpu")
+    chosen = operator_bench.chosen_types(options, cpu)
+    assert [operator_bench.type_name(dtype) for dtype in chosen] == types
+
+    def measurement(dtype: torch.dtype) -> Measurement:
+        def run(limit: Limits) -> list[Row]:
+            assert limit is limits[dtype]
+            return harness.compare(f"case {dtype}", {"ours": lambda: None}, WORK, limit, {"ours": 1})
+
+        return Measurement(dtype, run)
+
+    threads = torch.get_num_threads()
+    try:
+        operator_bench.run_measurements(options, cpu, [measurement(dtype) for dtype in chosen])
+    finally:
+        torch.set_num_threads(threads)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == files
+    for number, file in enumerate(files, 1):
+        report = json.loads((tmp_path / f"{file}.json").read_text())
+        assert list(report["limits"]) == types
+        assert [row["case"] for row in report["rows"]] == [f"case torch.{name}" for name in types]
+        assert {row["threads"] for row in report["rows"]} == {number}
+    assert capsys.readouterr().out.count("written to") == len(files)
+
+
+def test_timed_calls_give_what_is_asked() -> None:
+    x = torch.tensor([1.0, -2.0], requires_grad=True)
+    assert not operator_bench.without_grad(x.square)().requires_grad
+    (grad,) = operator_bench.with_backward(x.square, [x], torch.ones(2))()
+    assert grad.tolist() == [2.0, -4.0]
+    assert operator_bench.relative_error(x + 0.5, x) == 0.25
+    assert operator_bench.reason(ValueError("one\ntwo")) == "ValueError: one"
+    assert operator_bench.reason(ValueError()) == "ValueError: "
 
 
 def test_results_are_named_after_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
