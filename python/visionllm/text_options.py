@@ -27,9 +27,7 @@ class TextOptions:
         for name, least in (("max_tokens", 1), ("beams", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"text options: {name} must be a whole number from {least} on, got {value!r}"
-                )
+                raise ValueError(f"text options: {name} must be a whole number >= {least}, got {value!r}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"text options: temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
