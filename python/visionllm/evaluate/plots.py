@@ -23,7 +23,7 @@ def plot_precision_recall(drawn: dict[str, Any], path: Path) -> None:
         drawn: of `CocoEvaluation.curves`.
         path: the PNG to write.
     """
-    figure = _figure(6.0, 4.5)
+    figure = new_figure(6.0, 4.5)
     axes = figure.add_subplot()
     for curve in drawn["curves"]:
         axes.plot(drawn["recall"], curve["precision"], label=f"IoU {curve['iou']}: AP {curve['AP']:.3f}")
@@ -32,7 +32,7 @@ def plot_precision_recall(drawn: dict[str, Any], path: Path) -> None:
     axes.set_title(f"Precision and recall, mean of {drawn['classes']} classes")
     if drawn["curves"]:
         axes.legend(loc="lower left")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: Path) -> None:
@@ -50,7 +50,7 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: Path) -> None
     totals = matrix[with_background].sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
     side = 2.5 + 0.22 * len(with_background)
-    figure = _figure(side + 1, side)
+    figure = new_figure(side + 1, side)
     axes = figure.add_subplot()
     drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     ticks = range(len(with_background))
@@ -61,10 +61,10 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: Path) -> None
     axes.set(xlabel="said", ylabel="true")
     axes.set_title(f"Confusion{part}", fontsize=10)
     figure.colorbar(drawn, ax=axes, fraction=0.04, label="share of the true class")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure that no window system knows of: pyplot and its global state stay out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -74,6 +74,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _write(figure: Figure, path: Path) -> None:
+def write_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure whole or not at all; the path's ending says the format."""
     with replacing(path) as part:
         figure.savefig(part, bbox_inches="tight")
