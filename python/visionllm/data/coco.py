@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from visionllm.data.coco_captions import read_captions
+from visionllm.data.coco_keypoints import Points, keypoint_names, points_by_annotation
+from visionllm.data.polygons import outline_of
+from visionllm.data.report import Report
 from visionllm.data.sample import Sample
-from visionllm.data.validate import Report, read_coco_json, validate_content
+from visionllm.data.validate import read_coco_json, validate_content
 from visionllm.image import open_annotated
 
 
@@ -25,9 +29,16 @@ class CocoDataset:
         check_images: how far each picture is read beforehand ("decode", "header", "none"): see
             `validate_coco`.
         shown: how many problems the error lists.
+        outlines: give every object the outline of its segmentation's largest part; crowds have none.
+        captions: COCO's JSON file of captions for pictures of this set; those for others are ignored.
+        keypoints: COCO's JSON file of keypoints for objects of this set, told by their annotations' ids.
+            Keypoints in the annotation file itself need no such file.
+
+    Attributes:
+        keypoint_names: the points' names by category name, for the categories that have points.
 
     Raises:
-        DatasetError: something is wrong and ``on_error`` is "fail", or the JSON cannot be used at all.
+        DatasetError: something is wrong and ``on_error`` is "fail", or a JSON file cannot be used at all.
         ValueError: an argument is none of the allowed ones.
     """
 
@@ -38,13 +49,29 @@ class CocoDataset:
         on_error: str = "fail",
         check_images: str = "decode",
         shown: int = 20,
+        outlines: bool = False,
+        captions: str | Path | None = None,
+        keypoints: str | Path | None = None,
     ) -> None:
         if on_error not in ("fail", "skip"):
             raise ValueError(f"on_error: expected fail or skip, got {on_error!r}")
         self.annotations = Path(annotations)
         self.folder = Path(images)
-        content = read_coco_json(annotations)
+        self.outlines = outlines
+        content = self._read()
         self.report: Report = validate_content(content, annotations, images, check_images)
+        self.keypoint_names: dict[str, tuple[str, ...]] = keypoint_names(content, self.report)
+        self._points: dict[Any, Points] = points_by_annotation(content, self.report)
+        if keypoints is not None:
+            points_content = read_coco_json(keypoints)
+            points_report = validate_content(points_content, keypoints, None)
+            self.keypoint_names |= keypoint_names(points_content, points_report)
+            self._points |= points_by_annotation(points_content, points_report)
+            self.report.add(points_report, "keypoint")
+        self._captions: dict[Any, list[str]] = {}
+        if captions is not None:
+            self._captions, captions_report = read_captions(captions)
+            self.report.add(captions_report, "caption")
         if on_error == "fail":
             self.report.raise_if_any(shown)
 
@@ -57,9 +84,16 @@ class CocoDataset:
         for index in self.report.annotations:
             entry = content["annotations"][index]
             self.objects[position[entry["image_id"]]].append(entry)
-        self._vocabularies: dict[int, tuple[str, ...]] = {}
+        self._unknown: dict[int, set[str]] = {}  # by picture: names that it may show without a box
+        for i, image in enumerate(self.images):
+            unsure = {self.category_names.get(number, "") for number in image.get("not_exhaustive", ())}
+            if unsure:
+                self._unknown[i] = unsure
         if not self.report.ok:
-            self._narrow_vocabularies(content["annotations"], position)
+            self._find_lost_objects(content["annotations"], position)
+
+    def _read(self) -> dict[str, Any]:
+        return read_coco_json(self.annotations)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -74,10 +108,12 @@ class CocoDataset:
 
     def image_vocabulary(self, index: int) -> tuple[str, ...]:
         """The names whose objects in this picture all have their boxes."""
-        return self._vocabularies.get(index, self.vocabulary)
+        if index not in self._unknown:
+            return self.vocabulary
+        return tuple(name for name in self.vocabulary if name not in self._unknown[index])
 
     def __getitem__(self, index: int) -> Sample:
-        """The picture with its objects in file order; boxes are clipped to it.
+        """The picture with its objects in file order; boxes, outlines and points are clipped to it.
 
         Raises:
             IndexError: no such picture.
@@ -88,6 +124,7 @@ class CocoDataset:
         pixels = open_annotated(self.image_path(index), (width, height))
         boxes = np.clip(box_corners(objects), 0, np.array([width, height, width, height]))
         has_masks = any(entry.get("segmentation") for entry in objects)
+        captions = self._captions.get(image["id"])
         return Sample(
             image=pixels,
             boxes=boxes.astype(np.float32),
@@ -97,10 +134,50 @@ class CocoDataset:
             image_id=image["id"],
             vocabulary=self.image_vocabulary(index),
             masks=[entry.get("segmentation") for entry in objects] if has_masks else None,
+            outlines=[outline for outline, _ in self._outlines(index)] if self.outlines else None,
+            keypoints=self._keypoints(index) if self.keypoint_names else None,
+            captions={"short": list(captions)} if captions else {},
         )
 
-    def _narrow_vocabularies(self, entries: list[Any], position: dict[Any, int]) -> None:
-        lost: dict[int, set[str]] = {}
+    def lost_area(self) -> tuple[float, float]:
+        """What outlines leave out: area in square pixels in objects' smaller parts, and that of all parts.
+
+        Crowds and objects without a segmentation are not counted.
+        """
+        lost = total = 0.0
+        for index, objects in enumerate(self.objects):
+            for entry, (outline, share) in zip(objects, self._outlines(index), strict=True):
+                if outline is not None:
+                    lost += share * entry["area"]
+                    total += entry["area"]
+        return lost, total
+
+    def _outlines(self, index: int) -> list[tuple[np.ndarray | None, float]]:
+        """Outline float32 ``[P, 2]`` and share of area outside it, by object."""
+        image = self.images[index]
+        width, height = int(image["width"]), int(image["height"])
+        found: list[tuple[np.ndarray | None, float]] = []
+        for entry in self.objects[index]:
+            outline, lost = None, 1.0
+            if entry.get("segmentation") and not entry.get("iscrowd", 0):
+                outline, lost = outline_of(entry["segmentation"], height, width)
+            if outline is not None:
+                outline = np.clip(outline, 0, np.array([width, height], np.float32))
+            found.append((outline, lost))
+        return found
+
+    def _keypoints(self, index: int) -> list[Points]:
+        image = self.images[index]
+        width, height = float(image["width"]), float(image["height"])
+        return [
+            {
+                name: (min(max(x, 0.0), width), min(max(y, 0.0), height), flag)
+                for name, (x, y, flag) in self._points.get(entry["id"], {}).items()
+            }
+            for entry in self.objects[index]
+        ]
+
+    def _find_lost_objects(self, entries: list[Any], position: dict[Any, int]) -> None:
         usable = set(self.report.annotations)
         for index, entry in enumerate(entries):
             if index in usable or not isinstance(entry, dict):
@@ -109,9 +186,7 @@ class CocoDataset:
             if not isinstance(image_id, (int, str)) or not isinstance(category_id, int):
                 continue
             if image_id in position and category_id in self.category_names:
-                lost.setdefault(position[image_id], set()).add(self.category_names[category_id])
-        for index, names in lost.items():
-            self._vocabularies[index] = tuple(name for name in self.vocabulary if name not in names)
+                self._unknown.setdefault(position[image_id], set()).add(self.category_names[category_id])
 
 
 def box_corners(entries: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -91,11 +91,11 @@ class Report:
         """How many entries of each list are unusable."""
         return {section: total - len(self.usable.get(section, ())) for section, total in self.totals.items()}
 
-    def add(self, other: Report) -> None:
-        """Takes over another file's problems and, under names of its own, its lists."""
+    def add(self, other: Report, kind: str) -> None:
+        """Takes over another file's problems, and its lists with ``kind`` before their names."""
         self.problems.extend(other.problems)
-        self.usable.update(other.usable)
-        self.totals.update(other.totals)
+        self.usable.update((f"{kind} {section}", entries) for section, entries in other.usable.items())
+        self.totals.update((f"{kind} {section}", total) for section, total in other.totals.items())
 
     def raise_if_any(self, shown: int = 20) -> None:
         """Raise `DatasetError` with the first ``shown`` problems and the count, if there is a problem."""

@@ -5,13 +5,17 @@ A COCO annotation file is one JSON object with three lists::
     images       id, file_name, width, height
     categories   id, name
     annotations  id, image_id, category_id, bbox [x, y, width, height] in pixels, area,
-                 optional iscrowd, segmentation
+                 optional iscrowd, segmentation, keypoints
+
+A category with keypoints lists their names under ``keypoints``; its annotations then have ``[x, y, v, ...]``,
+three numbers a name, with v 0 for a point that is not labelled, 1 for a hidden and 2 for a visible one.
 
 Every entry is checked once (linear time), and an entry that refers to a wrong one is wrong too. A box may
 leave its picture by ``BORDER_TOLERANCE`` pixels.
 
 That is what training needs, where a wrong box does harm. Evaluation takes a set as it is: boxes may leave
-their picture or be empty; sizes, areas and the ids of annotations may be missing; no mask is looked at.
+their picture or be empty; sizes, areas and the ids of annotations may be missing; no mask and no keypoint is
+looked at.
 """
 
 from __future__ import annotations
@@ -138,9 +142,14 @@ def validate_content(
             yield "name", f"duplicate name {name!r}"
         else:
             seen_names.add(name)
+        message = _keypoint_names_problem(entry.get("keypoints", []))
+        if message and training:
+            yield "keypoints", message
 
     check_section(content["categories"], "categories", annotations, category_problems, report)
-    category_ids = {content["categories"][index]["id"] for index in report.categories}
+    usable_categories = [content["categories"][index] for index in report.categories]
+    category_ids = {category["id"] for category in usable_categories}
+    point_counts = {category["id"]: len(category.get("keypoints", ())) for category in usable_categories}
 
     seen_annotation_ids: set[Any] = set()
 
@@ -173,6 +182,10 @@ def validate_content(
         message = _segmentation_problem(entry.get("segmentation"), size)
         if message and training:
             yield "segmentation", message
+        if training and "keypoints" in entry and is_id(category_id, (int,)) and category_id in category_ids:
+            message = _keypoints_problem(entry["keypoints"], point_counts[category_id], size)
+            if message:
+                yield "keypoints", message
 
     check_section(content["annotations"], "annotations", annotations, annotation_problems, report)
     return report
@@ -226,4 +239,59 @@ def _segmentation_problem(segmentation: Any, size: tuple[int, int] | None) -> st
             return f"RLE counts: expected a sum of {rle_size[0] * rle_size[1]} pixels, got {sum(counts)}"
     elif not isinstance(counts, str):
         return f"RLE counts: expected a list or a string, got {described(counts)}"
+    else:
+        pixels = compressed_pixels(counts)
+        if pixels != rle_size[0] * rle_size[1]:
+            expected = f"a string for {rle_size[0] * rle_size[1]} pixels"
+            return f"RLE counts: expected {expected}, got " + (
+                "none" if pixels is None else f"one for {pixels}"
+            )
+    return None
+
+
+def compressed_pixels(counts: str) -> int | None:
+    """How many pixels COCO's compressed RLE string is for; None where it is no such string.
+
+    A run's length is given in groups of five bits, the lowest first, from character 48 on; bit 5 says that
+    another follows, and the last one's bit 4 is the sign. From the fourth run on it is the difference to the
+    last but one. (pycocotools trusts what it is given.)
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        if runs[-1] < 0:
+            return None
+        value = shift = 0
+    return sum(runs) if shift == 0 else None
+
+
+def _keypoint_names_problem(names: Any) -> str | None:
+    right = isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)
+    if not right or len(set(names)) < len(names):
+        return f"expected a list of different names, got {described(names)}"
+    return None
+
+
+def _keypoints_problem(points: Any, count: int, size: tuple[int, int] | None) -> str | None:
+    """``count`` is the number of names in the category."""
+    if not isinstance(points, list) or len(points) != 3 * count or not all(map(is_number, points)):
+        return f"expected [x, y, v, ...], {3 * count} numbers for {count} points, got {described(points)}"
+    for number in range(count):
+        x, y, flag = points[3 * number : 3 * number + 3]
+        if flag not in (0, 1, 2):
+            return f"point {number}: expected v 0, 1 or 2, got {described(flag)}"
+        slack = BORDER_TOLERANCE
+        width, height = size or (math.inf, math.inf)
+        if flag and not (-slack <= x <= width + slack and -slack <= y <= height + slack):
+            return f"point {number}: expected x, y in the {width} x {height} image, got {x}, {y}"
     return None
