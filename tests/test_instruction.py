@@ -175,24 +175,25 @@ def test_appendix_grounding(text):
     assert instruction == Instruction("grounding", ("the dog: left of (the) man",))
     with pytest.raises(InstructionError, match="<expression>"):
         parse(text)
-    with pytest.raises(InstructionError, match="one name"):
-        parse(text, classes=["a", "b"])
+    several = parse(text, classes=["the dog", "a man, who (smiles)"])
+    assert several == Instruction("grounding", ("the dog", "a man, who (smiles)"))
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "length"),
     [
-        "The image is <image>. Write a caption:",
-        "The image is <image>. Please describe this image:",
-        "With the objects in the <image>, please generate a caption for the image:",
-        "Provide a long description of the <image>.",
-        "The image is: <image>. Analyze the image in a comprehensive and detailed manner.",
-        "The image is: <image>. Write a short description of the given image.",
+        ("The image is <image>. Write a caption:", "short"),
+        ("The image is <image>. Please describe this image:", "short"),
+        ("With the objects in the <image>, please generate a caption for the image:", "short"),
+        ("Provide a long description of the <image>.", "long"),
+        ("The image is: <image>. Analyze the image in a comprehensive and detailed manner.", "detailed"),
+        ("The image is: <image>. Write a detailed description of the given image.", "detailed"),
+        ("The image is: <image>. Write a short description of the given image.", "short"),
     ],
 )
-def test_captioning(text):
+def test_captioning(text, length):
     instruction = parse(text)
-    assert instruction == Instruction("captioning")
+    assert instruction == Instruction("captioning", length=length)
     assert [segment.kind for segment in instruction.segments()].count("image") == 1
 
 
@@ -373,8 +374,17 @@ def test_errors_name_position_and_what_was_expected(text, at, message):
         ({"classes": ("dog",), "coordinates": "polar"}, "coordinates"),
         ({"classes": ("dog",), "task": "tracking"}, "task"),
         ({"classes": ("dog",), "points": 3}, "points must be 2 for detection"),
-        ({"classes": ("dog",), "points": 2, "task": "segmentation"}, "points must be 3 to 512"),
-        ({"classes": ("dog", "cat"), "task": "grounding"}, "one expression"),
+        ({"classes": ("dog",), "points": 2, "task": "segmentation"}, "points must be 3 to 64"),
+        ({"classes": ("dog",), "points": 65, "task": "segmentation"}, "points must be 3 to 64"),
+        ({"classes": ("dog",), "keypoints": ("tip",)}, "keypoints belong to the task keypoints"),
+        ({"classes": ("dog",), "task": "keypoints", "keypoints": ("tip", "tip")}, "two keypoints"),
+        ({"classes": ("dog",), "task": "keypoints", "keypoints": "tip"}, "list of names"),
+        ({"classes": ("dog",), "task": "keypoints", "keypoints": ("<c0>",)}, "must not contain"),
+        ({"classes": ("dog",), "task": "keypoints", "keypoints": (" ",)}, "non-empty"),
+        ({"classes": ("dog",), "task": "keypoints", "keypoints": ("tip",), "points": 3}, "points must be 1"),
+        ({"task": "captioning", "length": "huge"}, "length must be one of"),
+        ({"classes": ("dog",), "length": "long"}, "length belongs to the task captioning"),
+        ({"classes": ("dog",), "format_source": "guess"}, "format_source"),
         ({"classes": ("dog",), "task": "captioning"}, "no class set"),
         ({"classes": ("dog",), "question": "who?"}, "question"),
         ({"task": "vqa"}, "question"),

@@ -16,6 +16,7 @@ from visionllm.instruction import (
     format_text,
     parse,
 )
+from visionllm.instruction.render import unnamed_keypoint_templates
 
 DETECTION = TRAIN_TEMPLATES["detection"] + EVAL_TEMPLATES["detection"]
 SET_TEMPLATES = [
@@ -23,7 +24,7 @@ SET_TEMPLATES = [
     for corpus in (TRAIN_TEMPLATES, EVAL_TEMPLATES)
     for task in ("detection", "segmentation", "grounding", "keypoints")
     for template in corpus[task]
-]
+] + list(unnamed_keypoint_templates())
 SYNTAX = [
     '"',
     "'",
@@ -60,6 +61,7 @@ SYNTAX += [
 NAMES = st.one_of(
     st.text(min_size=1), st.lists(st.sampled_from(SYNTAX), min_size=1, max_size=6).map("".join)
 ).filter(lambda name: bool(name.strip()))
+KEYPOINT_NAMES = NAMES.filter(lambda name: "<" not in name)
 TRICKY = (
     'a", "b": <c1>',
     "('b",
@@ -79,20 +81,23 @@ TRICKY = (
 
 def points_of(task: str) -> st.SearchStrategy[int]:
     least = {"segmentation": 3, "keypoints": 1}.get(task, 2)
-    return st.integers(least, 512 if least != 2 else 2)
+    return st.integers(least, 64 if least != 2 else 2)
 
 
 @st.composite
 def written_instructions(draw: st.DrawFn) -> tuple[Instruction, Template]:
     template = draw(st.sampled_from(SET_TEMPLATES))
-    most = 1 if template.task == "grounding" else 8
-    names = draw(st.lists(NAMES, min_size=1, max_size=most, unique=True))
+    names = draw(st.lists(NAMES, min_size=1, max_size=8, unique=True))
+    keypoints = ()
+    if "<keypoints>" in template.text:
+        keypoints = tuple(draw(st.lists(KEYPOINT_NAMES, min_size=1, max_size=6, unique=True)))
     instruction = Instruction(
         template.task,
         tuple(names),
         draw(st.integers(1, 10**9)),
         template.coordinates,
-        draw(points_of(template.task)),
+        len(keypoints) or draw(points_of(template.task)),
+        keypoints=keypoints,
     )
     return instruction, template
 
@@ -171,13 +176,15 @@ def test_questions_round_trip(question):
 
 def test_caption_round_trip():
     for template in TRAIN_TEMPLATES["captioning"]:
-        check_round_trip(Instruction("captioning"), template)
+        check_round_trip(Instruction("captioning", length=template.length), template)
 
 
 @pytest.mark.parametrize("template", SET_TEMPLATES, ids=lambda template: template.text[:30])
 def test_every_wording_says_range_and_coordinates(template):
-    points = {"segmentation": 14, "keypoints": 17}.get(template.task, 2)
-    instruction = template.instruction(["dog"], 345, points)
+    named = "<keypoints>" in template.text
+    points = {"segmentation": 14, "keypoints": 3 if named else 17}.get(template.task, 2)
+    names = ["nose", "left eye", "the tail's tip"] if named else []
+    instruction = template.instruction(["dog", "cat"], 345, points, names)
     assert (instruction.range, instruction.coordinates) == (345, template.coordinates)
     assert parse(instruction.text) == instruction
     assert parse(instruction.text).segments() == instruction.segments()

@@ -22,10 +22,15 @@ from visionllm.instruction import Instruction
 
 IMAGE = -2  # stands where an image token goes
 PADDING = -1
+BOS, EOS = 1, 2  # begin and end of what the model writes
 # What stands around every class name, the tuple of a box, and digits: one piece each.
 SYMBOLS = ['":▁', ',▁"', '{"', '"}', "(c,▁x1,▁y1,▁x2,▁y2)", *"0123456789"]
 # What the text encoder reads is cut to these many tokens; the LLM still reads all.
 MAX_NAME_TOKENS, MAX_DESCRIPTION_TOKENS = 32, 512
+# The wordings that pieces were learned from, the first of each task: new pieces would not fit trained weights.
+CORPUS_WORDINGS = {
+    "detection": 64, "segmentation": 5, "grounding": 4, "keypoints": 2, "captioning": 4, "vqa": 2,
+}  # fmt: skip
 
 
 @dataclass
@@ -50,6 +55,11 @@ class Prompts:
 
     def to(self, device: torch.device | str) -> Prompts:
         return Prompts(*(getattr(self, field).to(device) for field in self.__dataclass_fields__))
+
+    def of(self, rows: Tensor) -> Prompts:
+        """The prompts [n] alone; `names` stays whole."""
+        ids, index, mask, row = (t[rows] for t in (self.ids, self.name_index, self.class_mask, self.name_row))
+        return Prompts(ids, index, mask, self.names, row, self.description[rows])
 
 
 class Tokenizer:
@@ -86,6 +96,14 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+    def text_ids(self, texts: Sequence[str]) -> Tensor:
+        """Running text without a picture, padded: int64 [B, T]; an `<image>` in it is left out."""
+        return pad([self.encode(" ".join(text.replace("<image>", " ").split())) for text in texts], PADDING)
+
+    def answer_ids(self, text: str) -> tuple[int, ...]:
+        """<bos>, the text as the model writes it, <eos>."""
+        return (BOS, *self.encode(text), EOS)
 
     def prompts(self, instructions: Sequence[Instruction], num_queries: int) -> Prompts:
         """Tokenises a batch; `<image>`, which every instruction has once, becomes num_queries places.
@@ -161,13 +179,15 @@ def train_sentencepiece(sentences: Sequence[str], vocab_size: int) -> bytes:
 
 
 def corpus() -> list[str]:
-    """What to learn pieces from: every training wording, and every name often, so that names stay short."""
+    """What to learn pieces from: wordings to train on, and every name often, so that names stay short."""
     from visionllm.data.scenes.backgrounds import COCO_NAMES
     from visionllm.data.scenes.glyphs import class_glyphs
     from visionllm.data.scenes.shapes import SHAPE_NAMES
     from visionllm.instruction import TRAIN_TEMPLATES
+    from visionllm.instruction.render import unnamed_keypoint_templates
 
-    sentences = [template.text for templates in TRAIN_TEMPLATES.values() for template in templates]
+    wordings = {**TRAIN_TEMPLATES, "keypoints": unnamed_keypoint_templates()}
+    sentences = [template.text for task, n in CORPUS_WORDINGS.items() for template in wordings[task][:n]]
     names = dict.fromkeys([*class_glyphs(), *SHAPE_NAMES, *COCO_NAMES])
     return sentences * 2 + [" " + name for name in names for _ in range(8)]
 

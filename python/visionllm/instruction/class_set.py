@@ -21,7 +21,7 @@ CLASS_TOKEN = re.compile(r"<c(\d+)>", re.ASCII)
 _ENTRY_END = re.compile(r":\s*<c\d+>", re.ASCII)
 _BRACKET = re.compile(r"[\[\](){}]")
 _SPACE = re.compile(r"\s*")
-_ESCAPE = re.compile(rf"\\([\\(){{}}\[\]<\s{QUOTES}])")
+_ESCAPE = re.compile(rf"\\([\\(){{}}\[\]<.…\s{QUOTES}])")
 _ELLIPSIS = re.compile(r"(?:\.\.\.|…)\s*(?=[,;\])}])")
 _CLOSER = {"{": "}", "[": "]", "(": ")"}
 
@@ -43,7 +43,7 @@ class ClassSet(NamedTuple):
     start: int  # of the opening bracket
     end: int  # after the closing bracket
     entries: list[ClassEntry]
-    bare: bool  # whether the first name has no quotes
+    bare: bool  # whether no name has quotes
 
 
 def find_class_set(text: str) -> ClassSet | None:
@@ -138,7 +138,7 @@ def _read_class_set(text: str, start: int) -> ClassSet:
     token_of_name: dict[str, int] = {}
     seen: set[int] = set()
     gap = -1  # position of the first ellipsis
-    bare = False
+    bare = True
     at = skip_space(text, start + 1)
     while True:
         ellipsis = _ELLIPSIS.match(text, at)
@@ -148,7 +148,7 @@ def _read_class_set(text: str, start: int) -> ClassSet:
         else:
             entry, is_bare = _read_entry(text, at)
             _check_entry(text, entry, seen, token_of_name)
-            bare = bare or (is_bare and not entries)
+            bare = bare and is_bare
             entries.append(entry)
             at = skip_space(text, entry.token_end)
         separated = text[at : at + 1] in (",", ";")

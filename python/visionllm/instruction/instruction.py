@@ -17,6 +17,8 @@ TASKS = ("detection", "segmentation", "grounding", "keypoints", "captioning", "v
 SET_TASKS = TASKS[:4]  # answered by a list of tuples (c, x1, y1, ...); the others by words
 MAX_CLASSES = 512  # <c0> ... <c511>, section 3.4
 MAX_POINTS = 512
+MAX_POLYGON_POINTS = 64
+LENGTHS = ("short", "long", "detailed")
 DEFAULT_RANGE = 512  # the location tokens <p-512> ... <p512>, section 3.4
 MAX_RANGE = 10**9
 
@@ -55,6 +57,20 @@ class InstructionError(ValueError):
         return f"instruction, position {self.position}: expected {self.expected}, found {self.found}"
 
 
+class UnknownFormat(InstructionError):
+    """An instruction whose output format is described in words that no rule reads.
+
+    The model can be asked for the format: ``parse(text, format=network.write_format([error.wording])[0])``.
+
+    Attributes:
+        wording: the text with its class set as ``<class>``, what the model reads.
+    """
+
+    def __init__(self, position: int, expected: str, found: str, wording: str = "") -> None:
+        super().__init__(position, expected, found)
+        self.wording = wording
+
+
 def found_at(text: str, position: int) -> str:
     """What stands at a position, for an error."""
     rest = text[position : position + 24]
@@ -82,6 +98,9 @@ class Instruction:
     points: int = 2  # N of the tuple (c, x1, y1, ..., xN, yN); 2 for boxes
     text: str | None = field(default=None, compare=False, repr=False)  # the wording, placeholders filled
     question: str | None = None  # vqa only: the question
+    keypoints: tuple[str, ...] = ()  # keypoints only: the points' names in order, which set `points`
+    length: str = "short"  # captioning only: one of LENGTHS
+    format_source: str = field(default="grammar", compare=False)  # "model" where it wrote the output format
 
     def __post_init__(self) -> None:
         if not isinstance(self.classes, tuple):
@@ -103,7 +122,18 @@ class Instruction:
         if not 0 < self.range <= MAX_RANGE:
             raise ValueError(f"instruction: range must be positive and at most {MAX_RANGE}, got {self.range}")
         self._check_classes()
+        self._check_keypoints()
         self._check_points()
+        if self.length not in LENGTHS:
+            raise ValueError(f"instruction: length must be one of {', '.join(LENGTHS)}, got {self.length!r}")
+        if self.length != "short" and self.task != "captioning":
+            raise ValueError(
+                f"instruction: length belongs to the task captioning, got {self.length!r} for {self.task}"
+            )
+        if self.format_source not in ("grammar", "model"):
+            raise ValueError(
+                f"instruction: format_source must be 'grammar' or 'model', got {self.format_source!r}"
+            )
         if (self.question is not None) != (self.task == "vqa"):
             raise ValueError(
                 f"instruction: question belongs to the task vqa, got {self.question!r} for {self.task}"
@@ -137,12 +167,37 @@ class Instruction:
             for k, name in enumerate(self.classes):
                 if first.setdefault(name, k) != k:
                     raise ValueError(f"instruction: {name!r} is named twice, by <c{first[name]}> and <c{k}>")
-        if self.task == "grounding" and len(self.classes) != 1:
-            raise ValueError(f"instruction: grounding takes one expression, got {len(self.classes)}")
+
+    def _check_keypoints(self) -> None:
+        names = self.keypoints
+        if isinstance(names, str):
+            raise ValueError(f"instruction: keypoints must be a list of names, got the string {names!r}")
+        object.__setattr__(self, "keypoints", names := tuple(names))
+        if not names:
+            return
+        if self.task != "keypoints":
+            raise ValueError(
+                f"instruction: keypoints belong to the task keypoints, got {len(names)} for {self.task}"
+            )
+        for place, name in enumerate(names):
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(
+                    f"instruction: the name of keypoint {place + 1} must be a non-empty string, got {name!r}"
+                )
+            if "<" in name:
+                raise ValueError(f"instruction: the name of a keypoint must not contain `<`, got {name!r}")
+            if name in names[:place]:
+                raise ValueError(f"instruction: two keypoints have the name {name!r}")
+        if self.points == 2:  # its default
+            object.__setattr__(self, "points", len(names))
+        if self.points != len(names):
+            raise ValueError(
+                f"instruction: points must be {len(names)}, as many as keypoints, got {self.points}"
+            )
 
     def _check_points(self) -> None:
         if self.task == "segmentation":
-            least, most = 3, MAX_POINTS
+            least, most = 3, MAX_POLYGON_POINTS
         elif self.task == "keypoints":
             least, most = 1, MAX_POINTS
         else:
@@ -180,8 +235,10 @@ class Instruction:
         cached = self.__dict__.get("_segments")
         if cached is None:
             from .parse import parse
+            from .render import format_text
 
-            parsed = parse(self.text)
+            written = format_text(self.points) if self.format_source == "model" else None
+            parsed = parse(self.text, format=written)
             if parsed != self:
                 raise ValueError(f"instruction: the text says {parsed!r}, the fields say {self!r}")
             cached = parsed.__dict__["_segments"]

@@ -6,6 +6,7 @@ format  := "(" "c" ("," "x" i "," "y" i)* ["," "..." "," "x" N "," "y" N] ")"   
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from .class_set import skip_space
 from .instruction import MAX_POINTS, InstructionError, found_at
@@ -14,11 +15,32 @@ FORMAT_START = re.compile(r"([(\[])\s*(?:c|cls|class)\s*,\s*(?=[xy.…])")
 _ITEM = re.compile(r"([xy])_?\{?(\d+)\}?|\.\.\.|…", re.ASCII)
 
 
-def find_points(text: str, start: int, end: int) -> int | None:
-    """N of the formats outside the class set at ``start`` to ``end``, which have to agree; or None."""
+def parse_format(text: str) -> int:
+    """N of a text that is an output format and nothing else.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    stripped = text.strip()
+    match = FORMAT_START.match(stripped)
+    if match is None:
+        raise ValueError(f"format: expected one such as (c, x1, y1, x2, y2), got {text!r}")
+    closer = ")" if match.group(1) == "(" else "]"
+    if stripped.find(closer) != len(stripped) - 1:
+        raise ValueError(f"format: expected `{closer}` once, at the end, got {text!r}")
+    try:
+        return _read_format(stripped, match.end(), closer)
+    except InstructionError as error:
+        raise ValueError(
+            f"format, position {error.position}: expected {error.expected}, found {error.found}"
+        ) from error
+
+
+def find_points(text: str, excluded: Sequence[tuple[int, int]]) -> int | None:
+    """N of the formats outside the spans ``(start, end)``, which have to agree; or None."""
     points: int | None = None
     for match in FORMAT_START.finditer(text):
-        if start <= match.start() < end:
+        if any(start <= match.start() < end for start, end in excluded):
             continue
         number = _read_format(text, match.end(), ")" if match.group(1) == "(" else "]")
         if points is not None and number != points:

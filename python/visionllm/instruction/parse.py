@@ -1,8 +1,8 @@
 """From text to a typed instruction: a hand-written scanner, linear in the length of the text.
 
 The class set (``class_set.py``) is found first and cut out, so that nothing inside a name is ever taken for
-syntax. The output format (``output_format.py``), range, coordinates and task (``wording.py``) are then read
-from the words around it.
+syntax, and so is a list of keypoints (``keypoint_names.py``). The output format (``output_format.py``),
+range, coordinates and task (``wording.py``) are then read from the words around it.
 """
 
 from __future__ import annotations
@@ -12,25 +12,35 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .class_set import CLASS_TOKEN, QUOTES, ClassEntry, ClassSet, find_class_set
-from .instruction import DEFAULT_RANGE, Instruction, InstructionError, Segment, found_at
-from .output_format import FORMAT_START, find_points
-from .render import class_set_text
+from .instruction import DEFAULT_RANGE, Instruction, InstructionError, Segment, UnknownFormat, found_at
+from .keypoint_names import KeypointNames, find_keypoints, keypoints_text
+from .output_format import FORMAT_START, find_points, parse_format
+from .render import class_set_text, expressions_text
 from .wording import (
     RangeReader,
     Word,
+    length_of,
     read_coordinates,
     read_point_count,
     set_task_of,
+    unread_format_at,
     word_task_of,
     words_of,
 )
 
 _EMPTY_SET = re.compile(r"\{\s*\}|\[\s*\]|\(\s*\)")
 _QUESTION = re.compile(r"question:", re.IGNORECASE)
+_EXPRESSION = re.compile(r"<expression>\s{0,8}:\s{0,8}<c0>")
 
 
 def parse(
-    text: str, *, classes: Sequence[str] | None = None, range: int | None = None, question: str | None = None
+    text: str,
+    *,
+    classes: Sequence[str] | None = None,
+    range: int | None = None,
+    question: str | None = None,
+    keypoints: Sequence[str] | None = None,
+    format: str | None = None,
 ) -> Instruction:
     """Reads an instruction.
 
@@ -39,15 +49,21 @@ def parse(
         classes: fills the placeholders ``<class>`` and ``<expression>``, in token order.
         range: fills the placeholder ``<range>``, and holds where the text names no range; 512 when None.
         question: fills the placeholder ``<question>``.
+        keypoints: fills the placeholder ``<keypoints>``, the points' names in order.
+        format: the output format as a model wrote it, such as ``(c, x1, y1, ..., x8, y8)``: holds where the
+            text describes one that no rule reads, and ``format_source`` is ``"model"`` then.
 
     Returns:
         The instruction, its ``text`` with the placeholders filled.
 
     Raises:
-        InstructionError: the text is not an instruction; says where (in the text with ``classes`` and
-            ``question`` filled in) and what was expected.
+        UnknownFormat: the output format is described in words that no rule reads, and ``format`` is None.
+        InstructionError: the text is not an instruction; says where (in the text with its placeholders
+            filled in) and what was expected.
+        ValueError: ``format`` is no output format.
     """
-    text, default_range = _filled(text, classes, range, question)
+    written = None if format is None else parse_format(format)
+    text, default_range = _filled(text, classes, range, question, keypoints)
     class_set = find_class_set(text)
     if class_set is None:
         words = words_of(text)
@@ -59,7 +75,7 @@ def parse(
         words.append(Word("<class>", class_set.start))
         words += words_of(text[class_set.end :], class_set.end)
         image = _find_image(text, class_set)
-        result = _set_instruction(text, class_set, words, default_range)
+        result = _set_instruction(text, class_set, words, default_range, written)
         spans = class_set.entries
     segments = _cut(text, image, spans, None if class_set is None else default_range)
     if class_set is not None and "<range>" in text:
@@ -69,26 +85,34 @@ def parse(
 
 
 def _filled(
-    text: str, classes: Sequence[str] | None, range: int | None, question: str | None
+    text: str,
+    classes: Sequence[str] | None,
+    range: int | None,
+    question: str | None,
+    keypoints: Sequence[str] | None,
 ) -> tuple[str, int]:
     """The text with its placeholders filled, and the range that an absent ``<range>`` stands for."""
+    for name, given in (("keypoints", keypoints), ("question", question)):
+        if given is not None and f"<{name}>" not in text:
+            raise InstructionError(len(text), f"a placeholder `<{name}>` for the given {name}", "none")
+    if keypoints is not None:
+        text = text.replace("<keypoints>", keypoints_text(keypoints), 1)
     if classes is not None and "<class>" in text:
         before, after = text.split("<class>", 1)
         text = before + class_set_text(classes) + after
     elif classes is not None and "<expression>" in text:
-        if len(classes) != 1:
+        place = _EXPRESSION.search(text)
+        if place is None:
             raise InstructionError(
-                text.index("<expression>"), "one name for `<expression>`", f"{len(classes)} names"
+                text.index("<expression>"), "`<expression>` with its token, {<expression>: <c0>}", "none"
             )
-        instruction_name = Instruction("grounding", tuple(classes)).segments()
-        name = next(segment.text for segment in instruction_name if segment.kind == "name")
-        text = text.replace("<expression>", name, 1)
+        text = text[: place.start()] + expressions_text(classes)[1:-1] + text[place.end() :]
     elif classes is not None:
         raise InstructionError(len(text), "a placeholder `<class>` for the given names", "none")
     if question is not None:
-        if "<question>" not in text:
-            raise InstructionError(len(text), "a placeholder `<question>` for the given question", "none")
-        text = text.replace("<question>", question, 1)
+        # "... <question>." and a question with a mark of its own
+        full_stop = "." if question[-1:] in tuple(".?!") and "<question>." in text else ""
+        text = text.replace("<question>" + full_stop, question, 1)
     return text, DEFAULT_RANGE if range is None else range
 
 
@@ -107,25 +131,56 @@ def _find_image(text: str, class_set: ClassSet | None) -> int:
     return positions[0]
 
 
-def _set_instruction(text: str, class_set: ClassSet, words: list[Word], default_range: int) -> Instruction:
-    points = find_points(text, class_set.start, class_set.end)
+def _set_instruction(
+    text: str, class_set: ClassSet, words: list[Word], default_range: int, written: int | None
+) -> Instruction:
+    """The instruction of a text with a class set.
+
+    Args:
+        written: N of the format that a model wrote.
+    """
+    span = (class_set.start, class_set.end)
+    bare = len(class_set.entries) if class_set.bare else 0
+    named: KeypointNames | None = None
+    if set_task_of(words, None, bare) == "keypoints":
+        named = find_keypoints(text, span)
+        if named is None and "<keypoints>" in text:
+            at = text.index("<keypoints>")
+            raise InstructionError(at, "names of keypoints", "the unfilled placeholder `<keypoints>`")
+    if named is not None:
+        words = [word for word in words if not named.start <= word.position < named.end]
+    points = find_points(text, [span] if named is None else [span, (named.start, named.end)])
     value, signed = RangeReader(words, default_range).read()
-    bare = class_set.bare and len(class_set.entries) == 1
-    task = set_task_of(words, points, bare)
-    if points is None and task in ("segmentation", "keypoints"):
-        points = read_point_count(words)
-        if points is None:
-            raise InstructionError(
-                len(text),
-                f"an output format with the points of the {task}, such as (c, x1, y1, ..., x8, y8)",
-                "none",
-            )
+    if points is None:
+        points = len(named.names) if named is not None else read_point_count(words)
+    task = "keypoints" if named is not None else set_task_of(words, points, bare)
+    source = "grammar"
+    if points is None:
+        # Boxes go without saying; polygons and keypoints never do.
+        needed = task in ("segmentation", "keypoints")
+        described = len(text) if needed else unread_format_at(words, value)
+        if described is not None:
+            if written is None:
+                wording = f"{text[: class_set.start]}<class>{text[class_set.end :]}"
+                expected = f"an output format with the points of the {task}, such as (c, x1, y1, ..., x8, y8)"
+                found = "none" if needed else found_at(text, described)
+                raise UnknownFormat(described, expected, found, wording)
+            points, source = written, "model"
+            task = set_task_of(words, points, bare)
     names = [""] * len(class_set.entries)
     for entry in class_set.entries:
         names[entry.index] = entry.name
-    coordinates = read_coordinates(words, signed)
     try:
-        return Instruction(task, tuple(names), value or default_range, coordinates, points or 2, text)
+        return Instruction(
+            task,
+            tuple(names),
+            value or default_range,
+            read_coordinates(words, signed),
+            points or 2,
+            text,
+            keypoints=() if named is None else named.names,
+            format_source=source,
+        )
     except ValueError as error:
         raise InstructionError(class_set.start, "a consistent instruction", str(error)) from error
 
@@ -138,10 +193,12 @@ def _word_instruction(text: str, words: list[Word]) -> Instruction:
         raise InstructionError(
             text.index("<question>"), "a question", "the unfilled placeholder `<question>`"
         )
-    return Instruction(task, text=text, question=_question_of(text) if task == "vqa" else None)
+    if task == "vqa":
+        return Instruction(task, text=text, question=question_of(text))
+    return Instruction(task, text=text, length=length_of(text))
 
 
-def _question_of(text: str) -> str:
+def question_of(text: str) -> str:
     """What follows "question:", or else the text without its image clause."""
     match = _QUESTION.search(text)
     if match is not None:
