@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ class CocoDataset:
         self.folder = Path(images)
         self.outlines = outlines
         content = self._read()
-        self.report: Report = validate_content(content, annotations, images, check_images)
+        wanted = self._wanted_images()
+        self.report: Report = validate_content(content, annotations, images, check_images, wanted=wanted)
         self.keypoint_names: dict[str, tuple[str, ...]] = keypoint_names(content, self.report)
         self._points: dict[Any, Points] = points_by_annotation(content, self.report)
         if keypoints is not None:
@@ -72,18 +73,23 @@ class CocoDataset:
         if captions is not None:
             self._captions, captions_report = read_captions(captions)
             self.report.add(captions_report, "caption")
+        self._check_more(content)
         if on_error == "fail":
             self.report.raise_if_any(shown)
 
         usable = [content["categories"][index] for index in self.report.categories]
         self.category_names: dict[int, str] = {category["id"]: category["name"] for category in usable}
         self.vocabulary: tuple[str, ...] = tuple(category["name"] for category in usable)
-        self.images: list[dict[str, Any]] = [content["images"][index] for index in self.report.images]
+        entries = [content["images"][index] for index in self.report.images]
+        self.images: list[dict[str, Any]] = [
+            entry for entry in entries if wanted is None or entry["id"] in wanted
+        ]
         self.objects: list[list[dict[str, Any]]] = [[] for _ in self.images]  # annotation entries by picture
         position = {image["id"]: i for i, image in enumerate(self.images)}
         for index in self.report.annotations:
             entry = content["annotations"][index]
-            self.objects[position[entry["image_id"]]].append(entry)
+            if entry["image_id"] in position:
+                self.objects[position[entry["image_id"]]].append(entry)
         self._unknown: dict[int, set[str]] = {}  # by picture: names that it may show without a box
         for i, image in enumerate(self.images):
             unsure = {self.category_names.get(number, "") for number in image.get("not_exhaustive", ())}
@@ -93,7 +99,15 @@ class CocoDataset:
             self._find_lost_objects(content["annotations"], position)
 
     def _read(self) -> dict[str, Any]:
+        """The annotation file's content, for data sets that write it in a way of their own to change it."""
         return read_coco_json(self.annotations)
+
+    def _check_more(self, content: dict[str, Any]) -> None:
+        """For data sets with files of their own: adds what is wrong with those to the report."""
+
+    def _wanted_images(self) -> Collection[Any] | None:
+        """Ids of the pictures to use; None: all of them."""
+        return None
 
     @property
     def skipped(self) -> dict[str, int]:

@@ -21,7 +21,7 @@ looked at.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,12 @@ def validate_content(
     images: str | Path | None,
     check_images: str = "decode",
     purpose: str = "training",
+    wanted: Collection[Any] | None = None,
 ) -> Report:
-    """`validate_coco` on what `read_coco_json` returned, for one of PURPOSES."""
+    """`validate_coco` on what `read_coco_json` returned, for one of PURPOSES.
+
+    Only the files of the pictures with ``wanted`` ids are looked at, None: of all of them.
+    """
     if purpose not in PURPOSES:
         raise ValueError(f"purpose: expected one of {', '.join(PURPOSES)}, got {purpose!r}")
     training = purpose == "training"
@@ -115,7 +119,7 @@ def validate_content(
         path_message = file_name_problem(entry)
         if path_message:
             yield "file_name", path_message
-        elif folder is not None:
+        elif folder is not None and (wanted is None or _among(entry.get("id"), wanted)):
             size = (entry["width"], entry["height"]) if shape_is_right else None
             message = picture_problem(folder / entry["file_name"], size, check_images)
             if message:
@@ -189,6 +193,10 @@ def validate_content(
 
     check_section(content["annotations"], "annotations", annotations, annotation_problems, report)
     return report
+
+
+def _among(value: Any, wanted: Collection[Any]) -> bool:
+    return is_id(value, (int, str)) and value in wanted
 
 
 def _box_problem(entry: dict, size: tuple[int, int] | None, training: bool) -> str | None:
