@@ -96,7 +96,10 @@ def test_nothing_to_do(tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "required: PATH"),
-        (["a.png", "--output", "out"], "one of the arguments --instruction --classes is required"),
+        (
+            ["a.png", "--output", "out"],
+            "one of the arguments --instruction --classes --ground --caption --question is",
+        ),
         (["a.png", "--output", "out", "--classes", "dog,,cat"], "expected a name at position 1"),
         (["a.png", "--output", "out", "--instruction", "Find {}"], "instruction, position"),
         (["a.png", "--output", "out", "--classes", "dog", "--threshold", "2"], "expected a score in 0..1"),
@@ -114,15 +117,15 @@ def test_usage_errors_are_2(arguments, message, capsys, monkeypatch, tmp_path):
 
 
 def test_an_interrupted_run_keeps_what_is_done(folder, tmp_path, monkeypatch, network):
-    detect, calls = network.detect, []
+    find, calls = network.find, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return detect(*arguments, **options)
+        return find(*arguments, **options)
 
-    monkeypatch.setattr(network, "detect", interrupted)
+    monkeypatch.setattr(network, "find", interrupted)
     output = tmp_path / "out"
     assert (
         main(["predict", str(folder), "--classes", "red", "--output", str(output), "--batch-size", "1"])
@@ -207,11 +210,11 @@ def test_what_this_machine_lacks_is_one_line(folder, tmp_path, capsys, monkeypat
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(network, "detect", fail)
+    monkeypatch.setattr(network, "find", fail)
     arguments = ["predict", str(folder), "--classes", "red", "--output", str(tmp_path / "out")]
     assert main(arguments) == 1
     assert capsys.readouterr().err == f"visionllm predict: {line}\n"
-    monkeypatch.setattr(network, "detect", lambda *arguments, **options: 1 / 0)
+    monkeypatch.setattr(network, "find", lambda *arguments, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a bug of ours is not one line
         main(arguments)
 

@@ -9,7 +9,7 @@ import pytest
 from colour_network import ColourNetwork, picture
 from PIL import Image
 
-import visionllm.pipeline
+import visionllm.model_folder
 from visionllm.image import ImageError
 from visionllm.instruction import Instruction, InstructionError
 from visionllm.pipeline import VisionLLM, class_request, load, model_folder
@@ -111,7 +111,7 @@ def test_groups_keep_the_best_hundred():
     class Many(ColourNetwork):
         def _find(self, image, classes, top):
             found = super()._find(image, classes, top)
-            for field in ("boxes", "scores", "labels", "centers", "bins"):
+            for field in ("boxes", "scores", "labels", "centers", "bins", "points"):
                 value = getattr(found, field)
                 setattr(found, field, value[:1].repeat(top, *[1] * (value.ndim - 1)))
             return found
@@ -124,10 +124,10 @@ def test_groups_keep_the_best_hundred():
 def test_pictures_with_different_numbers_of_groups(model):
     image = picture(**RED_AND_BLUE)
     requests = [class_request(["red"]), class_request([f"thing {k}" for k in range(600)] + ["blue"])]
-    results = model.answer([image, image], requests, 0.3)
+    results = model.run([image, image], requests, 0.3)
     assert [result.boxes.names for result in results] == [["red"], ["blue"]]
     assert [len(call) for call in model.network.calls] == [2, 1]
-    assert model.answer([], [], 0.3) == []
+    assert model.run([], [], 0.3) == []
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,9 @@ def test_bad_instructions(model):
         model.predict(picture(), 'Find {"dog": <c0>, "cat": <c0>} in <image>')
     with pytest.raises(TypeError, match="expected text or an Instruction, got int"):
         model.predict([picture()], [3])
-    with pytest.raises(ValueError, match="expected one of the tasks detection, grounding, got captioning"):
-        model.predict(picture(), Instruction(task="captioning"))
+    model = VisionLLM(ColourNetwork(tasks=("detection",)))
+    with pytest.raises(ValueError, match="trained for detection, not for captioning"):
+        model.predict([], Instruction(task="captioning"))
 
 
 def test_bad_pictures_are_named(model, tmp_path):
@@ -171,7 +172,7 @@ def test_devices_that_are_not_there(tmp_path, device):
 
 def test_packaged_names_go_before_folders(tmp_path, monkeypatch):
     """A folder in the working directory that happens to have the name is another one."""
-    monkeypatch.setattr(visionllm.pipeline.resources, "files", lambda package: tmp_path / "package")
+    monkeypatch.setattr(visionllm.model_folder.resources, "files", lambda package: tmp_path / "package")
     packaged = tmp_path / "package" / "weights" / "tiny"
     packaged.mkdir(parents=True)
     (tmp_path / "tiny").mkdir()

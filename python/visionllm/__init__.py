@@ -1,4 +1,4 @@
-"""VisionLLM: an instruction and a picture in, boxes out.
+"""VisionLLM: an instruction and a picture in; boxes, polygons, keypoints or text out.
 
 Everything here is imported when it is first used: ``import visionllm`` costs no torch, no compilation and
 no network.
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from visionllm.instruction import Instruction, InstructionError
     from visionllm.pipeline import VisionLLM, load
     from visionllm.result import Boxes, Result
+    from visionllm.text_options import TextOptions
 
 # Public name: the module it lives in.
 _HOME = {
@@ -25,6 +26,7 @@ _HOME = {
     "Instruction": "visionllm.instruction",
     "InstructionError": "visionllm.instruction",
     "Result": "visionllm.result",
+    "TextOptions": "visionllm.text_options",
     "VisionLLM": "visionllm.pipeline",
     "load": "visionllm.pipeline",
     "open_image": "visionllm.image",
@@ -49,6 +51,7 @@ __all__ = [
     "Instruction",
     "InstructionError",
     "Result",
+    "TextOptions",
     "VisionLLM",
     "__version__",
     "arrays",

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from visionllm.detections import MAX_BOXES, result_of
 from visionllm.image import MAX_PIXELS, ImageSource, open_image, resize_square, source_name
-from visionllm.instruction import Instruction, parse
-from visionllm.instruction.instruction import MAX_CLASSES
-from visionllm.result import Boxes, Result
+from visionllm.instruction import Instruction
+from visionllm.instruction.instruction import SET_TASKS
+from visionllm.model_folder import DEFAULT_MODEL, checked_device, keep_freed_memory, model_folder
+from visionllm.request import (
+    InstructionLike,
+    Request,
+    checked_names,
+    class_request,
+    request_of,
+    requests_of,
+)
+from visionllm.result import Result
+from visionllm.text_options import TextOptions
 
 if TYPE_CHECKING:
-    from visionllm.instruction import Template
     from visionllm.model.network import Network
 
-MAX_BOXES = 100  # candidates kept per picture, as the COCO metrics do
-DEFAULT_MODEL = "tiny"
-ANSWERED_TASKS = ("detection", "grounding")
+__all__ = ["Request", "VisionLLM", "class_request", "load", "model_folder", "request_of"]
 
-InstructionLike = str | Instruction
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of one picture: all classes, and instructions that ask for consecutive parts of them."""
-
-    classes: tuple[str, ...]
-    instructions: tuple[Instruction, ...]
+TextListener = Callable[[int, str], None]  # told (picture, what was written next) while a text is written
 
 
 class VisionLLM:
@@ -92,16 +89,25 @@ class VisionLLM:
         threshold: float | None = None,
         batch_size: int = 8,
         max_pixels: int | None = MAX_PIXELS,
+        spread: bool = False,
+        options: TextOptions | None = None,
+        on_text: TextListener | None = None,
     ) -> Result | list[Result]:
         """What the instruction asks for, found in one picture or in several.
 
         Args:
             images: a picture (path, bytes, binary file, PIL image, NumPy array ``[H, W, 3]``), or a list or
                 iterator of pictures; an array ``[N, H, W, 3]`` is N pictures.
-            instruction: in words or typed; or a list of them, one for each picture.
+            instruction: in words or typed; or a list of them, one for each picture, of any tasks. Where the
+                parser does not know the output format that the words ask for, the model writes it, and
+                ``Result.format_source`` says so.
             threshold: score in 0..1 from which an object is in ``Result.boxes``; None: the model's own.
             batch_size: pictures in one pass.
             max_pixels: larger pictures are refused; None: no limit.
+            spread: also give each coordinate's standard deviation, ``Result.boxes.spread``.
+            options: how captions and answers are written; None: greedily, at most 128 tokens.
+            on_text: called with (position of the picture, next characters) while a text is written; not
+                with ``options.beams``.
 
         Returns:
             A Result for one picture, else a list of them in the order of the pictures.
@@ -109,13 +115,13 @@ class VisionLLM:
         Raises:
             InstructionError: the text is no instruction; says where and what was expected.
             ImageError: a picture is missing or broken; names it.
-            ValueError: another argument is out of its bounds.
+            ValueError: another argument is out of its bounds, or the model was not trained for the task.
         """
-        if isinstance(instruction, (str, Instruction)):
-            asked: Request | list[Request] = request_of(instruction)
-        else:
-            asked = [request_of(item) for item in instruction]
-        return self._answer_all(images, asked, threshold, batch_size, max_pixels)
+        one = isinstance(instruction, (str, Instruction))
+        asked = self.requests([instruction] if one else instruction)  # type: ignore[list-item, arg-type]
+        return self._run_all(
+            images, asked[0] if one else asked, threshold, batch_size, max_pixels, spread, options, on_text
+        )
 
     def detect(
         self,
@@ -124,62 +130,212 @@ class VisionLLM:
         threshold: float | None = None,
         batch_size: int = 8,
         max_pixels: int | None = MAX_PIXELS,
+        spread: bool = False,
     ) -> Result | list[Result]:
         """Like `predict`, with class names in place of an instruction: any number of them.
 
         More than 512 names are asked in equal groups, and a picture's 100 best boxes of all are kept.
         """
-        return self._answer_all(images, class_request(classes), threshold, batch_size, max_pixels)
+        return self._run_all(images, class_request(classes), threshold, batch_size, max_pixels, spread)
+
+    def segment(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        classes: Sequence[str],
+        points: int = 16,
+        threshold: float | None = None,
+        batch_size: int = 8,
+        max_pixels: int | None = MAX_PIXELS,
+        spread: bool = False,
+    ) -> Result | list[Result]:
+        """Like `detect`, with outlines of ``points`` points: ``Result.polygons`` and ``Result.masks``."""
+        asked = class_request(classes, task="segmentation", points=points)
+        return self._run_all(images, asked, threshold, batch_size, max_pixels, spread)
+
+    def ground(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        expressions: str | Sequence[str],
+        threshold: float | None = None,
+        batch_size: int = 8,
+        max_pixels: int | None = MAX_PIXELS,
+        spread: bool = False,
+    ) -> Result | list[Result]:
+        """Where what one or several expressions describe is, or that it is absent: ``Result.expressions``.
+
+        Args:
+            expressions: such as "the red car on the left"; the other arguments are `predict`'s.
+        """
+        expressions = [expressions] if isinstance(expressions, str) else expressions
+        asked = class_request(expressions, task="grounding")
+        return self._run_all(images, asked, threshold, batch_size, max_pixels, spread)
+
+    def keypoints(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        classes: Sequence[str],
+        names: Sequence[str],
+        threshold: float | None = None,
+        batch_size: int = 8,
+        max_pixels: int | None = MAX_PIXELS,
+        spread: bool = False,
+    ) -> Result | list[Result]:
+        """Like `detect`, with the points of these names on each object: ``Result.keypoints``."""
+        asked = class_request(classes, task="keypoints", keypoints=checked_names("keypoints", names))
+        return self._run_all(images, asked, threshold, batch_size, max_pixels, spread)
+
+    def caption(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        length: str = "short",
+        options: TextOptions | None = None,
+        on_text: TextListener | None = None,
+        batch_size: int = 8,
+        max_pixels: int | None = MAX_PIXELS,
+    ) -> Result | list[Result]:
+        """A description: ``Result.text``.
+
+        Args:
+            length: "short", "long" or "detailed"; the other arguments are `predict`'s.
+        """
+        asked = request_of(Instruction("captioning", length=length))
+        return self._run_all(images, asked, None, batch_size, max_pixels, False, options, on_text)
 
     def answer(
-        self, images: Sequence[np.ndarray], requests: Sequence[Request], threshold: float
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        question: str | Sequence[str],
+        options: TextOptions | None = None,
+        on_text: TextListener | None = None,
+        batch_size: int = 8,
+        max_pixels: int | None = MAX_PIXELS,
+    ) -> Result | list[Result]:
+        """The answer to a question about the picture: ``Result.text``.
+
+        Args:
+            question: one, or a list of them, one for each picture; the other arguments are `predict`'s.
+        """
+        questions = [question] if isinstance(question, str) else question
+        asked = requests_of([Instruction("vqa", question=text) for text in questions])
+        return self._run_all(
+            images,
+            asked[0] if isinstance(question, str) else asked,
+            None,
+            batch_size,
+            max_pixels,
+            False,
+            options,
+            on_text,
+        )
+
+    def run(
+        self,
+        images: Sequence[np.ndarray],
+        requests: Sequence[Request],
+        threshold: float,
+        spread: bool = False,
+        options: TextOptions | None = None,
+        on_text: TextListener | None = None,
     ) -> list[Result]:
         """One batch: pictures that are read already, uint8 RGB ``[H, W, 3]``, each with its request.
 
         Everything else ends here; `visionllm.evaluate` calls it with a request of its own for each picture.
+        Tasks, class sets and numbers of points may differ from picture to picture.
         """
         if not images:
             return []
+        self._check_tasks(requests)
         size = self.network.config.image_size
         pixels = torch.from_numpy(np.stack([resize_square(image, size) for image in images]))  # [B, S, S, 3]
-        found: list[list[Any]] = [[] for _ in images]
+        found = self._find(pixels, requests, spread)
+        texts = self._write(pixels, requests, options, on_text)
+        return [
+            result_of(image, asked, threshold, found.get(i), texts.get(i))
+            for i, (image, asked) in enumerate(zip(images, requests, strict=True))
+        ]
+
+    def _find(self, pixels: torch.Tensor, requests: Sequence[Request], spread: bool) -> dict[int, list[Any]]:
+        """Each picture's Detections, one for each of its instructions; the pictures of set tasks alone."""
+        found: dict[int, list[Any]] = {i: [] for i, asked in enumerate(requests) if asked.task in SET_TASKS}
         # The first groups of all pictures in one pass, then the second groups, ...
-        rounds = max((len(asked.instructions) for asked in requests), default=0)
+        rounds = max((len(requests[i].instructions) for i in found), default=0)
         for turn in range(rounds):
-            members = [i for i, asked in enumerate(requests) if turn < len(asked.instructions)]
+            members = [i for i in found if turn < len(requests[i].instructions)]
             asked_now = [requests[i].instructions[turn] for i in members]
-            shown = pixels[members] if len(members) < len(images) else pixels
+            shown = pixels[members] if len(members) < len(pixels) else pixels
             with self._precision():
-                detections = self.network.detect(shown, asked_now, top=MAX_BOXES)
+                if hasattr(self.network, "find"):
+                    detections = self.network.find(shown, asked_now, top=MAX_BOXES, spread=spread)
+                else:
+                    detections = self.network.detect(shown, asked_now, top=MAX_BOXES)
             for i, detection in zip(members, detections, strict=True):
                 found[i].append(detection)
-        return [
-            Result(
-                image=image,
-                all_boxes=_merge(parts, asked, image.shape[1], image.shape[0]),
-                classes=asked.classes,
-                instructions=asked.instructions,
-                threshold=threshold,
+        return found
+
+    def _write(
+        self,
+        pixels: torch.Tensor,
+        requests: Sequence[Request],
+        options: TextOptions | None,
+        on_text: TextListener | None,
+    ) -> dict[int, str]:
+        """The texts of the pictures whose task is answered in words."""
+        members = [i for i, asked in enumerate(requests) if asked.task not in SET_TASKS]
+        if not members:
+            return {}
+        options = options or TextOptions()
+        if on_text is not None and options.beams > 1:
+            raise ValueError(f"on_text: expected 1 beam, as words come one by one, got {options.beams}")
+        shown = pixels[members] if len(members) < len(pixels) else pixels
+        listener = None if on_text is None else lambda row, piece: on_text(members[row], piece)
+        with self._precision():
+            texts = self.network.write(
+                shown, [requests[i].instructions[0] for i in members], options, listener
             )
-            for image, asked, parts in zip(images, requests, found, strict=True)
-        ]
+        return dict(zip(members, texts, strict=True))
+
+    def _check_tasks(self, requests: Iterable[Request]) -> None:
+        if not hasattr(self.network, "find"):
+            for asked in requests:
+                if asked.task not in ("detection", "grounding"):
+                    raise ValueError(f"these weights were trained for detection, not for {asked.task}")
+            return
+        for task in {asked.task for asked in requests}:
+            self.network.check_task(task)
+
+    def requests(self, instructions: Sequence[InstructionLike]) -> list[Request]:
+        """Instructions as `run` takes them; output formats that the parser does not know, the model writes.
+
+        Raises:
+            InstructionError: a text is no instruction; says where and what was expected.
+            TypeError: neither text nor an Instruction.
+        """
+        return requests_of(instructions, self._write_formats)
+
+    def _write_formats(self, texts: Sequence[str]) -> list[str]:
+        with self._precision():
+            return self.network.write_format(texts)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.network.device.type, self.dtype)
 
-    def _answer_all(
+    def _run_all(
         self,
         images: ImageSource | Iterable[ImageSource],
         asked: Request | list[Request],
         threshold: float | None,
         batch_size: int,
         max_pixels: int | None,
+        spread: bool = False,
+        options: TextOptions | None = None,
+        on_text: TextListener | None = None,
     ) -> Result | list[Result]:
         threshold = self._checked_threshold(threshold)
         if batch_size < 1:
             raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+        self._check_tasks([asked] if isinstance(asked, Request) else asked)
         several = _is_several(images)
         sources: list[Any] = list(images) if several else [images]  # type: ignore[arg-type]
         requests = [asked] * len(sources) if isinstance(asked, Request) else asked
@@ -191,7 +347,9 @@ class VisionLLM:
         for start in range(0, len(sources), batch_size):
             batch = sources[start : start + batch_size]
             opened = [open_image(source, max_pixels) for source in batch]
-            results += self.answer(opened, requests[start : start + batch_size], threshold)
+            listener = None if on_text is None else _shifted(on_text, start)
+            asked_now = requests[start : start + batch_size]
+            results += self.run(opened, asked_now, threshold, spread, options, listener)
             for source, result in zip(batch, results[start:], strict=True):
                 result.source = source_name(source)
         return results if several else results[0]
@@ -222,120 +380,8 @@ def load(
     return VisionLLM.from_pretrained(model_folder(model), device, dtype)
 
 
-@cache
-def keep_freed_memory() -> None:
-    """Makes glibc keep what a prediction frees for the next one.
-
-    It gives blocks above 128 KiB back to the kernel until a larger one was freed, and then keeps blocks up to
-    that size (mallopt(3), M_MMAP_THRESHOLD; at most 32 MiB). Without this, a picture met 2900 fresh pages,
-    which took 12 of 89 ms. Elsewhere it does nothing. The block is never written to, so it costs no memory.
-    """
-    np.empty(31 << 20, np.uint8)
-
-
-def model_folder(model: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
-    """The folder that `load` reads; raises FileNotFoundError as it does."""
-    name = os.fspath(model)
-    weights = Path(str(resources.files("visionllm"))) / "weights"
-    is_bare_name = isinstance(model, str) and name == Path(name).name
-    if is_bare_name and (weights / name / "model.safetensors").is_file():
-        return weights / name
-    if Path(model).is_dir():
-        return Path(model)
-    packaged = sorted(entry.parent.name for entry in weights.glob("*/model.safetensors"))
-    raise FileNotFoundError(
-        f"{name}: expected a model folder or the name of packaged weights. In this installation: "
-        f"{', '.join(packaged) or 'none'} (looked in {weights}). "
-        "Install a release of visionllm, which carries the weights, or train a model with "
-        "`visionllm train` and give its folder."
-    )
-
-
-def checked_device(device: str | None) -> torch.device:
-    """The device of that name; None: a GPU if torch has one, else the CPU.
-
-    Raises:
-        ValueError: torch knows no such name, or finds no such device.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected cpu, cuda, cuda:1, ..., got {device!r}") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: got {device!r}, but torch finds {torch.cuda.device_count()} CUDA devices")
-    return found
-
-
-def request_of(instruction: InstructionLike) -> Request:
-    """An instruction as it is asked.
-
-    Raises:
-        InstructionError: the text is no instruction.
-        ValueError: its task is not one that this version answers.
-        TypeError: neither text nor an Instruction.
-    """
-    if isinstance(instruction, str):
-        instruction = parse(instruction)
-    elif not isinstance(instruction, Instruction):
-        raise TypeError(f"instruction: expected text or an Instruction, got {type(instruction).__name__}")
-    if instruction.task not in ANSWERED_TASKS:
-        raise ValueError(
-            f"instruction: expected one of the tasks {', '.join(ANSWERED_TASKS)}, got {instruction.task}"
-        )
-    return Request(instruction.classes, (instruction,))
-
-
-def class_request(classes: Sequence[str], template: Template | None = None) -> Request:
-    """Any number of classes, asked in as few groups of at most MAX_CLASSES as can be, of nearly equal size.
-
-    Args:
-        classes: their names.
-        template: the wording; None: the default one.
-
-    Raises:
-        ValueError: no classes, an empty name or the same name twice.
-    """
-    if isinstance(classes, str):
-        raise ValueError(f"classes: expected a list of names, got the text {classes!r}: write [{classes!r}]")
-    names = tuple(classes)
-    if not names:
-        raise ValueError("classes: expected at least one name, got none")
-    seen: set[str] = set()
-    for position, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"classes: expected a name at position {position}, got {name!r}")
-        if name in seen:
-            raise ValueError(f"classes: {name!r} is listed twice")
-        seen.add(name)
-    groups = -(-len(names) // MAX_CLASSES)
-    bounds = [len(names) * group // groups for group in range(groups + 1)]
-    parts = [names[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
-    if template is not None:
-        return Request(names, tuple(template.instruction(part) for part in parts))
-    return Request(names, tuple(Instruction(classes=part) for part in parts))
-
-
-def _merge(parts: Sequence[Any], asked: Request, width: int, height: int) -> Boxes:
-    """The groups' Detections of one picture as the best 100 boxes in its pixels."""
-    scores = np.concatenate([part.scores.float().cpu().numpy() for part in parts])  # [n]
-    xyxy = np.concatenate([part.boxes.float().cpu().numpy() for part in parts])  # [n, 4] in 0..1
-    centers = np.concatenate([part.centers.float().cpu().numpy() for part in parts])  # [n, 2]
-    offset, labels = 0, []
-    for part, group in zip(parts, asked.instructions, strict=True):
-        labels.append(part.labels.cpu().numpy() + offset)
-        offset += len(group.classes)
-    order = np.argsort(-scores, kind="stable")[:MAX_BOXES]
-    kept = np.concatenate(labels)[order].astype(np.int64)  # [n]
-    size = np.array([width, height] * 2, np.float32)
-    return Boxes(
-        xyxy=np.clip(xyxy[order], 0, 1).astype(np.float32) * size,
-        scores=scores[order].astype(np.float32),
-        labels=kept,
-        names=[asked.classes[label] for label in kept],
-        centers=centers[order].astype(np.float32),
-    )
+def _shifted(on_text: TextListener, start: int) -> TextListener:
+    return lambda row, piece: on_text(start + row, piece)
 
 
 def _is_several(images: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What the model found in one picture: boxes, the answer in the instruction's form, pictures and files."""
+"""What the model found in one picture: objects or text, the answer in words, pictures and files."""
 
 from __future__ import annotations
 
@@ -12,58 +12,29 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from visionllm.atomic_file import replacing
+from visionllm.boxes import Box, Boxes
 from visionllm.image import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from visionllm.instruction import Instruction
+    from visionllm.instruction import Instruction, MalformedAnswer
+
+__all__ = ["Box", "Boxes", "Grounded", "Result"]
 
 
-class Box(NamedTuple):
-    """One object: ``xyxy`` in pixels, score in 0..1, class index and name."""
-
-    xyxy: tuple[float, float, float, float]
-    score: float
-    label: int
-    name: str
+ROUNDING = 1e-6  # of a score and what it leaves to 1, in float32
 
 
-@dataclass(frozen=True, eq=False)
-class Boxes:
-    """n objects, best first.
+class Grounded(NamedTuple):
+    """What was found for one expression: its best box, None where it is not in the picture.
 
-    Attributes:
-        xyxy: float32 ``[n, 4]``, x1, y1, x2, y2 in pixels of the picture.
-        scores: float32 ``[n]``, descending.
-        labels: int64 ``[n]``, positions in the result's ``classes``.
-        names: the n class names.
-        centers: float32 ``[n, 2]``, x, y in 0..1 of the picture: the points l_i that offsets count from.
+    ``absent`` is the score that it is not there; None where the network does not say it.
     """
 
-    xyxy: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    names: list[str]
-    centers: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def __iter__(self) -> Iterator[Box]:
-        for xyxy, score, label, name in zip(self.xyxy, self.scores, self.labels, self.names, strict=True):
-            x1, y1, x2, y2 = (float(value) for value in xyxy)
-            yield Box((x1, y1, x2, y2), float(score), int(label), name)
-
-    def first(self, count: int) -> Boxes:
-        """The ``count`` best objects."""
-        return Boxes(
-            self.xyxy[:count],
-            self.scores[:count],
-            self.labels[:count],
-            self.names[:count],
-            self.centers[:count],
-        )
+    text: str
+    box: Box | None
+    absent: float | None
 
 
 @dataclass(eq=False)
@@ -73,10 +44,16 @@ class Result:
     Attributes:
         image: uint8 RGB ``[H, W, 3]``, the picture as it was read.
         all_boxes: every candidate, best first, at most 100: what evaluation counts.
-        classes: the names asked for; ``labels`` are positions in it.
+        boxes: those that are shown and named in the answer: from the threshold on.
+        classes: the names asked for; ``labels`` are positions in it. For grounding the expressions, for
+            captions and answers none.
         instructions: what was asked: one, or with more than 512 classes one for each group of them, in order.
         threshold: score from which an object is shown and named in the answer.
         source: where the picture came from: a path or the kind of object.
+        text: the caption or the answer to the question; for the other tasks None.
+        absent: float32 ``[K]``, grounding only: the score that each expression is not in the picture. One
+            above 1 − threshold has no boxes.
+        error: why the model's answer could not be read, None where it could.
     """
 
     image: np.ndarray
@@ -85,10 +62,16 @@ class Result:
     instructions: tuple[Instruction, ...]
     threshold: float
     source: str = ""
+    text: str | None = None
+    absent: np.ndarray | None = None
+    error: MalformedAnswer | None = None
     boxes: Boxes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.boxes = self.all_boxes.first(int((self.all_boxes.scores >= self.threshold).sum()))
+        shown = self.all_boxes.scores >= self.threshold
+        if self.absent is not None:
+            shown &= self.absent[self.all_boxes.labels] <= 1 - self.threshold + ROUNDING
+        self.boxes = self.all_boxes.select(np.flatnonzero(shown))
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -102,6 +85,15 @@ class Result:
         return self.instructions[0]
 
     @property
+    def task(self) -> str:
+        return self.instruction.task
+
+    @property
+    def format_source(self) -> str:
+        """Who read the output format: "grammar", the parser's rules, or "model" where the LLM wrote it."""
+        return self.instruction.format_source
+
+    @property
     def width(self) -> int:
         return self.image.shape[1]
 
@@ -109,21 +101,63 @@ class Result:
     def height(self) -> int:
         return self.image.shape[0]
 
-    def answer(self) -> str:
-        """The boxes in the paper's form, in the range and coordinate mode that the instruction asks for.
+    @property
+    def polygons(self) -> list[np.ndarray] | None:
+        """Segmentation: float32 ``[N, 2]``, x, y in pixels, for each shown object; else None."""
+        if self.task != "segmentation":
+            return None
+        return [] if self.boxes.points is None else list(self.boxes.points)
 
-        "The bounding boxes are [(<c0>, 226.4, 229.8, 363.1, 347.4), ...]." Where the classes were asked in
-        groups, there is one line for each, and <c0> is the group's first class.
+    @property
+    def masks(self) -> list[dict[str, Any]] | None:
+        """Segmentation: the polygon's mask as compressed COCO RLE, for each shown object; else None."""
+        if self.task != "segmentation":
+            return None
+        from visionllm.result_formats import polygon_masks
+
+        return polygon_masks(self.boxes, self.height, self.width)
+
+    @property
+    def keypoints(self) -> np.ndarray | None:
+        """Keypoints: float32 ``[n, K, 3]``, x, y in pixels and COCO's v, for each shown object; else None."""
+        if self.task != "keypoints":
+            return None
+        found = self.boxes.keypoints()
+        return np.zeros((0, self.instruction.points, 3), np.float32) if found is None else found
+
+    @property
+    def expressions(self) -> list[Grounded] | None:
+        """Grounding: what was found for each expression, in their order; else None."""
+        if self.task != "grounding":
+            return None
+        labels = self.boxes.labels.tolist()
+        return [
+            Grounded(
+                text,
+                self.boxes.box(labels.index(label)) if label in labels else None,
+                None if self.absent is None else float(self.absent[label]),
+            )
+            for label, text in enumerate(self.classes)
+        ]
+
+    def answer(self) -> str:
+        """The model's answer: objects in the paper's form, or the caption or answer in words.
+
+        "The bounding boxes are [(<c0>, 226.4, 229.8, 363.1, 347.4), ...]." in the range and coordinate mode
+        that the instruction asks for. Where the classes were asked in groups, there is one line for each,
+        and <c0> is the group's first class.
         """
         from visionllm.instruction import format_answer
 
+        if self.text is not None:
+            return self.text
         size = (self.width, self.height)
         lines, first = [], 0
         for instruction in self.instructions:
             labels = self.boxes.labels - first
-            mine = (labels >= 0) & (labels < len(instruction.classes))
-            xyxy, centers = self.boxes.xyxy[mine], self.boxes.centers[mine] * size
-            lines.append(format_answer(instruction, labels[mine], xyxy, size, centers))
+            mine = self.boxes.select(np.flatnonzero((labels >= 0) & (labels < len(instruction.classes))))
+            centers = mine.centers * size
+            lines.append(format_answer(instruction, mine.labels - first, mine.answer_points(), size, centers))
             first += len(instruction.classes)
         return "\n".join(lines)
 
@@ -134,51 +168,50 @@ class Result:
         return f"Result({self.source or 'picture'}, {self.width}x{self.height}, {self.summary()})"
 
     def summary(self) -> str:
-        """How many of what: "2 dog, 1 red car", in the order of the classes; "nothing found"."""
+        """How many of what: "2 dog, 1 red car", in the order of the classes; "nothing found"; or the text."""
+        if self.error is not None:
+            return str(self.error)
+        if self.text is not None:
+            return self.text
         counts = np.bincount(self.boxes.labels, minlength=len(self.classes))
         found = [f"{count} {name}" for name, count in zip(self.classes, counts, strict=True) if count]
         return ", ".join(found) or "nothing found"
 
-    def plot(self, scale: float = 1.0) -> Image.Image:
-        """The picture with its boxes and labels drawn in.
+    def plot(self, scale: float = 1.0, spread: bool = False) -> Image.Image:
+        """The picture with what was found drawn in; words, and what is absent, stand below it.
 
         Args:
             scale: enlargement of the picture before the drawing; labels stay readable on small pictures.
+            spread: also a cross over every point, whose arms are its coordinates' standard deviations.
 
         Returns:
             An RGB image.
         """
-        from visionllm.drawing import draw_boxes
+        from visionllm.drawing import draw_result
 
-        return draw_boxes(self.image, self.boxes, scale)
+        return draw_result(self, scale, spread)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values: size, instruction, boxes over the threshold, answer."""
-        return {
-            "source": self.source,
-            "width": self.width,
-            "height": self.height,
-            "instruction": self.instruction.text or self.instruction.render(),
-            "boxes": [
-                {
-                    "xyxy": [round(value, 2) for value in box.xyxy],
-                    "label": box.name,
-                    "class": box.label,
-                    "score": round(box.score, 4),
-                }
-                for box in self
-            ],
-            "answer": self.answer(),
-        }
+    def to_dict(self, spread: bool = False) -> dict[str, Any]:
+        """Plain Python values: size, instruction, task, what is shown, answer.
 
-    def to_json(self) -> str:
+        Args:
+            spread: also each coordinate's standard deviation in pixels, x1, y1, ..., xN, yN.
+        """
+        from visionllm.result_formats import plain_values
+
+        return plain_values(self, spread)
+
+    def to_json(self, spread: bool = False) -> str:
         """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
+        return json.dumps(self.to_dict(spread), ensure_ascii=False, indent=1)
 
     def to_coco(
         self, image_id: int | str, category_ids: Mapping[str, int] | Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
         """COCO results of all candidates, those below the threshold too: average precision needs them.
+
+        The result format of the task: ``bbox``; ``segmentation`` as RLE; ``keypoints`` as x1, y1, v1, ...;
+        ``caption``; or ``question`` and ``answer``.
 
         Args:
             image_id: the picture's id in the data set.
@@ -187,15 +220,20 @@ class Result:
         Raises:
             ValueError: a class has no category id.
         """
-        ids = self._category_ids(category_ids)
-        results = []
-        for box in self.all_boxes:
-            x1, y1, x2, y2 = box.xyxy
-            bbox = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
-            results.append(
-                {"image_id": image_id, "category_id": ids[box.label], "bbox": bbox, "score": box.score}
-            )
-        return results
+        from visionllm.result_formats import coco_results
+
+        return coco_results(self, image_id, category_ids)
+
+    def to_supervision(self) -> Any:
+        """What is shown, as `supervision.Detections` (with masks) or, for keypoints, `supervision.KeyPoints`.
+
+        Raises:
+            ImportError: the package supervision is not installed.
+            ValueError: the result is text.
+        """
+        from visionllm.result_formats import supervision_objects
+
+        return supervision_objects(self)
 
     def save(self, path: str | os.PathLike[str], scale: float = 1.0) -> Path:
         """Writes the annotated picture, or with the suffix ``.json`` what `to_json` says.
@@ -217,15 +255,3 @@ class Result:
             else:
                 self.plot(scale).save(part)
         return path
-
-    def _category_ids(self, given: Mapping[str, int] | Sequence[int] | None) -> Sequence[int]:
-        if given is None:
-            return range(len(self.classes))
-        if isinstance(given, Mapping):
-            missing = [name for name in self.classes if name not in given]
-            if missing:
-                raise ValueError(f"category_ids: no id for {', '.join(map(repr, missing[:5]))}")
-            return [given[name] for name in self.classes]
-        if len(given) != len(self.classes):
-            raise ValueError(f"category_ids: expected {len(self.classes)} ids, one a class, got {len(given)}")
-        return given

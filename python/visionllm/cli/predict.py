@@ -1,4 +1,4 @@
-"""``visionllm predict``: pictures in, annotated pictures and one predictions.json out."""
+"""``visionllm predict``: pictures in, annotated pictures and one predictions.json out. Every task."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from visionllm.atomic_file import write_json
 from visionllm.cli.arguments import folder, positive, score
+from visionllm.cli.questions import Question, add_questions, read_question
 from visionllm.image import IMAGE_SUFFIXES, MAX_PIXELS, ImageError
 
 if TYPE_CHECKING:
@@ -26,12 +27,10 @@ def main(argv: Sequence[str]) -> int:
     if any(path.resolve().parent == output.resolve() for path in paths):
         parser.error(f"--output: pictures come from {output}; expected another folder")
 
-    # The instruction is checked before the model is loaded.
-    from visionllm.instruction import InstructionError
-
+    # What is asked is checked before the model is loaded.
     try:
-        request = read_request(options)
-    except (InstructionError, ValueError) as error:
+        question = read_question(options)
+    except ValueError as error:
         parser.error(str(error))
     for entry in failed:
         report_failure(entry)
@@ -42,17 +41,20 @@ def main(argv: Sequence[str]) -> int:
     from visionllm.pipeline import load
 
     model = load(options.model, options.device)
+    request = question.request(model)
     threshold = model.threshold if options.threshold is None else options.threshold
     pictures: list[dict[str, Any]] = []
     try:
-        predict_files(model, request, paths, threshold, options, pictures, failed)
+        predict_files(model, request, question, paths, threshold, options, pictures, failed)
     finally:
         # An interrupted run leaves what it has done.
         write_json(
             output / "predictions.json",
             {
                 "model": str(options.model),
+                "task": request.task,
                 "instruction": request.instructions[0].text or request.instructions[0].render(),
+                "format_source": request.instructions[0].format_source,
                 "classes": list(request.classes),
                 "threshold": threshold,
                 "pictures": pictures,
@@ -66,12 +68,11 @@ def main(argv: Sequence[str]) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="visionllm predict",
-        description="Finds objects in pictures. Writes annotated pictures and predictions.json.",
+        description="Does what an instruction asks for: boxes, polygons, keypoints, what expressions mean, "
+        "captions, answers to questions. Writes annotated pictures and predictions.json.",
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a picture, a folder of pictures or a glob")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--instruction", metavar="TEXT", help="what to find, in words with a class set")
-    asked.add_argument("--classes", metavar="NAME,NAME", help="what to find, as names: dog,red car")
+    add_questions(parser)
     parser.add_argument(
         "--output", type=folder, required=True, metavar="DIR", help="folder for what is written"
     )
@@ -81,6 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
         "--threshold", type=score, metavar="SCORE", help="lowest score shown (default: the model's)"
+    )
+    parser.add_argument(
+        "--spread", action="store_true", help="write each coordinate's standard deviation in pixels too"
     )
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="pictures in one pass (8)"
@@ -126,18 +130,10 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def read_request(options: argparse.Namespace) -> Any:
-    """What is asked, from --instruction or --classes."""
-    from visionllm.pipeline import class_request, request_of
-
-    if options.instruction is not None:
-        return request_of(options.instruction)
-    return class_request([name.strip() for name in options.classes.split(",")])
-
-
 def predict_files(
     model: Any,
     request: Any,
+    question: Question,
     paths: Sequence[Path],
     threshold: float,
     options: argparse.Namespace,
@@ -150,39 +146,46 @@ def predict_files(
     from visionllm.image import open_image
 
     names = output_names(paths)
+    # Words of several pictures would be mixed on the terminal.
+    batch_size = 1 if options.stream else options.batch_size
+    on_text = print_piece if options.stream else None
     # disable=None: no bar where stderr is no terminal
     with tqdm(total=len(paths), unit="picture", disable=True if options.quiet else None) as progress:
-        for start in range(0, len(paths), options.batch_size):
+        for start in range(0, len(paths), batch_size):
             images, opened = [], []
-            for path in paths[start : start + options.batch_size]:
+            for path in paths[start : start + batch_size]:
                 try:
                     images.append(open_image(path, options.max_pixels))
                     opened.append(path)
                 except ImageError as error:
                     failed.append({"file": str(path), "error": str(error)})
                     report_failure(failed[-1])
-            for path, result in zip(
-                opened, model.answer(images, [request] * len(images), threshold), strict=True
-            ):
+            if options.stream and opened:
+                print(f"{opened[0]}: ", end="", flush=True)
+            asked = [request] * len(images)
+            results = model.run(images, asked, threshold, options.spread, question.options, on_text)
+            if options.stream and opened:
+                print()
+            for path, result in zip(opened, results, strict=True):
                 result.source = str(path)
                 result.save(options.output / names[path])
-                pictures.append(picture_entry(result, names[path]))
-                if not options.quiet:
+                pictures.append(picture_entry(result, names[path], options.spread))
+                if not (options.quiet or options.stream):
                     progress.write(f"{path}: {result.summary()}")
-            progress.update(len(paths[start : start + options.batch_size]))
+            progress.update(len(paths[start : start + batch_size]))
 
 
-def picture_entry(result: Result, annotated: str) -> dict[str, Any]:
-    """One picture's part of predictions.json."""
-    content = result.to_dict()
-    return {
-        "file": result.source,
-        "annotated": annotated,
-        "width": content["width"],
-        "height": content["height"],
-        "boxes": content["boxes"],
-        "answer": content["answer"],
-    }
+def picture_entry(result: Result, annotated: str, spread: bool = False) -> dict[str, Any]:
+    """One picture's part of predictions.json: what `Result.to_dict` says that is not the same for all."""
+    content = result.to_dict(spread)
+    for shared in ("source", "task", "instruction", "format_source"):
+        del content[shared]
+    return {"file": result.source, "annotated": annotated, **content}
+
+
+def print_piece(row: int, piece: str) -> None:
+    """Words as they are written, of the one picture of a pass."""
+    print(piece, end="", flush=True)
 
 
 def output_names(paths: Sequence[Path]) -> dict[Path, str]:

@@ -68,7 +68,7 @@ def predict_set(
     for start in range(0, len(images), batch_size):
         entries, listed = images[start : start + batch_size], listings[start : start + batch_size]
         pixels = [dataset.read(entry) for entry in entries]
-        results = model.answer(pixels, [requests[listing] for listing in listed], model.threshold)
+        results = model.run(pixels, [requests[listing] for listing in listed], model.threshold)
         for entry, listing, result in zip(entries, listed, results, strict=True):
             boxes = result.all_boxes
             categories = np.asarray(listing.indices, np.int64)[boxes.labels]
