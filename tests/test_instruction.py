@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from visionllm.instruction import Instruction, InstructionError, Template, parse
+from visionllm.instruction import Instruction, InstructionError, Template, UnknownFormat, parse
 
 FIGURE_2A = (
     'Identify the objects in <image> that belong to ("What is the child eating?": <c0>, '
@@ -88,6 +88,12 @@ APPENDIX_A3 = [
     "is the index of the class label starting from 0, and (x1, y1, x2, y2) are the offsets of top-left and "
     "bottom-right corners of the rectangle relative to the center point. The image is: <image>",
 ]
+APPENDIX_A3.append(
+    "For each object in the image that belongs to the {<expression>: <c0>} category set, please provide the "
+    "class label (starting from 0) and the offsets from the center of a bounding box that encloses the "
+    "object. The corner offsets should be in the order of top-left and bottom-right, and within the range "
+    "<range>. The output should be in the format (c, x1, y1, x2, y2). The image is: <image>"
+)
 
 
 def detect(class_set: str, rest: str = "offsets within 512") -> Instruction:
@@ -203,6 +209,17 @@ def test_captioning(text, length):
         ("The image is <image>. Please generate an answer according to the question: who sits?", "who sits?"),
         ("The image is: <image>. What do you think of it?", "What do you think of it?"),
         (
+            "The image is: <image>. Please generate an answer according to the question: what reasons could "
+            "there be for the cat squatting on the shoes?",
+            "what reasons could there be for the cat squatting on the shoes?",
+        ),
+        (
+            "The image is <image>. Please generate an answer for the image according to the question: Why?",
+            "Why?",
+        ),
+        ("Kindly look at <image> and think. The question: what is red?", "what is red?"),
+        ("The image is: <image>. How many boxes are there?", "How many boxes are there?"),
+        (
             "With the objects in the <image>, if you feel hot, what will you do?",
             "if you feel hot, what will you do?",
         ),
@@ -210,6 +227,20 @@ def test_captioning(text, length):
 )
 def test_visual_questions(text, question):
     assert parse(text) == Instruction("vqa", question=question)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The image is <image>. Please generate an answer according to the question: <question>.",
+        "The image is <image>. Please answer the question <question> according to the image.",
+        "With the objects in the <image>, <question>.",
+    ],
+)
+def test_appendix_questions(text):
+    instruction = parse(text, question="what will you do?")
+    assert instruction == Instruction("vqa", question="what will you do?")
+    assert "?." not in str(instruction.text)
 
 
 def test_unfilled_question():
@@ -294,6 +325,90 @@ def test_number_of_points_in_words():
     assert parse('Find {"man": <c0>} in <image>, pose format (c, x1, y1, ..., x17, y17).').task == "keypoints"
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ('keypoints ["nose", "left eye"]', ("nose", "left eye")),
+        ("keypoints ('nose', 'left eye' and 'tail'),", ("nose", "left eye", "tail")),
+        ("pose, as {“nose”; “left eye”}", ("nose", "left eye")),
+        ('keypoints ["a \\"b\\"", "c\\]"]', ('a "b"', "c]")),
+        ("keypoints [nose, left eye, and right eye]", ("nose", "left eye", "right eye")),
+        ("landmarks in the order (nose, left eye)", ("nose", "left eye")),
+        ("keypoints: nose, left eye and tail. Offsets", ("nose", "left eye", "tail")),
+        ("keypoints (c, nose_x, nose_y, left_eye_x, left_eye_y)", ("nose", "left eye")),
+        (
+            'joints ["polygon within the range 9", "(c, x1, y1)"]',
+            ("polygon within the range 9", "(c, x1, y1)"),
+        ),
+    ],
+)
+def test_keypoint_names(words, names):
+    written = words.replace("(c, x1", "\\(c, x1").replace("y1)", "y1\\)")
+    instruction = detect('{"dog": <c0>, "cat": <c1>}', written)
+    assert instruction == Instruction("keypoints", ("dog", "cat"), 512, "offset", len(names), keypoints=names)
+    assert "".join(segment.text for segment in instruction.segments()) == instruction.text
+
+
+def test_keypoints_without_names_are_counted():
+    counted = detect('{"dog": <c0>}', "keypoints: offsets, range 512, (c, x1, y1, ..., x5, y5)")
+    assert counted == Instruction("keypoints", ("dog",), points=5)
+    assert detect('{"dog": <c0>}', "with 5 keypoints ('c' is the class)") == counted
+    assert detect('{"dog": <c0>}', "keypoints (c, x1, y1, x2, y2, x3, y3)").keypoints == ()
+    text = 'In <image>, keypoints <keypoints> of {"dog": <c0>}.'
+    assert parse(text, keypoints=["tip"]) == Instruction("keypoints", ("dog",), keypoints=("tip",))
+    with pytest.raises(InstructionError, match="unfilled placeholder `<keypoints>`") as caught:
+        parse(text)
+    assert caught.value.position == text.index("<keypoints>")
+
+
+def test_several_expressions():
+    expressions = ("the dog on the left", "a car, red", "..., what?", 'the "big" {one}')
+    instruction = Instruction("grounding", expressions, 100, "absolute")
+    assert parse(instruction.render()) == instruction
+    assert "{the dog on the left: <c0>, a car, red: <c1>, \\..., what?: <c2>" in instruction.render()
+    quoted = parse('Find the boxes of the expressions {"the dog": <c0>, "a car": <c1>} in <image>.')
+    assert quoted == Instruction("grounding", ("the dog", "a car"))
+
+
+UNREAD = 'In <image>, give me each {"cat": <c0>}\'s label followed by its top-left and bottom-right corner.'
+
+
+def test_a_format_in_words_that_no_rule_reads():
+    with pytest.raises(UnknownFormat) as caught:
+        parse(UNREAD)
+    assert caught.value.position == UNREAD.index("followed")
+    expected = "In <image>, give me each <class>'s label followed by its top-left and bottom-right corner."
+    assert caught.value.wording == expected
+    assert pickle.loads(pickle.dumps(caught.value)).wording == expected
+    instruction = parse(UNREAD, format="(c, x1, y1, x2, y2)")
+    assert instruction == Instruction(classes=("cat",))
+    assert (instruction.format_source, instruction.text) == ("model", UNREAD)
+    again = dataclasses.replace(instruction)  # without the segments that parse has left
+    assert again.segments() == instruction.segments()
+    polygon = parse('Trace {"cat": <c0>} in <image> with a dozen dots.', format=" (c, x1, y1, ..., x12, y12)")
+    assert polygon == Instruction("segmentation", ("cat",), points=12)
+
+
+def test_a_format_that_the_text_has_itself_is_not_the_models():
+    instruction = detect('{"dog": <c0>}', "as (c, x1, y1, ..., x8, y8)")
+    assert instruction == parse(str(instruction.text), format="(c, x1, y1, x2, y2)")
+    assert instruction.format_source == "grammar"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("label, box", "expected one such as"),
+        ("(c, x1, y1, x2, y2", r"expected `\)` once, at the end"),
+        ("(c, x1, y1, x2, y2) (c, x1, y1)", "at the end"),
+        ("(c, x1, y1, x3, y3)", "position 12: expected `x2`"),
+    ],
+)
+def test_what_a_model_wrote_is_checked(written, message):
+    with pytest.raises(ValueError, match=message):
+        parse(UNREAD, format=written)
+
+
 A = '{"a": <c0>}'
 
 
@@ -345,6 +460,10 @@ A = '{"a": <c0>}'
         ),
         (f"<image> {A} segment", "", "an output format with the points"),
         (f"<image> {A} (c, x1, y1)", "{", "points must be 2 for detection"),
+        (f"<image> {A} (c, x1, y1, ..., x65, y65)", "{", "points must be 3 to 64 for segmentation"),
+        (f"<image> {A} pose", "", "an output format with the points of the keypoints"),
+        (f'<image> {A} keypoints ["a", "a"]', "[", "'a' twice"),
+        (f'<image> {A} keypoints ["a", "b"] (c, x1, y1)', "{", "points must be 2, as many as keypoints"),
     ],
 )
 def test_errors_name_position_and_what_was_expected(text, at, message):
@@ -445,6 +564,14 @@ def test_speed_of_large_prompts():
         "<image> ? " + "(c, " * 60_000,
         "<" * 100_000 + "a" * 100_000,
         "{ " * 100_000 + '"a": <c0>',
+        "{'a': <c0>} <image> pose " + '("a' * 60_000,
+        "{'a': <c0>} <image> pose " + '("a", ' * 30_000,
+        "{'a': <c0>} <image> pose [" + '"a", ' * 30_000,
+        "{'a': <c0>} <image> keypoints: " + "a, b and " * 30_000,
+        "{'a': <c0>} <image> " + "keypoints: a, b " * 10_000,
+        "{'a': <c0>} <image> " + "keypoints (a, b" * 10_000,
+        "{'a': <c0>} <image> keypoints" + " " * 100_000 + "(c, a_x" + " " * 100_000,
+        "<image> question: " * 20_000,
     ],
 )
 def test_time_is_linear_in_hostile_texts(text):

@@ -61,6 +61,7 @@ SYNTAX += [
 NAMES = st.one_of(
     st.text(min_size=1), st.lists(st.sampled_from(SYNTAX), min_size=1, max_size=6).map("".join)
 ).filter(lambda name: bool(name.strip()))
+VQA = TRAIN_TEMPLATES["vqa"] + EVAL_TEMPLATES["vqa"]
 KEYPOINT_NAMES = NAMES.filter(lambda name: "<" not in name)
 TRICKY = (
     'a", "b": <c1>',
@@ -167,15 +168,33 @@ def test_default_wording_of_every_task(task, points, coordinates):
     check_round_trip(Instruction(task, ("red car",), 1000, coordinates, points), None)
 
 
+QUESTIONS = st.text(alphabet=st.characters(exclude_characters="<:"), min_size=1).map(str.strip).filter(bool)
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.text(alphabet=st.characters(exclude_characters="<:"), min_size=1).map(str.strip).filter(bool))
+@given(QUESTIONS)
 def test_questions_round_trip(question):
     instruction = Instruction("vqa", question=question)
     assert parse(instruction.render()) == instruction
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(VQA), QUESTIONS | st.sampled_from(["How many boxes are red", "What is the answer"]))
+def test_every_wording_of_a_question_gives_it_back(template, question):
+    instruction = template.instruction(question=question + "?")
+    assert parse(instruction.text) == instruction
+    assert parse(instruction.text).segments() == instruction.segments()
+    assert parse(template.text, question=question + "?") == instruction
+
+
+@pytest.mark.parametrize("template", VQA, ids=lambda template: template.text[:30])
+def test_every_wording_of_a_question_once(template):
+    instruction = template.instruction(question="Is the box, if any, red?")
+    assert parse(instruction.text) == instruction
+
+
 def test_caption_round_trip():
-    for template in TRAIN_TEMPLATES["captioning"]:
+    for template in TRAIN_TEMPLATES["captioning"] + EVAL_TEMPLATES["captioning"]:
         check_round_trip(Instruction("captioning", length=template.length), template)
 
 
@@ -204,6 +223,32 @@ def test_the_detection_corpus_is_large_varied_and_keeps_evaluation_apart():
     assert 0.4 <= sum(template.coordinates == "offset" for template in train) / len(train) <= 0.6
     assert 0.3 <= sum("(c, x1, y1, x2, y2)" in template.text for template in train) / len(train) <= 0.7
     assert {template.coordinates for template in EVAL_TEMPLATES["detection"]} == {"offset", "absolute"}
+
+
+@pytest.mark.parametrize("task", TRAIN_TEMPLATES)
+def test_every_task_has_many_wordings_and_some_that_are_never_trained_on(task):
+    train, evaluation = TRAIN_TEMPLATES[task], EVAL_TEMPLATES[task]
+    assert len(train) >= 60
+    assert len(evaluation) == 8
+    plain = {" ".join(template.text.lower().split()).rstrip(".:") for template in train + evaluation}
+    assert len(plain) == len(train) + len(evaluation)
+    if task in ("captioning", "vqa"):
+        assert {template.length for template in train} >= (
+            {"short", "long", "detailed"} if task == "captioning" else {"short"}
+        )
+        return
+    for templates in (train, evaluation):
+        offsets = sum(template.coordinates == "offset" for template in templates)
+        assert 0.4 <= offsets / len(templates) <= 0.6
+    if task == "keypoints":
+        assert all("<keypoints>" in template.text for template in train + evaluation)
+
+
+@pytest.mark.parametrize("length", ["short", "long", "detailed"])
+def test_captions_of_every_length(length):
+    for corpus, least in ((TRAIN_TEMPLATES, 20), (EVAL_TEMPLATES, 2)):
+        assert sum(template.length == length for template in corpus["captioning"]) >= least
+    check_round_trip(Instruction("captioning", length=length), None)
 
 
 def test_class_set_text():

@@ -27,7 +27,7 @@ BOS, EOS = 1, 2  # begin and end of what the model writes
 SYMBOLS = ['":▁', ',▁"', '{"', '"}', "(c,▁x1,▁y1,▁x2,▁y2)", *"0123456789"]
 # What the text encoder reads is cut to these many tokens; the LLM still reads all.
 MAX_NAME_TOKENS, MAX_DESCRIPTION_TOKENS = 32, 512
-# The wordings that pieces were learned from, the first of each task: new pieces would not fit trained weights.
+# The wordings that pieces were learned from, the first of each task: new pieces do not fit trained weights.
 CORPUS_WORDINGS = {
     "detection": 64, "segmentation": 5, "grounding": 4, "keypoints": 2, "captioning": 4, "vqa": 2,
 }  # fmt: skip

@@ -38,6 +38,9 @@ _COORDINATE_NAMES = re.compile(
 _NO_NAMES = re.compile(r"\b(?:offsets?|coordinates?|range|within|format|absolute|relative|pixels?)\b", re.I)
 
 
+_CLASS_WORDS = ("c", "cls", "class")  # they begin an output format
+
+
 class KeypointNames(NamedTuple):
     """The names and the span of their list in the text."""
 
@@ -79,7 +82,7 @@ def _first_quoted(text: str, start: int, end: int) -> KeypointNames | None:
     for match in _QUOTED_LIST.finditer(text):
         if not start <= match.start() < end:
             found = _read_quoted(text, match.start(), match.end())
-            if found is not None:
+            if found is not None and found.names[0].lower() not in _CLASS_WORDS:
                 return found
     return None
 
@@ -114,7 +117,7 @@ def _read_quoted(text: str, start: int, at: int) -> KeypointNames | None:
 
 
 def _first_of_words(text: str, start: int, end: int) -> KeypointNames | None:
-    for pattern in (_WORD_LIST, _COORDINATE_NAMES, _COLON_LIST):
+    for pattern in (_COORDINATE_NAMES, _WORD_LIST, _COLON_LIST):
         for match in pattern.finditer(text):
             if start < match.end() and match.start() < end:
                 continue
@@ -123,7 +126,7 @@ def _first_of_words(text: str, start: int, end: int) -> KeypointNames | None:
                 names = _words(match.group(2))
             elif pattern is _COLON_LIST:
                 names = _words(match.group(1))
-            if names is not None:
+            if names is not None and names[0].lower() not in _CLASS_WORDS:
                 return KeypointNames(names, match.start(), match.end())
     return None
 

@@ -15,6 +15,7 @@ from .class_set import CLASS_TOKEN, QUOTES, ClassEntry, ClassSet, find_class_set
 from .instruction import DEFAULT_RANGE, Instruction, InstructionError, Segment, UnknownFormat, found_at
 from .keypoint_names import KeypointNames, find_keypoints, keypoints_text
 from .output_format import FORMAT_START, find_points, parse_format
+from .question import marked_question, unmarked_question
 from .render import class_set_text, expressions_text
 from .wording import (
     RangeReader,
@@ -29,7 +30,6 @@ from .wording import (
 )
 
 _EMPTY_SET = re.compile(r"\{\s*\}|\[\s*\]|\(\s*\)")
-_QUESTION = re.compile(r"question:", re.IGNORECASE)
 _EXPRESSION = re.compile(r"<expression>\s{0,8}:\s{0,8}<c0>")
 
 
@@ -186,32 +186,17 @@ def _set_instruction(
 
 
 def _word_instruction(text: str, words: list[Word]) -> Instruction:
-    task = "vqa" if _QUESTION.search(text) is not None else word_task_of(words)
-    if task is None or (task != "vqa" and FORMAT_START.search(text) is not None):
-        _raise_no_class_set(text)
     if "<question>" in text:
         raise InstructionError(
             text.index("<question>"), "a question", "the unfilled placeholder `<question>`"
         )
+    question = marked_question(text)
+    task = word_task_of(words) if question is None else "vqa"
+    if task is None or (task != "vqa" and FORMAT_START.search(text) is not None):
+        _raise_no_class_set(text)
     if task == "vqa":
-        return Instruction(task, text=text, question=question_of(text))
+        return Instruction(task, text=text, question=question or unmarked_question(text))
     return Instruction(task, text=text, length=length_of(text))
-
-
-def question_of(text: str) -> str:
-    """What follows "question:", or else the text without its image clause."""
-    match = _QUESTION.search(text)
-    if match is not None:
-        question = text[match.end() :].strip()
-        if question and "<image>" not in question:
-            return question
-    before, _, after = text.partition("<image>")
-    before = before.rstrip()
-    for clause in ("the image is:", "the image is", "with the objects in the", "in the"):
-        if before.lower().endswith(clause):
-            before = before[: -len(clause)]
-            break
-    return f"{before} {after.lstrip(' .,:')}".strip() or text.strip()
 
 
 def _raise_no_class_set(text: str) -> NoReturn:

@@ -119,7 +119,7 @@ _CAPTION_WORDS = frozenset(
         "summarize",
         "summarise",
     }
-    | {"summary", "title", "explain", "narrate", "story"}
+    | {"summary", "title", "explain", "narrate", "story", "sum", "describes", "paragraph"}
 )
 
 
@@ -338,7 +338,7 @@ def length_of(text: str) -> str:
 def word_task_of(words: list[Word]) -> str | None:
     """The task "captioning" or "vqa" of a text without class set; None if it asks for something else."""
     present = {word.text for word in words}
-    if present & {"bounding", "boxes", "polygon", "polygons"}:
+    if present & {"bounding", "polygon", "polygons"} or ("boxes" in present and "?" not in present):
         return None
     if present & _ANSWER_WORDS or "?" in present:
         return "vqa"
