@@ -1,14 +1,20 @@
-"""``visionllm evaluate``: a model's numbers on a COCO-format data set."""
+"""``visionllm evaluate``: a model's numbers on files in COCO's format, published sets or generated scenes."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from visionllm.atomic_file import write_json
 from visionllm.cli.arguments import folder, positive
+from visionllm.cli.evaluate_language import LANGUAGE_TASKS, evaluate_language
+from visionllm.cli.evaluate_sources import add_sources, described_source, open_samples, source_problem
+from visionllm.instruction.instruction import LENGTHS, TASKS
+
+if TYPE_CHECKING:
+    from visionllm.evaluate.evaluation import ObjectSet, PromptOptions
 
 PRINTED_CLASSES = 100  # a longer table is cut in the middle; classes.json has all of it
 
@@ -17,52 +23,114 @@ def main(argv: Sequence[str]) -> int:
     """Returns 0; anything wrong with the files is raised as ValueError with the file's name."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    output: Path = options.output
+    problem = source_problem(options) or option_problem(options)
+    if problem is not None:
+        parser.error(problem)
 
-    from visionllm.evaluate.dataset import EvaluationSet
+    from visionllm.instruction import EVAL_TEMPLATES
 
-    dataset = EvaluationSet(options.annotations, options.images, options.limit)
+    descriptions = EVAL_TEMPLATES[options.task]
+    if options.template is not None and options.template > len(descriptions):
+        parser.error(f"--template: expected 1 to {len(descriptions)}, got {options.template}")
+    template = None if options.template is None else descriptions[options.template - 1]
+    about = {
+        "model": str(options.model),
+        **described_source(options),
+        "template": options.template,
+        "seed": options.seed,
+    }
+    if options.task in LANGUAGE_TASKS:
+        from visionllm.pipeline import load
+
+        samples = open_samples(options)
+        evaluate_language(load(options.model, options.device), samples, template, options, about)
+        return 0
+    return evaluate_objects(options, template, about)
+
+
+def evaluate_objects(options: argparse.Namespace, template: Any, about: dict[str, Any]) -> int:
+    """Detection, segmentation and keypoints."""
+    dataset = open_objects(options)
 
     from tqdm import tqdm
 
     from visionllm.evaluate.evaluation import PromptOptions, class_table, evaluate, passes, write_evaluation
-    from visionllm.instruction import EVAL_TEMPLATES
+    from visionllm.evaluate.keypoints import common_names
     from visionllm.pipeline import load
 
-    descriptions = EVAL_TEMPLATES["detection"]
-    if options.template is not None and options.template > len(descriptions):
-        parser.error(f"--template: expected 1 to {len(descriptions)}, got {options.template}")
-    template = None if options.template is None else descriptions[options.template - 1]
-    prompts = PromptOptions(template, options.list_classes, options.seed, options.shuffle_classes)
-    model = load(options.model, options.device)
-    about = {
-        "model": str(options.model),
-        "annotations": str(options.annotations),
-        "template": options.template,
+    keypoints = options.keypoints
+    if options.task == "keypoints":
+        keypoints = keypoints or common_names(dataset.content["annotations"])
+        about["keypoints"] = list(keypoints)
+    sigmas = (options.sigma,) * len(keypoints) if options.sigma is not None else None
+    prompts = PromptOptions(
+        template,
+        options.list_classes,
+        options.seed,
+        options.shuffle_classes,
+        options.task,
+        options.points,
+        keypoints,
+        sigmas,
+    )
+    about |= {
+        "task": options.task,
         "list_classes": options.list_classes,
         "shuffle_classes": options.shuffle_classes,
-        "seed": options.seed,
     }
+    model = load(options.model, options.device)
     if options.robustness:
-        return robustness(model, dataset, prompts, options.batch_size, about, output)
+        return robustness(model, dataset, prompts, options.batch_size, about, options.output)
+    if options.task == "segmentation":
+        from visionllm.evaluate.polygon_loss import polygon_loss
+
+        about["points"] = options.points
+        about["polygon_loss"] = polygon_loss(dataset.content, [options.points])[0]
     with tqdm(total=passes(dataset, prompts), unit="picture", disable=None) as progress:
         evaluation = evaluate(model, dataset, prompts, options.batch_size, progress.update)
-    metrics = write_evaluation(evaluation, dataset, model.threshold, about, output)
+    metrics = write_evaluation(evaluation, dataset, model.threshold, about, options.output)
     print_classes(class_table(dataset, evaluation))
-    print_metrics(metrics)
-    print(f"written to {output}")
+    print_metrics(metrics, evaluation.coco.metrics)
+    print(f"written to {options.output}")
     return 0
+
+
+def open_objects(options: argparse.Namespace) -> ObjectSet:
+    """The data set of a task of objects."""
+    if options.scenes or options.task == "keypoints":
+        return open_samples(options)
+    from visionllm.evaluate.dataset import EvaluationSet
+
+    return EvaluationSet(options.annotations, options.images, options.limit)
+
+
+def option_problem(options: argparse.Namespace) -> str | None:
+    """An option that does not belong to the task."""
+    tasks = {
+        "keypoints": ("keypoints",),
+        "sigma": ("keypoints",),
+        "at_once": ("grounding",),
+        "list_classes": ("detection", "segmentation", "keypoints"),
+        "shuffle_classes": ("detection", "segmentation", "keypoints"),
+        "robustness": ("detection", "segmentation", "keypoints"),
+    }
+    defaults = {"at_once": 1}
+    for name, fitting in tasks.items():
+        given = getattr(options, name)
+        if given and given != defaults.get(name) and options.task not in fitting:
+            return f"--{name.replace('_', '-')} belongs to --task {' or '.join(fitting)}, got {options.task}"
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="visionllm evaluate",
-        description="Measures a model on a COCO-format data set; its category names are the class set.",
+        description="Measures a model: boxes (COCO AP), polygons (mask AP), keypoints (OKS AP), referring "
+        "expressions (P@0.5), captions (BLEU, CIDEr) or answers (exact match, F1). The category names of the "
+        "data are the class set.",
     )
-    parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO annotation file")
-    parser.add_argument(
-        "--images", required=True, metavar="DIR", help="folder that file names are relative to"
-    )
+    parser.add_argument("--task", choices=TASKS, default="detection", help="what is asked (detection)")
+    add_sources(parser)
     parser.add_argument(
         "--output", type=folder, required=True, metavar="DIR", help="folder for metrics.json and the rest"
     )
@@ -73,33 +141,75 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="pictures in one pass (8)"
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures")
     parser.add_argument(
+        "--template", type=positive, metavar="K", help="use evaluation-only description K (from 1 on)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of listed classes (0)")
+    classes = parser.add_argument_group("detection, segmentation, keypoints")
+    classes.add_argument(
         "--list-classes",
         type=positive,
         metavar="N",
         help="list N classes in each prompt, present and absent ones mixed, and measure rejection as well",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of listed classes (0)")
-    parser.add_argument(
+    classes.add_argument(
         "--shuffle-classes",
         type=int,
         metavar="SEED",
         help="list the classes in a random order, not the file's",
     )
-    parser.add_argument(
-        "--template", type=positive, metavar="K", help="use evaluation-only description K (from 1 on)"
-    )
-    parser.add_argument(
+    classes.add_argument(
         "--robustness",
         action="store_true",
         help="instead: all evaluation-only descriptions and two random class orders, and the spread of AP",
     )
+    forms = parser.add_argument_group("of single tasks")
+    forms.add_argument(
+        "--points", type=positive, default=16, metavar="N", help="segmentation: points of a polygon (16)"
+    )
+    forms.add_argument(
+        "--keypoints",
+        type=names,
+        default=(),
+        metavar="NAME,NAME",
+        help="keypoints: the points' names (default: those that all objects have)",
+    )
+    forms.add_argument(
+        "--sigma",
+        type=float,
+        metavar="S",
+        help="keypoints: how exactly points are to be met (COCO's for 17 points, else 0.05)",
+    )
+    forms.add_argument(
+        "--at-once", type=positive, default=1, metavar="N", help="grounding: expressions in a prompt (1)"
+    )
+    forms.add_argument(
+        "--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS), help="captioning: which ones (all)"
+    )
+    forms.add_argument(
+        "--beams", type=positive, default=1, metavar="N", help="captioning, vqa: of a beam search (1: none)"
+    )
+    forms.add_argument(
+        "--max-tokens", type=positive, default=128, metavar="N", help="captioning, vqa: longest text (128)"
+    )
     return parser
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them, for argparse."""
+    found = tuple(name.strip() for name in text.split(","))
+    if not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"expected different names with commas between them, got {text!r}")
+    return found
+
+
 def robustness(
-    model: Any, dataset: Any, prompts: Any, batch_size: int, about: dict[str, Any], output: Path
+    model: Any,
+    dataset: ObjectSet,
+    prompts: PromptOptions,
+    batch_size: int,
+    about: dict[str, Any],
+    output: Path,
 ) -> int:
     """Runs and writes the robustness experiment."""
     from tqdm import tqdm
@@ -133,15 +243,20 @@ def print_classes(table: list[dict[str, Any]]) -> None:
         print(f"({len(table) - len(shown)} classes in the middle are in classes.json)")
 
 
-def print_metrics(metrics: dict[str, Any]) -> None:
-    """The twelve numbers in points, and the rates of rejection."""
-    from visionllm.evaluate.coco import METRIC_NAMES
-
+def print_metrics(metrics: dict[str, Any], numbers: dict[str, float]) -> None:
+    """The COCO numbers of the task in points, what polygons lose, and the rates of rejection."""
     print()
-    for start in (0, 6):
+    print_points(numbers)
+    if "boxes" in metrics:
+        print("their extents as boxes:")
+        print_points(metrics["boxes"])
+        loss = metrics["polygon_loss"]
         print(
-            "  ".join(f"{name} {points(metrics[name]).strip()}" for name in METRIC_NAMES[start : start + 6])
+            f"ground truth as polygons of {loss['points']} points: {percent(loss['area_lost'])} of its area "
+            f"lost ({percent(loss['other_parts'])} in other parts), mask AP {points(loss['AP']).strip()}"
         )
+    if metrics["malformed"]:
+        print(f"answers that could not be read: {metrics['malformed']}")
     found = metrics["rejection"]
     if found is not None:
         print(
@@ -151,6 +266,13 @@ def print_metrics(metrics: dict[str, Any]) -> None:
             f"pictures asked for absent classes only that show a box: {percent(found['absent_shown_rate'])} "
             f"of {found['absent_pictures']}"
         )
+
+
+def print_points(numbers: dict[str, float]) -> None:
+    """Six in a line."""
+    entries = [f"{name} {points(value).strip()}" for name, value in numbers.items()]
+    for start in range(0, len(entries), 6):
+        print("  ".join(entries[start : start + 6]))
 
 
 def points(value: float) -> str:

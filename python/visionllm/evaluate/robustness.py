@@ -6,8 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from visionllm.evaluate.dataset import EvaluationSet
-from visionllm.evaluate.evaluation import PromptOptions, class_listings, listed_ground_truth
+from visionllm.evaluate.evaluation import (
+    COMPARED,
+    ObjectSet,
+    PromptOptions,
+    class_listings,
+    listed_ground_truth,
+)
 from visionllm.evaluate.prediction import coco_results, predict_set
 
 if TYPE_CHECKING:
@@ -22,7 +27,7 @@ def robustness_runs(options: PromptOptions) -> list[tuple[str, PromptOptions]]:
 
     runs = [
         (f"description {number}", replace(options, template=template))
-        for number, template in enumerate(EVAL_TEMPLATES["detection"], start=1)
+        for number, template in enumerate(EVAL_TEMPLATES[options.task], start=1)
     ]
     first = 0 if options.shuffle is None else options.shuffle + 1
     runs += [
@@ -33,7 +38,7 @@ def robustness_runs(options: PromptOptions) -> list[tuple[str, PromptOptions]]:
 
 def evaluate_robustness(
     model: VisionLLM,
-    dataset: EvaluationSet,
+    dataset: ObjectSet,
     options: PromptOptions,
     batch_size: int = 8,
     done: Callable[[int], object] = lambda count: None,
@@ -41,17 +46,18 @@ def evaluate_robustness(
     """AP under every description and class order.
 
     Returns:
-        ``runs``: name, wording and the twelve numbers of each; ``AP_spread``: the largest AP minus the
+        ``runs``: name, wording and the COCO numbers of each; ``AP_spread``: the largest AP minus the
         smallest, in points (hundredths); ``AP_min``, ``AP_max`` as fractions.
     """
-    from visionllm.evaluate.coco import coco_metrics
+    from visionllm.evaluate.coco import evaluate_objects
 
     runs: list[dict[str, Any]] = []
     for name, run in robustness_runs(options):
         listings = class_listings(dataset, run)
-        predictions = predict_set(model, dataset, dataset.images, listings, run.template, batch_size, done)
+        predictions = predict_set(model, dataset, dataset.images, listings, run.wanted(), batch_size, done)
         results = coco_results(predictions, dataset.category_ids)
-        metrics = coco_metrics(listed_ground_truth(dataset, listings), results)
+        truth = listed_ground_truth(dataset, listings, run.keypoints)
+        metrics = evaluate_objects(COMPARED[run.task], truth, results, run.sigmas).metrics
         runs.append({"name": name, "wording": run.template.text if run.template else None, **metrics})
     precisions = [run["AP"] for run in runs]
     return {
