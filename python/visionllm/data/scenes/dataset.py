@@ -13,6 +13,7 @@ from visionllm.data.scenes.atlas import GLYPH_SIZE, HELD_OUT_STYLE, GlyphAtlas
 from visionllm.data.scenes.backgrounds import Photo, drawn, photo_crop, photos_of
 from visionllm.data.scenes.compose import COUNT_CHANCE, DENSE_COUNT_CHANCE, Canvas, layout
 from visionllm.data.scenes.keypoints import keypoints_of
+from visionllm.data.scenes.language import language_of, view_of
 from visionllm.data.scenes.shapes import SHAPE_NAMES, shape_picture
 
 SPLITS = ("train", "val", "test", "heldout_style")
@@ -92,6 +93,7 @@ class SceneDataset:
         masks: give `Sample.masks` as COCO RLE (needs pycocotools).
         outlines: give `Sample.outlines`.
         keypoints: give `Sample.keypoints` (`visionllm.data.scenes.keypoints`).
+        language: give `Sample.expressions`, `captions` and `questions` (`visionllm.data.scenes.language`).
 
     Attributes:
         names: every class name of the split.
@@ -111,6 +113,7 @@ class SceneDataset:
         masks: bool = False,
         outlines: bool = False,
         keypoints: bool = False,
+        language: bool = False,
         held_out: str = HELD_OUT_STYLE,
     ):
         if split not in SPLITS:
@@ -123,6 +126,7 @@ class SceneDataset:
         self.length = LENGTHS[split] if length is None else length
         self.augment = augment or (TRAINING if split == "train" else EVALUATION)
         self.with_masks, self.with_outlines, self.with_keypoints = masks, outlines, keypoints
+        self.with_language = language
         self.atlas = GlyphAtlas(glyphs, held_out) if glyphs is not None else None
         self._held_out = split == "heldout_style"
         # placed by index, so the list must be the same in every split
@@ -147,7 +151,7 @@ class SceneDataset:
         return name in self._shapes or (self.atlas is not None and self.atlas.draws(name, self._held_out))
 
     def _random(self, index: int, stream: int) -> np.random.Generator:
-        """Random numbers of one scene: stream 0 is the composition, 1 the looks."""
+        """Random numbers of one scene: stream 0 is the composition, 1 the looks, 2 the words."""
         family = {"train": 1, "val": 2, "test": 3, "heldout_style": 2}[self.split]
         return np.random.Generator(np.random.PCG64([self.seed, family, index, stream]))
 
@@ -180,7 +184,7 @@ class SceneDataset:
         image = canvas.finish(looks, self.augment)
         boxes, area = canvas.boxes()
         names = [str(name) for name in canvas.kept]
-        return Sample(
+        sample = Sample(
             image=image,
             boxes=boxes,
             names=names,
@@ -192,6 +196,24 @@ class SceneDataset:
             outlines=canvas.outlines() if self.with_outlines else None,
             keypoints=keypoints_of(canvas, boxes) if self.with_keypoints else None,
         )
+        if self.with_language:
+            self._describe(sample, canvas, photo, self._random(index, 2))
+        return sample
+
+    @staticmethod
+    def _describe(sample: Sample, canvas: Canvas, photo: Photo | None, rng: np.random.Generator) -> None:
+        doubtful = photo.may_show | photo.shows if photo is not None else None
+        view = view_of(
+            sample.image,
+            canvas.owner,
+            sample.names,
+            sample.boxes,
+            sample.area,
+            sample.vocabulary,
+            doubtful,
+            RELATED,
+        )
+        sample.expressions, sample.captions, sample.questions = language_of(view, sample.names, rng)
 
     def _picture(self, name: str, glyph: float, looks: np.random.Generator) -> np.ndarray:
         style = looks.random()
