@@ -73,6 +73,30 @@ class Result:
             shown &= self.absent[self.all_boxes.labels] <= 1 - self.threshold + ROUNDING
         self.boxes = self.all_boxes.select(np.flatnonzero(shown))
 
+    @classmethod
+    def from_answer(
+        cls,
+        image: np.ndarray,
+        instruction: Instruction,
+        text: str,
+        centers: np.ndarray | Sequence[Sequence[float]] | None = None,
+    ) -> Result:
+        """What an answer in words says of a picture, as `answer` writes it.
+
+        Args:
+            image: uint8 RGB ``[H, W, 3]``.
+            instruction: what was asked.
+            text: the answer. One that cannot be read, or does not fit the instruction, gives a result without
+                objects whose ``error`` says where and why. Words have no scores: objects get 1.
+            centers: ``[n, 2]``, the objects' centre points in pixels, which answers in offsets count from.
+
+        Raises:
+            ValueError: an answer in offsets without as many centres.
+        """
+        from visionllm.detections import result_of_answer
+
+        return result_of_answer(image, instruction, text, centers)
+
     def __len__(self) -> int:
         return len(self.boxes)
 
