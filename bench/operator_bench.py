@@ -105,7 +105,7 @@ def with_backward(
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest number expected."""
-    expected = expected.float()
+    expected = expected.detach().float()
     return float((got.detach().float() - expected).abs().max() / expected.abs().max())
 
 

@@ -5,7 +5,9 @@ A result passes where |got - expected| <= relative * |expected| + absolute * max
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,3 +130,17 @@ def assert_close(name: str, got: Tensor, expected: Tensor, tolerance: Tolerance)
             f"error {float(error.flatten()[flat]):.3g}, allowed {float(allowed.flatten()[flat]):.3g} "
             f"({tolerance.reason})"
         )
+
+
+def assert_compiles(step: Callable[..., Tensor], arguments: Sequence[Any]) -> None:
+    """torch.compile makes one graph of ``step``, with the same result and the same gradients as without.
+
+    ``step`` gives a number; the gradients are those of the arguments that require one.
+    """
+    leaves = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad]
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        loss = function(*arguments)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)

@@ -11,7 +11,7 @@ from comparison import TOLERANCES, assert_close
 from emulation import emulated
 from torch import Tensor
 
-from visionllm.ops.slot_head import SampleInputs, rms_normed, slot_logits
+from visionllm.ops.slot_head import SampleInputs, rms_normed, sample_inputs, slot_logits
 from visionllm.ops.slot_head_cross_entropy_reference import (
     slot_head_cross_entropy_backward_reference,
     slot_head_cross_entropy_reference,
@@ -90,3 +90,25 @@ def assert_matches(inputs: SampleInputs, place: str, **options: object) -> dict[
         close = found >= logits.amax(-1) - 1e-5 * logits.abs().where(logits.isfinite(), 0).amax()
         assert torch.equal(best < 0, expected["best"] < 0) and (close | (best < 0)).all(), "best"
     return got
+
+
+def without_answers(dtype: torch.dtype, normed: bool) -> tuple[SampleInputs, Tensor]:
+    """Three pictures of 70 slots, and which slots [3, 70, 1] have no answer.
+
+    Those are states that are not finite, and a picture without an allowed row.
+    """
+    inputs = sample_inputs(dtype=dtype, batch=3, groups=70, rows=70, channels=16, normed=normed)
+    inputs.states[0, 3, 0, 2], inputs.states[1, 65, 0, 15] = float("nan"), float("inf")
+    inputs.states[1, 66, 0, 0] = -float("inf")
+    inputs.valid[2] = False
+    broken = torch.zeros(3, 70, 1, dtype=torch.bool)
+    broken[0, 3], broken[1, 65:67], broken[2] = True, True, True
+    return inputs, broken
+
+
+def assert_says_no_answer(found: dict[str, Tensor], broken: Tensor) -> None:
+    """-1 and NaN in those slots, and nowhere else."""
+    assert torch.equal(found["best"] == -1, broken)
+    for name in ("probability", "expectation"):
+        assert torch.equal(found[name].isnan(), broken), name
+    assert torch.equal(found["every"].isnan().all(-1), broken)

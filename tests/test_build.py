@@ -87,26 +87,26 @@ def test_extension_does_not_link_torch_or_python() -> None:
         assert not [line for line in needed if name in line], f"the extension links {name}"
 
 
-@pytest.mark.parametrize("isa", _core.available_isas())
-def test_environment_forces_an_instruction_set(isa: str) -> None:
+@pytest.mark.parametrize("name", _core.available_isas())
+def test_environment_forces_an_instruction_set(name: str) -> None:
     code = "from visionllm import _core; print(_core.active_isa())"
-    assert run(sys.executable, "-c", code, VISIONLLM_ISA=isa).strip() == isa
+    assert run(sys.executable, "-c", code, VISIONLLM_ISA=name).strip() == name
 
 
-@pytest.mark.parametrize("isa", ["sse9", "neon", "avx512", "avx512_bf16"])
-def test_instruction_set_that_the_machine_lacks_is_an_error(isa: str) -> None:
-    if isa in _core.available_isas():
-        pytest.skip(f"this machine has {isa}")
+@pytest.mark.parametrize("name", ["sse9", "neon", "avx512", "avx512_bf16"])
+def test_instruction_set_that_the_machine_lacks_is_an_error(name: str) -> None:
+    if name in _core.available_isas():
+        pytest.skip(f"this machine has {name}")
     code = (
         "import numpy as np; from visionllm import _core, arrays\n"
         "try: arrays.ms_deform_attn(np.zeros((1, 1, 1, 4), 'f'), np.ones((1, 2), 'l'), np.zeros(1, 'l'),\n"
         "    np.zeros((1, 1, 1, 1, 1, 2), 'f'), np.ones((1, 1, 1, 1, 1), 'f'))\n"
         "except RuntimeError as error: print(error)"
     )
-    output = run(sys.executable, "-c", code, VISIONLLM_ISA=isa)
-    reason = "this machine lacks" if isa in _core.built_isas() else "this build does not have"
+    output = run(sys.executable, "-c", code, VISIONLLM_ISA=name)
+    reason = "this machine lacks" if name in _core.built_isas() else "this build does not have"
     assert output.startswith(
-        f"VISIONLLM_ISA asks for instruction set '{isa}', which {reason}; it can use: scalar"
+        f"VISIONLLM_ISA asks for instruction set '{name}', which {reason}; it can use: scalar"
     )
 
 

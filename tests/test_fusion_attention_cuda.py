@@ -7,45 +7,31 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from comparison import TOLERANCES, assert_close
 from emulation import Emulation, emulated
+from fusion_attention_cases import CASES as COMMON_CASES
+from fusion_attention_cases import (
+    DTYPES,
+    GRADIENTS,
+    assert_gradients_match,
+    assert_output_matches,
+    gradient_of_output,
+)
 
 from visionllm.ops import fusion_attention_reference
 from visionllm.ops.fusion_attention import SampleInputs, sample_inputs
 from visionllm.ops.fusion_attention_reference import fusion_attention_backward_reference
 
 kernels = sys.modules[SampleInputs.__module__]  # visionllm.ops.fusion_attention names the function
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GRADIENTS = (
-    "grad_x",
-    "grad_norm_weight",
-    "grad_norm_bias",
-    "grad_query_weight",
-    "grad_query_bias",
-    "grad_key",
-    "grad_value",
-    "grad_output_weight",
-    "grad_output_bias",
-    "grad_gate",
-)
-
 # A tile has 64 rows of 16-bit elements, 32 of float32; 64, 32 or 16 tokens are in shared memory at a time, of
 # 2 or 4 heads; slices of the sums over rows are multiples of 64 rows.
-CASES = {
-    "one_row": dict(batch=1, positions=1, channels=16, heads=1, tokens=3),
-    "packaged_model": dict(batch=2, positions=33, channels=128, heads=4, tokens=9, texts=(9, 4)),
+CASES = COMMON_CASES | {
     "paper": dict(batch=1, positions=33, channels=256, heads=8, tokens=17),
     "head_of_8": dict(batch=1, positions=40, channels=48, heads=6, tokens=21),
-    "head_of_24": dict(batch=1, positions=70, channels=48, heads=2, tokens=67, one_projection=False),
     "head_of_40": dict(batch=1, positions=20, channels=80, heads=2, tokens=34),
     "head_of_64": dict(batch=1, positions=129, channels=64, heads=1, tokens=50),
     "three_heads": dict(batch=3, positions=5, channels=96, heads=3, tokens=6, texts=(6, 1, 3)),
     "two_squares": dict(batch=1, positions=3, channels=144, heads=9, tokens=3),
     "no_text_in_one": dict(batch=3, positions=18, channels=32, heads=2, tokens=5, texts=(5, 0, 2)),
-    "long_padding": dict(batch=2, positions=9, channels=32, heads=1, tokens=130, texts=(3, 100)),
-    "no_tokens": dict(batch=2, positions=10, channels=32, heads=2, tokens=0),
-    "no_rows": dict(batch=2, positions=0, channels=32, heads=2, tokens=3),
-    "no_batch": dict(batch=0, positions=4, channels=32, heads=2, tokens=3),
 }
 
 
@@ -61,26 +47,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cuda"
 
 
-def gradient_of_output(inputs: SampleInputs) -> torch.Tensor:
-    random = torch.Generator().manual_seed(1)
-    return torch.randn(inputs.x.shape, generator=random).to(inputs.x.device, inputs.x.dtype)
-
-
 def assert_matches_reference(inputs: SampleInputs, backward: bool = True) -> None:
-    tolerance = TOLERANCES["fusion_attention", inputs.x.dtype]
-    exact = inputs.double()
-    output = kernels._forward_cuda(*inputs.args())
-    assert output.dtype == inputs.x.dtype and output.is_contiguous()
-    assert_close("output", output, fusion_attention_reference(*exact.args()), tolerance)
-    if not backward:
-        return
-    grad_output = gradient_of_output(inputs)
-    got = kernels._backward_cuda(grad_output, *inputs.args())
-    expected = fusion_attention_backward_reference(grad_output.double(), *exact.args())
-    tolerance = TOLERANCES["fusion_attention_backward", inputs.x.dtype]
-    for name, a, b in zip(GRADIENTS, got, expected, strict=True):
-        assert a.dtype == inputs.x.dtype, name
-        assert_close(name, a, b, tolerance)
+    assert_output_matches(kernels._forward_cuda(*inputs.args()), inputs)
+    if backward:
+        gradients = kernels._backward_cuda(gradient_of_output(inputs), *inputs.args())
+        assert_gradients_match(gradients, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from comparison import TOLERANCES, assert_close
+from lora_linear_cases import CASES as COMMON_CASES
+from lora_linear_cases import DTYPES, MIXED, NAMES, check, expected_results, gradient
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import visionllm._core as _core
 from visionllm.ops import lora_linear, native
 from visionllm.ops.lora_linear import SampleInputs, sample_inputs
-from visionllm.ops.lora_linear_reference import lora_linear_backward_reference, lora_linear_reference
 
 # visionllm.ops.lora_linear names the function.
 module = sys.modules[SampleInputs.__module__]
 
-MIXED = dict(adapters=3, indexed=True)
 # Up to 64 rows: tiles of 2 or 4 rows and 4 columns over the weights as they lie. More: blocks of 480 rows,
 # 256 columns and 256 words of depth (512 bfloat16), in panels of up to 64 columns.
-CASES = {
-    "one_row": dict(rows=1, inputs=40, outputs=17, rank=16),
-    "one_row_long": dict(rows=1, inputs=1096, outputs=17, rank=1, bias=False),
-    "eight_rows": dict(rows=8, inputs=72, outputs=33, rank=9, **MIXED),
+CASES = COMMON_CASES | {
     "64_rows": dict(rows=64, inputs=308, outputs=260, rank=9),
-    "few_rows_odd": dict(rows=5, inputs=37, outputs=19, rank=5, **MIXED),
-    "few_rows_int8": dict(rows=3, inputs=80, outputs=20, rank=8, int8=True, **MIXED),
-    "few_rows_int8_odd": dict(rows=11, inputs=75, outputs=35, rank=7, int8=True),
-    "few_rows_plain": dict(rows=4, inputs=24, outputs=16, adapters=0),
     "block": dict(rows=65, inputs=48, outputs=40, rank=8),
     "block_plain": dict(rows=80, inputs=40, outputs=24, adapters=0, bias=False),
     "block_odd": dict(rows=90, inputs=45, outputs=131, rank=17, **MIXED),
@@ -48,27 +39,6 @@ CASES = {
     "no_inputs": dict(rows=70, inputs=0, outputs=8, rank=2),
     "no_outputs": dict(rows=70, inputs=8, outputs=0, rank=2, **MIXED),
 }
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("output", "low_rank", "grad_x", "grad_a", "grad_b")
-
-
-@pytest.fixture(params=_core.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    _core.set_isa(request.param)
-    yield request.param
-    _core.set_isa("")
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def gradient(inputs: SampleInputs) -> Tensor:
-    random = torch.Generator().manual_seed(1)
-    return torch.randn(inputs.x.shape[0], inputs.weight.shape[0], generator=random).to(inputs.x.dtype)
 
 
 def results(inputs: SampleInputs, grad_output: Tensor | None = None) -> dict[str, Tensor]:
@@ -81,33 +51,14 @@ def results(inputs: SampleInputs, grad_output: Tensor | None = None) -> dict[str
     return dict(zip(NAMES, (output, low_rank, *grads), strict=True))
 
 
-def expected_results(inputs: SampleInputs) -> dict[str, Tensor]:
-    """The reference in float64."""
-    args = [
-        t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs.operator_args()
-    ]
-    output, low_rank = lora_linear_reference(*args)
-    grads = lora_linear_backward_reference(
-        gradient(inputs).double(), *args[:3], *args[4:8], low_rank, args[8], True, True, True
-    )
-    return dict(zip(NAMES, (output, low_rank, *grads), strict=True))
-
-
-def check(got: dict[str, Tensor], inputs: SampleInputs) -> None:
-    for name, want in expected_results(inputs).items():
-        dtype = torch.float32 if name == "low_rank" else inputs.x.dtype
-        assert got[name].dtype == dtype and got[name].shape == want.shape
-        assert_close(name, got[name], want, TOLERANCES["lora_linear", dtype])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64(case: str, dtype: torch.dtype, isa: str) -> None:
     inputs = sample_inputs(dtype=dtype, **CASES[case])
-    check(results(inputs), inputs)
+    check(results(inputs), expected_results(inputs), inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
 @pytest.mark.parametrize("rows", [7, 70])
 def test_rows_may_lie_apart(rows: int, dtype: torch.dtype, isa: str) -> None:
     inputs = sample_inputs(dtype=dtype, rows=rows, inputs=70, outputs=37, rank=6, **MIXED)
@@ -127,7 +78,7 @@ def test_rows_may_lie_apart(rows: int, dtype: torch.dtype, isa: str) -> None:
         lora_b=apart(inputs.lora_b, 1),
     )
     for grad in (apart(gradient(inputs), 7), gradient(inputs).T.contiguous().T):
-        check(results(spread, grad), inputs)
+        check(results(spread, grad), expected_results(inputs), inputs)
 
 
 def test_output_rows_may_lie_apart_and_nothing_between_is_written(isa: str) -> None:
@@ -136,11 +87,11 @@ def test_output_rows_may_lie_apart_and_nothing_between_is_written(isa: str) -> N
         memory = torch.full((rows, 33), 7.0)
         arguments = (inputs.x, inputs.weight, None, inputs.bias, None, None, None, None, 1.0)
         native.call("lora_linear", memory[:, :21], None, None, *arguments)
-        check({**results(inputs), "output": memory[:, :21]}, inputs)
+        check({**results(inputs), "output": memory[:, :21]}, expected_results(inputs), inputs)
         assert (memory[:, 21:] == 7.0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
 @pytest.mark.parametrize("case", ["few_rows_int8", "block_odd", "rank_128", "several_blocks"])
 def test_thread_counts_give_the_same(case: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     inputs = sample_inputs(dtype=dtype, **{**CASES[case], "inputs": 900, "outputs": 700})

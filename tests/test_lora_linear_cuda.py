@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -11,29 +11,23 @@ import pytest
 import torch
 from comparison import TOLERANCES, assert_close
 from emulation import Emulation, emulated
+from lora_linear_cases import CASES as COMMON_CASES
+from lora_linear_cases import DTYPES, MIXED, NAMES, expected_results, gradient
+from lora_linear_cases import check as check_results
 from torch import Tensor
 
 from visionllm.ops import native
 from visionllm.ops.lora_linear import SampleInputs, sample_inputs
-from visionllm.ops.lora_linear_reference import lora_linear_backward_reference, lora_linear_reference
 
 # visionllm.ops.lora_linear names the function.
 module = sys.modules[SampleInputs.__module__]
 
-MIXED = dict(adapters=3, indexed=True)
 # Few rows: blocks of 16 (up to 8 rows of x) or 32 outputs, steps of 32 terms (int8: 64), of which each of
 # eight warps has three or four in flight. More rows: tiles of 64 x 128 or 128 x 128, stages of 32. Under
 # emulation four tiles are many, so that larger ones come early.
-CASES = {
-    "one_row": dict(rows=1, inputs=40, outputs=17, rank=16),
-    "one_row_long": dict(rows=1, inputs=1096, outputs=17, rank=1, bias=False),
-    "eight_rows": dict(rows=8, inputs=72, outputs=33, rank=9, **MIXED),
+CASES = COMMON_CASES | {
     "nine_rows": dict(rows=9, inputs=808, outputs=33, rank=9),
     "32_rows": dict(rows=32, inputs=64, outputs=40, rank=3),
-    "few_rows_odd": dict(rows=5, inputs=37, outputs=19, rank=5, **MIXED),
-    "few_rows_int8": dict(rows=3, inputs=80, outputs=20, rank=8, int8=True, **MIXED),
-    "few_rows_int8_odd": dict(rows=11, inputs=75, outputs=35, rank=7, int8=True),
-    "few_rows_plain": dict(rows=4, inputs=24, outputs=16, adapters=0),
     "tile": dict(rows=33, inputs=48, outputs=40, rank=8),
     "tile_plain": dict(rows=40, inputs=40, outputs=24, adapters=0, bias=False),
     "tile_odd": dict(rows=70, inputs=45, outputs=131, rank=17, **MIXED),
@@ -48,7 +42,6 @@ CASES = {
     "large_tiles_int8": dict(rows=130, inputs=144, outputs=136, rank=3, int8=True),
     "row_groups": dict(rows=1030, inputs=8, outputs=8, rank=2, bias=False),
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # bfloat16 meets every case; the others those that bring out what is different for them.
 RUNS = [(case, "bfloat16") for case in CASES] + [
     *((case, "float16") for case in ("eight_rows", "few_rows_int8_odd", "tile_odd", "tile_int8")),
@@ -59,13 +52,6 @@ RUNS = [(case, "bfloat16") for case in CASES] + [
 ]
 
 
-@pytest.fixture(params=["emulated", "device"])
-def place(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "device" and not (torch.cuda.is_available() and native.has_cuda_kernels()):
-        pytest.skip("no GPU, or this build has no CUDA kernels")
-    return request.param
-
-
 def run(
     inputs: SampleInputs, place: str, wanted: tuple[bool, bool, bool] = (True, True, True), **options: object
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -74,45 +60,18 @@ def run(
     x, weight, weight_scale, bias, *adapters, scaling = (
         t.to(device) if isinstance(t, Tensor) else t for t in inputs.operator_args()
     )
-    random = torch.Generator().manual_seed(1)
-    grad = torch.randn(x.shape[0], weight.shape[0], generator=random).to(x.dtype).to(device)
+    grad = gradient(inputs).to(device)
     kernels: list[str] = []
     with emulated(**options) if place == "emulated" else nullcontext() as emulation:
         output, low_rank = module._forward_cuda(x, weight, weight_scale, bias, *adapters, scaling)
         kernels += [launch.name for launch in emulation.launches] if emulation else []
         grads = module._backward_cuda(grad, x, weight, weight_scale, *adapters, low_rank, scaling, *wanted)
         kernels += [launch.name for launch in emulation.launches] if emulation else []
-    names = ("output", "low_rank", "grad_x", "grad_a", "grad_b")
-    return {n: t.cpu() for n, t in zip(names, (output, low_rank, *grads), strict=True)}, kernels
-
-
-def expected_results(inputs: SampleInputs) -> dict[str, Tensor]:
-    exact = [
-        t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs.operator_args()
-    ]
-    x, weight, weight_scale, _, *adapters, scaling = exact
-    output, low_rank = lora_linear_reference(*exact)
-    random = torch.Generator().manual_seed(1)
-    grad = torch.randn(output.shape, generator=random).to(inputs.x.dtype).double()
-    grads = lora_linear_backward_reference(
-        grad, x, weight, weight_scale, *adapters, low_rank, scaling, True, True, True
-    )
-    names = ("output", "low_rank", "grad_x", "grad_a", "grad_b")
-    return dict(zip(names, (output, low_rank, *grads), strict=True))
+    return {n: t.cpu() for n, t in zip(NAMES, (output, low_rank, *grads), strict=True)}, kernels
 
 
 def check(results: dict[str, Tensor], expected: dict[str, Tensor], inputs: SampleInputs) -> None:
-    dtype = inputs.x.dtype
-    for name, want in expected.items():
-        key = (
-            "lora_linear_int8_grad_x"
-            if name == "grad_x" and inputs.weight_scale is not None
-            else "lora_linear"
-        )
-        assert results[name].dtype == (torch.float32 if name == "low_rank" else dtype)
-        assert_close(
-            name, results[name], want, TOLERANCES[key, torch.float32 if name == "low_rank" else dtype]
-        )
+    check_results(results, expected, inputs, rounds_int8=True)
 
 
 @pytest.mark.parametrize("case, dtype", RUNS)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from comparison import TOLERANCES, assert_close
+from ms_deform_attn_cases import with_strange_locations
 from torch import Tensor
 
-from visionllm import _core
 from visionllm.ops import ms_deform_attn, ms_deform_attn_reference
 from visionllm.ops.ms_deform_attn import SampleInputs, sample_inputs
 
@@ -33,13 +33,6 @@ CASES = {
     "no_points": dict(points=0),
     "no_channels": dict(channels=0),
 }
-
-
-@pytest.fixture(params=_core.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    _core.set_isa(request.param)
-    yield request.param
-    _core.set_isa("")
 
 
 def gradients(function, inputs: SampleInputs, grad_output: Tensor) -> tuple[Tensor, ...]:
@@ -93,15 +86,8 @@ def test_float32_weights_with_bfloat16_values() -> None:
 
 @pytest.mark.parametrize("queries", [4, 200])
 def test_locations_outside_and_not_finite_contribute_nothing(queries: int, isa: str) -> None:
-    inputs = sample_inputs(queries=queries, heads=2, channels=16)
-    strange = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0, -1.0])
-    random = torch.Generator().manual_seed(3)
-    choice = torch.randint(0, len(strange), inputs.sampling_locations.shape, generator=random)
-    is_strange = torch.rand(inputs.sampling_locations.shape[:-1], generator=random) < 0.3
-    locations = torch.where(is_strange[..., None], strange[choice], inputs.sampling_locations)
-    # Whatever weight such a point has, NaN included, it is not used.
-    attention = torch.where(is_strange, torch.tensor(float("nan")), inputs.attention_weights)
-    inputs = SampleInputs(*inputs.args()[:3], locations, attention)
+    plain = sample_inputs(queries=queries, heads=2, channels=16)
+    inputs, is_strange = with_strange_locations(plain)
     assert_matches_reference(inputs)
     output, grad_value, grad_locations, grad_attention = gradients(
         ms_deform_attn, inputs, torch.ones(2, queries, 32)
@@ -182,19 +168,17 @@ def test_expanded_inputs_and_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("queries", [20, 2000])
-def test_same_bits_on_any_number_of_threads(queries: int, dtype: torch.dtype) -> None:
+def test_same_bits_on_any_number_of_threads(
+    queries: int, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
     inputs = sample_inputs(dtype=dtype, queries=queries)
     grad_output = torch.randn(2, queries, 256, generator=torch.Generator().manual_seed(2)).to(dtype)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = gradients(ms_deform_attn, inputs, grad_output)
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            for a, b in zip(gradients(ms_deform_attn, inputs, grad_output), expected, strict=True):
-                assert torch.equal(a, b), f"{threads} threads give other bits than one"
-    finally:
-        torch.set_num_threads(before)
+    threads(1)
+    expected = gradients(ms_deform_attn, inputs, grad_output)
+    for count in (1, 2, 3, 5):
+        threads(count)
+        for a, b in zip(gradients(ms_deform_attn, inputs, grad_output), expected, strict=True):
+            assert torch.equal(a, b), f"{count} threads give other bits than one"
 
 
 def replace(inputs: SampleInputs, **changes: Tensor) -> SampleInputs:

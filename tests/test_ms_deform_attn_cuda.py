@@ -13,6 +13,7 @@ import pytest
 import torch
 from comparison import TOLERANCES, assert_close
 from emulation import Emulation, emulated
+from ms_deform_attn_cases import with_strange_locations
 from torch import Tensor
 
 from visionllm.ops import ms_deform_attn_fused_reference, ms_deform_attn_reference, native
@@ -280,15 +281,8 @@ def test_float32_attention_with_bfloat16_values(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_locations_outside_and_not_finite_contribute_nothing(way: str) -> None:
-    inputs = sample_inputs(queries=6, heads=2, channels=16)
-    strange = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0, -1.0])
-    random = torch.Generator().manual_seed(3)
-    choice = torch.randint(0, len(strange), inputs.sampling_locations.shape, generator=random)
-    is_strange = torch.rand(inputs.sampling_locations.shape[:-1], generator=random) < 0.3
-    locations = torch.where(is_strange[..., None], strange[choice], inputs.sampling_locations)
-    # Whatever weight such a point has, NaN included, it is not used.
-    attention = torch.where(is_strange, torch.tensor(float("nan")), inputs.attention_weights)
-    inputs = SampleInputs(*inputs.args()[:3], locations, attention)
+    plain = sample_inputs(queries=6, heads=2, channels=16)
+    inputs, is_strange = with_strange_locations(plain)
     assert_matches_reference(inputs, way)
     for deterministic in (False, True):
         grads = backward(inputs, gradient_like(inputs), way, deterministic=deterministic)

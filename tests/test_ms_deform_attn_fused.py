@@ -5,14 +5,13 @@ CUDA's kernels are in test_ms_deform_attn_cuda.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from comparison import TOLERANCES, assert_close
+from comparison import TOLERANCES, assert_close, assert_compiles
 from torch import Tensor
 
-from visionllm import _core
 from visionllm.ops import ms_deform_attn_fused, ms_deform_attn_fused_reference, ms_deform_attn_reference
 from visionllm.ops.ms_deform_attn_fused import FusedInputs, sample_inputs
 
@@ -22,13 +21,6 @@ KINDS = pytest.mark.parametrize("boxes", [False, True], ids=["points", "boxes"])
 
 
 NAMES = ("output", "value", "reference_points", "sampling_offsets", "attention_logits")
-
-
-@pytest.fixture(params=_core.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    _core.set_isa(request.param)
-    yield request.param
-    _core.set_isa("")
 
 
 def gradients(function: Callable, args: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
@@ -150,15 +142,7 @@ def test_compiles_into_one_graph() -> None:
             .mean()
         )
 
-    compiled = torch.compile(step, fullgraph=True)
-    results = []
-    for function in (step, compiled):
-        inputs = sample_inputs(requires_grad=True, **SMALL)
-        loss = function(*inputs.args())
-        loss.backward()
-        results.append((loss.detach(), *(t.grad for t in inputs.args() if t.requires_grad)))
-    for eager, fused in zip(*results, strict=True):
-        torch.testing.assert_close(fused, eager)
+    assert_compiles(step, sample_inputs(requires_grad=True, **SMALL).args())
 
 
 def test_reference_points_without_gradient_or_level() -> None:
@@ -217,17 +201,13 @@ def test_bad_argument_is_named(case: str, dtype: torch.dtype) -> None:
         assert message in str(caught.value)
 
 
-def test_same_bits_on_any_number_of_threads() -> None:
+def test_same_bits_on_any_number_of_threads(threads: Callable[[int], None]) -> None:
     inputs = sample_inputs(queries=300, boxes=True)
     grad_output = torch.randn(2, 300, 256, generator=torch.Generator().manual_seed(2))
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(gradients(ms_deform_attn_fused, inputs.args(), grad_output))
-    finally:
-        torch.set_num_threads(before)
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(gradients(ms_deform_attn_fused, inputs.args(), grad_output))
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             assert torch.equal(a, b), "another number of threads gives other bits"

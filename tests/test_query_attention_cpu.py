@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from comparison import TOLERANCES, assert_close
+from query_attention_cases import (
+    DTYPES,
+    NAMES,
+    ONE_HEAD,
+    assert_matches,
+    expected_results,
+    output_gradient,
+)
 from torch import Tensor
 
-import visionllm._core as _core
 from visionllm.ops import native, query_attention
 from visionllm.ops.query_attention import SampleInputs, rope_table, sample_inputs
-from visionllm.ops.query_attention_reference import forward_reference
 
-NAMES = ("output", "logsumexp", "grad_q", "grad_k", "grad_v", "grad_prefix_k", "grad_prefix_v")
-ONE_HEAD = dict(heads=1, kv_heads=1)
 # Blocks have 4 to 64 query rows, tiles of the prefix 96 keys.
 CASES = {
     "smallest": dict(groups=1, slots=1, prefix=0, lengths=(0,), channels=8, **ONE_HEAD),
@@ -35,26 +39,6 @@ CASES = {
     "not_rotated": dict(rope=False, channels=40),
     "one_projection": dict(one_projection=True),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@pytest.fixture(params=_core.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    _core.set_isa(request.param)
-    yield request.param
-    _core.set_isa("")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def output_gradient(inputs: SampleInputs) -> Tensor:
-    random = torch.Generator().manual_seed(1)
-    return torch.randn(inputs.q.shape, generator=random).to(inputs.q.dtype)
 
 
 def forward_and_backward(inputs: SampleInputs) -> dict[str, Tensor]:
@@ -69,20 +53,6 @@ def forward_and_backward(inputs: SampleInputs) -> dict[str, Tensor]:
     finally:
         torch.use_deterministic_algorithms(False)
     return dict(zip(NAMES, (output, logsumexp, *grads), strict=True))
-
-
-def expected_results(inputs: SampleInputs) -> dict[str, Tensor]:
-    tensors = [t.double().requires_grad_() for t in inputs.args()[:5]]
-    cosine, sine = inputs.rope if inputs.rope is not None else (None, None)
-    output, logsumexp = forward_reference(*tensors, inputs.prefix_length, cosine, sine)
-    grads = torch.autograd.grad(output, tensors, output_gradient(inputs).double())
-    return dict(zip(NAMES, (output, logsumexp, *grads), strict=True))
-
-
-def assert_matches(got: dict[str, Tensor], inputs: SampleInputs) -> None:
-    for name, expected in expected_results(inputs).items():
-        assert got[name].dtype == (torch.float32 if name == "logsumexp" else inputs.q.dtype)
-        assert_close(name, got[name], expected, TOLERANCES["query_attention", inputs.q.dtype])
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], why: str) -> None:
@@ -114,15 +84,15 @@ def test_large_scores(dtype: str, isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", ["one_head", "heads"])
-def test_same_bits_on_any_number_of_threads(size: str, dtype: str, threads: None) -> None:
+def test_same_bits_on_any_number_of_threads(size: str, dtype: str, threads: Callable[[int], None]) -> None:
     heads = dict(heads=2, kv_heads=1) if size == "one_head" else dict(heads=12, kv_heads=12)
     inputs = sample_inputs(
         dtype=DTYPES[dtype], groups=150, slots=3, channels=64, prefix=300, lengths=(300,), **heads
     )
-    torch.set_num_threads(1)
+    threads(1)
     expected = forward_and_backward(inputs)
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
+        threads(count)
         assert_same(forward_and_backward(inputs), expected, f"depends on the threads: {count}")
 
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
 import torch
-from comparison import TOLERANCES, assert_close
 from emulation import Emulation, emulated
+from query_attention_cases import DTYPES, NAMES, ONE_HEAD, assert_matches, output_gradient
 from torch import Tensor
 
 import visionllm._core as _core
 from visionllm.ops import native
 from visionllm.ops.query_attention import SampleInputs, rope_table, sample_inputs
-from visionllm.ops.query_attention_reference import forward_reference
 
 # visionllm.ops.query_attention names the function.
 module = sys.modules[SampleInputs.__module__]
 
 # Blocks have 128 query rows (float32: 64), tiles of 64 keys (32); backward: 64 keys, tiles of 32 rows (16).
-ONE_HEAD = dict(heads=1, kv_heads=1)
 CASES = {
     "smallest": dict(groups=1, slots=2, prefix=0, lengths=(0,), channels=8, **ONE_HEAD),
     "one_slot": dict(groups=100, slots=1, prefix=65, lengths=(65,), **ONE_HEAD),
@@ -40,7 +37,6 @@ CASES = {
     "not_rotated": dict(rope=False, channels=8),
     "one_projection": dict(one_projection=True, channels=8),
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # bfloat16 meets every case; the others those that bring out what is different for them.
 RUNS = [(case, "bfloat16") for case in CASES] + [
     (case, dtype)
@@ -50,46 +46,20 @@ RUNS = [(case, "bfloat16") for case in CASES] + [
 ]
 
 
-@pytest.fixture(params=["emulated", "device"])
-def place(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "device" and not (torch.cuda.is_available() and native.has_cuda_kernels()):
-        pytest.skip("no GPU, or this build has no CUDA kernels")
-    return request.param
-
-
 def forward_and_backward(
     inputs: SampleInputs, place: str, splits: int | None = None, **options: object
 ) -> tuple[dict[str, Tensor], list[str]]:
     """All results by name, on the CPU, and the kernels of the forward."""
     device = "cuda" if place == "device" else "cpu"
     arguments = [t if t is None else t.to(device) for t in inputs.operator_args()]
-    random = torch.Generator().manual_seed(1)
-    grad = torch.randn(inputs.q.shape, generator=random).to(inputs.q.dtype).to(device)
+    grad = output_gradient(inputs).to(device)
     kernels: list[str] = []
     with emulated(**options) if place == "emulated" else nullcontext() as emulation:
         output, logsumexp = module._forward_kernel(*arguments, splits=splits)
         if isinstance(emulation, Emulation):
             kernels = [launch.name for launch in emulation.launches]
         grads = module._backward_kernel(grad, output, logsumexp, *arguments)
-    names = ("output", "logsumexp", "grad_q", "grad_k", "grad_v", "grad_prefix_k", "grad_prefix_v")
-    return {n: t.cpu() for n, t in zip(names, (output, logsumexp, *grads), strict=True)}, kernels
-
-
-def expected_results(inputs: SampleInputs) -> dict[str, Tensor]:
-    tensors = [t.double().requires_grad_() for t in inputs.args()[:5]]
-    cosine, sine = inputs.rope if inputs.rope is not None else (None, None)
-    output, logsumexp = forward_reference(*tensors, inputs.prefix_length, cosine, sine)
-    random = torch.Generator().manual_seed(1)
-    grad = torch.randn(inputs.q.shape, generator=random).to(inputs.q.dtype).double()
-    grads = torch.autograd.grad(output, tensors, grad)
-    names = ("grad_q", "grad_k", "grad_v", "grad_prefix_k", "grad_prefix_v")
-    return {"output": output, "logsumexp": logsumexp, **dict(zip(names, grads, strict=True))}
-
-
-def assert_matches(got: dict[str, Tensor], inputs: SampleInputs) -> None:
-    for name, expected in expected_results(inputs).items():
-        assert got[name].dtype == (torch.float32 if name == "logsumexp" else inputs.q.dtype)
-        assert_close(name, got[name], expected, TOLERANCES["query_attention", inputs.q.dtype])
+    return {n: t.cpu() for n, t in zip(NAMES, (output, logsumexp, *grads), strict=True)}, kernels
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from comparison import TOLERANCES, assert_close
-from slot_head_cases import assert_matches, expected_results, kernels
+from slot_head_cases import (
+    assert_matches,
+    assert_says_no_answer,
+    expected_results,
+    kernels,
+    without_answers,
+)
 from torch import Tensor
 
-import visionllm._core as _core
 from visionllm.ops import native, slot_head_cross_entropy, slot_head_predict
 from visionllm.ops.slot_head import SampleInputs, aligned, sample_inputs
 
@@ -40,20 +45,6 @@ CASES = {
     "int8_locations": dict(slots=3, rows=130, shared=True, masked=False, located=True, int8=True),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=_core.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    _core.set_isa(request.param)
-    yield request.param
-    _core.set_isa("")
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -268,17 +259,9 @@ def test_a_scale_that_is_not_used_may_hold_anything() -> None:
 @pytest.mark.parametrize("normed", [True, False])
 def test_no_answer_is_visible(normed: bool, dtype: torch.dtype, isa: str) -> None:
     """States that are not finite and slots without an allowed row: -1 and NaN, as the reference says."""
-    inputs = sample_inputs(dtype=dtype, batch=3, groups=70, rows=70, channels=16, normed=normed)
-    inputs.states[0, 3, 0, 2], inputs.states[1, 65, 0, 15] = float("nan"), float("inf")
-    inputs.states[1, 66, 0, 0] = -float("inf")
-    inputs.valid[2] = False
+    inputs, broken = without_answers(dtype, normed)
     found = kernels(replace(inputs, weight=None), "cpu", backward=False)
-    broken = torch.zeros(3, 70, 1, dtype=torch.bool)
-    broken[0, 3], broken[1, 65:67], broken[2] = True, True, True
-    assert torch.equal(found["best"] == -1, broken)
-    for name in ("probability", "expectation"):
-        assert torch.equal(found[name].isnan(), broken), name
-    assert torch.equal(found["every"].isnan().all(-1), broken)
+    assert_says_no_answer(found, broken)
     expected, _ = expected_results(inputs)
     tolerance = TOLERANCES["slot_head", dtype]
     # Infinite where that is what the reference finds, NaN where it finds that.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from comparison import TOLERANCES, assert_close
 from emulation import emulated
-from slot_head_cases import assert_matches, expected_results, kernels
+from slot_head_cases import (
+    assert_matches,
+    assert_says_no_answer,
+    expected_results,
+    kernels,
+    without_answers,
+)
 
 import visionllm._core as _core
 from visionllm.ops import native
@@ -48,13 +53,6 @@ RUNS = [(case, "bfloat16") for case in CASES] + [
     )
     for case in cases
 ]
-
-
-@pytest.fixture(params=["emulated", "device"])
-def place(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "device" and not (torch.cuda.is_available() and native.has_cuda_kernels()):
-        pytest.skip("no GPU, or this build has no CUDA kernels")
-    return request.param
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS)
@@ -170,17 +168,9 @@ def test_what_may_not_be_taken_is_not_looked_at(place: str) -> None:
 @pytest.mark.parametrize("normed", [True, False])
 def test_no_answer_is_visible(normed: bool, dtype: str, place: str) -> None:
     """States that are not finite and slots without an allowed row: -1 and NaN, as the reference says."""
-    inputs = sample_inputs(dtype=DTYPES[dtype], batch=3, groups=70, rows=70, channels=16, normed=normed)
-    inputs.states[0, 3, 0, 2], inputs.states[1, 65, 0, 15] = float("nan"), float("inf")
-    inputs.states[1, 66, 0, 0] = -float("inf")
-    inputs.valid[2] = False
+    inputs, broken = without_answers(DTYPES[dtype], normed)
     found = kernels(replace(inputs, weight=None), place)
-    broken = torch.zeros(3, 70, 1, dtype=torch.bool)
-    broken[0, 3], broken[1, 65:67], broken[2] = True, True, True
-    assert torch.equal(found["best"] == -1, broken)
-    for name in ("probability", "expectation"):
-        assert torch.equal(found[name].isnan(), broken), name
-    assert torch.equal(found["every"].isnan().all(-1), broken)
+    assert_says_no_answer(found, broken)
     assert found["logsumexp"][2].eq(-float("inf")).all() and found["logsumexp"][0, 3].isnan()
     assert torch.equal(found["loss"].isfinite(), ~broken | (inputs.target < 0))
     # The other slots' answers are not touched.
