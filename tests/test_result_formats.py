@@ -136,6 +136,20 @@ def test_answers_can_be_read_back(model, image, task, coordinates):
         np.testing.assert_allclose(read.boxes.points, result.boxes.points, atol=0.7)
 
 
+@pytest.mark.parametrize("threshold", [None, 1.0])
+def test_nothing_found_in_every_form(model, image, threshold):
+    for result in (
+        model.detect(image, ["pink"], threshold, spread=True),
+        model.segment(image, ["pink"], 5, threshold, spread=True),
+        model.keypoints(image, ["pink"], NAMES, threshold, spread=True),
+        model.ground(image, ["the pink one"], threshold, spread=True),
+    ):
+        assert len(result) == 0 and str(result).endswith(" are [].")
+        assert result.summary() == "nothing found" and result.to_dict(spread=True)["boxes"] == []
+        assert Result.from_answer(image, result.instruction, str(result), []).error is None
+        assert result.plot(spread=True).width == 320
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -76,7 +76,7 @@ class Boxes:
 
     def answer_points(self) -> np.ndarray:
         """float32 ``[n, 2 N]`` in pixels, as the instruction language has them: x1, y1, ..., xN, yN."""
-        return self.xyxy if self.points is None else self.points.reshape(len(self), -1)
+        return self.xyxy if self.points is None else self.points.reshape(len(self), 2 * self.points.shape[1])
 
     def keypoints(self) -> np.ndarray | None:
         """float32 ``[n, N, 3]``: x, y in pixels and COCO's v (0, 1 or 2, the likeliest), 2 where unknown."""

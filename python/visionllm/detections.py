@@ -102,7 +102,7 @@ def _merge(parts: Sequence[Any], asked: Request, width: int, height: int) -> Box
         centers=centers[order],
         points=None if points is None else np.clip(points[order], 0, 1) * size,
         visibility=None if visibility is None else visibility[order],
-        spread=None if spread is None else spread[order].reshape(len(order), -1, 2) * size,
+        spread=None if spread is None else spread[order].reshape(len(order), spread.shape[1] // 2, 2) * size,
     )
 
 
