@@ -27,6 +27,7 @@ COMMANDS = {
     "predict": Command("visionllm.cli.predict", "main", "find objects in pictures"),
     "evaluate": Command("visionllm.cli.evaluate", "main", "measure a model on a COCO-format data set"),
     "train": Command("visionllm.train", "main", "train a model"),
+    "reproduce": Command("visionllm.cli.reproduce", "main", "run the paper's experiments"),
     "scenes": Command(
         "visionllm.data.scenes.export", "main", "write generated scenes as a COCO-format data set"
     ),

@@ -1,0 +1,189 @@
+"""What the training experiments compare: T3a, T3b, T3c, T4a to T4d, and what unmatched queries are taught."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from visionllm.instruction.instruction import TASKS
+from visionllm.reproduce import paper
+from visionllm.reproduce.data import evaluation_set, usual_classes
+from visionllm.reproduce.detection import box_numbers, changed_config, evaluate_classes
+from visionllm.reproduce.settings import Settings
+from visionllm.reproduce.training import Ablation, Numbers, Variant
+from visionllm.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from visionllm.pipeline import VisionLLM
+
+# A description, a class set and an order that never change. The first template stands for the description.
+FIXED_DESCRIPTION = "mixture.descriptions=1"
+FIXED_CLASSES = "mixture.prompts.random_classes=false"
+# All that LLaMA brings; adapters and the rows that this model adds stay trainable, as in the paper.
+EVERY_TASK = f"mixture.tasks={{{', '.join(f'{task}: 1' for task in TASKS)}}}"
+FROZEN_LLM = "frozen=[llm.*.weight]"
+
+
+def measure_boxes(model: VisionLLM, settings: Settings, config: TrainConfig) -> Numbers:
+    """Box AP with the 80 usual classes listed in every prompt."""
+    dataset = evaluation_set(settings, size=config.image_size)
+    found, _ = evaluate_classes(model, dataset, usual_classes(dataset), settings.batch_size)
+    numbers = box_numbers(found)
+    return {name: numbers[name] for name in ("AP", "AP50", "AP75")}
+
+
+def measure_decoded(model: VisionLLM, settings: Settings, config: TrainConfig) -> Numbers:
+    """Box AP as usual, by expectation near the best bin, and by the best bin alone, as the paper decodes."""
+    numbers = measure_boxes(model, settings, config)
+    with changed_config(model) as change:
+        change(coordinate_window=0)
+        alone = measure_boxes(model, settings, config)
+    return {**{name: alone[name] for name in ("AP", "AP50", "AP75")}, "AP by expectation": numbers["AP"]}
+
+
+def measure_boxes_and_grounding(model: VisionLLM, settings: Settings, config: TrainConfig) -> Numbers:
+    """Box AP and the P@0.5 of referring expressions."""
+    from visionllm.reproduce.tasks import grounding_precision
+
+    numbers = measure_boxes(model, settings, config)
+    return {"AP": numbers["AP"], "P@0.5": grounding_precision(model, settings, config.image_size)}
+
+
+def _variants(
+    changes: Mapping[str, tuple[str, ...]],
+    numbers: Mapping[str, paper.Numbers],
+    notes: Mapping[str, str] = {},
+) -> tuple[Variant, ...]:
+    return tuple(
+        Variant(name, words, numbers.get(name, {}), notes.get(name, "")) for name, words in changes.items()
+    )
+
+
+ABLATIONS = {
+    "T3a": Ablation(
+        "T3a",
+        "text encoder of the image tokenizer",
+        _variants(
+            {
+                "no text encoder": ("model.text_guidance=false",),
+                "trained": (),
+                "frozen": ("frozen=[text_encoder.*]",),
+            },
+            paper.T3A,
+        ),
+        measure_boxes_and_grounding,
+        column="P@0.5",
+        common=("mixture.tasks={detection: 1, grounding: 1}",),
+        notes=(
+            "P@0.5: of referring expressions on the same kind of pictures (paper: RefCOCO). The paper's "
+            "frozen encoder is a pretrained BERT; this one is as it was initialised.",
+        ),
+        heading="text encoder",
+    ),
+    "T3b": Ablation(
+        "T3b",
+        "what image tokens are: pooled features or queries",
+        _variants({"average pooling": ("model.image_tokens=pooling",), "queries": ()}, paper.T3B),
+        measure_boxes,
+        notes=("As many tokens in both: 64, for pooling the cells of an 8 × 8 grid.",),
+        heading="image tokens",
+    ),
+    "T3c": Ablation(
+        "T3c",
+        "number of location tokens",
+        _variants(
+            {
+                "257": ("model.location_bins=257",),
+                "513": ("model.location_bins=513",),
+                "1025": (),
+                "2049": ("model.location_bins=2049",),
+            },
+            paper.T3C,
+        ),
+        measure_decoded,
+        notes=(
+            "AP is of the best token, as in the paper; this project's models take the expectation near it.",
+        ),
+        heading="tokens",
+    ),
+    "T4a": Ablation(
+        "T4a",
+        "what is drawn at random in training",
+        _variants(
+            {
+                "none": (FIXED_DESCRIPTION, FIXED_CLASSES),
+                "+ random description": (FIXED_CLASSES,),
+                "++ random categories": (),
+                "+++ random output format": (EVERY_TASK,),
+            },
+            paper.T4A,
+        ),
+        measure_boxes,
+        notes=(
+            "Evaluated with the default wording and the 80 classes in file order. "
+            "Random output format: all tasks together.",
+        ),
+        heading="randomness",
+    ),
+    "T4b": Ablation(
+        "T4b",
+        "LoRA, with and without random prompts, the LLM's own weights frozen",
+        _variants(
+            {
+                "no LoRA, no randomness": ("model.lora_rank=0", FROZEN_LLM, FIXED_DESCRIPTION, FIXED_CLASSES),
+                "no LoRA, randomness": ("model.lora_rank=0", FROZEN_LLM),
+                "LoRA, randomness": (FROZEN_LLM,),
+                "whole LLM trained, randomness": (),
+            },
+            paper.T4B,
+            {"whole LLM trained, randomness": "this project's way"},
+        ),
+        measure_boxes,
+        notes=(
+            "The paper's LLM is a pretrained LLaMA; this one is small and as it was initialised, so that "
+            "what is frozen is random. The last row trains it.",
+        ),
+    ),
+    "T4c": Ablation(
+        "T4c",
+        "number of image tokens",
+        _variants({str(count): (f"model.num_queries={count}",) for count in (50, 100, 200, 300)}, paper.T4C),
+        measure_boxes,
+        notes=("The time is the same for all, so more tokens mean fewer steps.",),
+        heading="image tokens",
+    ),
+    "T4d": Ablation(
+        "T4d",
+        "token by token instead of output format as query",
+        _variants(
+            {"sequence": ("objective=sequence",), "queries in parallel": ()},
+            paper.T4D,
+            {"sequence": "paper: does not converge"},
+        ),
+        measure_boxes,
+        notes=(
+            "In sequence: the classes and coordinates of all objects one after the other, in random order, "
+            "each token given those before it (Pix2Seq, arXiv:2109.10852); a box's score is its class's.",
+        ),
+        heading="decoding",
+    ),
+    "unmatched": Ablation(
+        "unmatched",
+        "what queries without an object are taught",
+        _variants(
+            {
+                "nothing (weight 0)": ("no_object_weight=0", "unlisted_weight=0"),
+                "no object, weight 0.05": ("no_object_weight=0.05",),
+                "no object, weight 0.2": (),
+                "no object, weight 1": ("no_object_weight=1",),
+            },
+            {},
+            {"no object, weight 0.2": "this project's choice"},
+        ),
+        measure_boxes,
+        notes=(
+            "The paper does not say. The weight is that of an unmatched group of slots in the class loss; a "
+            "matched one has 1.",
+        ),
+    ),
+}
