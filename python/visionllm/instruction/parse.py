@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .class_set import CLASS_TOKEN, QUOTES, ClassEntry, ClassSet, find_class_set
+from .described_format import read_point_count, unread_format_at
 from .instruction import DEFAULT_RANGE, Instruction, InstructionError, Segment, UnknownFormat, found_at
 from .keypoint_names import KeypointNames, find_keypoints, keypoints_text
 from .output_format import FORMAT_START, find_points, parse_format
@@ -22,9 +23,7 @@ from .wording import (
     Word,
     length_of,
     read_coordinates,
-    read_point_count,
     set_task_of,
-    unread_format_at,
     word_task_of,
     words_of,
 )

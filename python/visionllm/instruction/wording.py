@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from .instruction import MAX_POINTS, MAX_RANGE, InstructionError
+from .instruction import MAX_RANGE, InstructionError
 
 _TOKEN = re.compile(r"<[a-z]+>|[^\W\d_]\w*|\d+(?:\.\d+)?|\.\.\.?|\S")
 _OFFSET_WORDS = frozenset({"offset", "offsets", "displacement", "displacements"})
@@ -74,29 +74,13 @@ _MASK_WORDS = frozenset(
         "outline",
     }
     | {"outlines", "silhouette", "silhouettes", "boundary", "boundaries", "perimeter", "trace", "traces"}
+    | {"border", "borders", "rim"}
 )
 _GROUNDING_WORDS = frozenset(
     {"expression", "expressions", "phrase", "phrases", "referring", "refer", "refers", "referred"}
     | {"grounding", "described"}
 )
 _DETECTION_WORDS = frozenset({"detect", "detects", "detected", "detecting", "detection"})
-_POINT_WORDS = frozenset({"points", "keypoints", "vertices", "landmarks"})
-_POINT_FILLERS = frozenset({"boundary", "contour", "outline", "polygon", "corner", "mask"})
-# Words that tell in which order a tuple is written.
-_ORDER_WORDS = frozenset(
-    {"followed", "then", "first", "next", "after", "before", "comma", "commas", "separated", "sequence"}
-    | {"tuple", "tuples", "row", "rows", "column", "columns", "format", "order", "ordered", "pair", "pairs"}
-    | {"plus", "together", "preceded", "begin", "begins", "start", "starts", "end", "ends", "last"}
-)
-_NUMBER_WORDS = frozenset(
-    "one three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty dozen".split()
-)
-_DOT_WORDS = frozenset(
-    {"dots", "nodes", "spots", "marks", "anchors", "positions", "pins", "samples", "corners", "sided"}
-    | {"sides", "gon", "places", "locations", "pegs", "knots", "edges", "points", "vertices", "stops"}
-)
-_SHAPES = re.compile(r"(?:tri|quadri|penta|hexa|hepta|octa|nona|deca|dodeca|icosa)(?:gon|gons|lateral|gonal)")
 _SHORT_WORDS = frozenset({"short", "brief", "briefly", "concise", "concisely", "shortly", "quick", "quickly"})
 _DETAILED_WORDS = frozenset(
     {"detailed", "detail", "details", "comprehensive", "comprehensively", "thorough", "thoroughly"}
@@ -105,7 +89,7 @@ _DETAILED_WORDS = frozenset(
 _LONG_WORDS = frozenset(
     {"long", "longer", "lengthy", "paragraph", "paragraphs", "extended", "extensive", "story"}
 )
-_BOX_WORDS = frozenset({"box", "boxes", "bounding", "rectangle", "rectangles"})
+BOX_WORDS = frozenset({"box", "boxes", "bounding", "rectangle", "rectangles"})
 _ANSWER_WORDS = frozenset({"question", "answer"})
 _CAPTION_WORDS = frozenset(
     {
@@ -274,39 +258,6 @@ class RangeReader:
         return value
 
 
-def read_point_count(words: list[Word]) -> int | None:
-    """N of "with 16 points" or "16 boundary points"; None when the words do not say."""
-    for i, word in enumerate(words[1:]):
-        before = words[i - 1] if i and words[i].text in _POINT_FILLERS else words[i]
-        if word.text in _POINT_WORDS and before.text.isascii() and before.text.isdigit():
-            return int(before.text) if len(before.text) < 6 else MAX_POINTS + 1
-    return None
-
-
-def unread_format_at(words: list[Word], range: int | None) -> int | None:
-    """Where a text without readable format and number of points begins to describe one; None if it does not.
-
-    Boxes need no description, so a text that asks for them has none to be read.
-
-    Args:
-        words: the words around the class set.
-        range: the range that was read; this number is no number of points.
-    """
-    if any(word.text in _BOX_WORDS for word in words):
-        return None
-    number = -4  # of the words, the last that is a number
-    for i, word in enumerate(words):
-        if word.text in _ORDER_WORDS or _SHAPES.fullmatch(word.text):
-            return word.position
-        if word.text in _DOT_WORDS and i - number <= 3:
-            return words[number].position
-        if word.text in _NUMBER_WORDS or (
-            word.text.isdigit() and word.text not in ("0", "1", "2", str(range))
-        ):
-            number = i
-    return None
-
-
 def set_task_of(words: list[Word], points: int | None, bare: int) -> str:
     """The task of a text with a class set.
 
@@ -318,7 +269,7 @@ def set_task_of(words: list[Word], points: int | None, bare: int) -> str:
     present = {word.text for word in words}
     if present & _KEYPOINT_WORDS:
         return "keypoints"
-    if (points or 0) > 2 or (points is None and present & _MASK_WORDS and not present & _BOX_WORDS):
+    if (points or 0) > 2 or (points is None and present & _MASK_WORDS and not present & BOX_WORDS):
         return "segmentation"
     if bare == 1 or (bare and not present & _DETECTION_WORDS) or present & _GROUNDING_WORDS:
         return "grounding"
