@@ -65,7 +65,7 @@ def test_ground(pictures, tmp_path, capsys):
         [True, True],
         [False, True],
     ]
-    assert "b.png: 1 a blue one" in capsys.readouterr().out
+    assert "b.png: the red one, on the left: absent, a blue one: 0.89\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("given", "text"), [([], "red and blue"), (["long"], "a picture of red and blue")])

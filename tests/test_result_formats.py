@@ -145,7 +145,8 @@ def test_nothing_found_in_every_form(model, image, threshold):
         model.ground(image, ["the pink one"], threshold, spread=True),
     ):
         assert len(result) == 0 and str(result).endswith(" are [].")
-        assert result.summary() == "nothing found" and result.to_dict(spread=True)["boxes"] == []
+        nothing = "the pink one: absent" if result.task == "grounding" else "nothing found"
+        assert result.summary() == nothing and result.to_dict(spread=True)["boxes"] == []
         assert Result.from_answer(image, result.instruction, str(result), []).error is None
         assert result.plot(spread=True).width == 320
 

@@ -192,11 +192,17 @@ class Result:
         return f"Result({self.source or 'picture'}, {self.width}x{self.height}, {self.summary()})"
 
     def summary(self) -> str:
-        """How many of what: "2 dog, 1 red car", in the order of the classes; "nothing found"; or the text."""
+        """One line: how many of what, "2 dog, 1 red car", in the order of the classes, or "nothing found".
+
+        Of expressions, whether each was found: "the left dog: 0.93, a cup: absent"; of texts, the text.
+        """
         if self.error is not None:
             return str(self.error)
         if self.text is not None:
             return self.text
+        if self.expressions is not None:
+            scores = ["absent" if one.box is None else f"{one.box.score:.2f}" for one in self.expressions]
+            return ", ".join(f"{text}: {score}" for text, score in zip(self.classes, scores, strict=True))
         counts = np.bincount(self.boxes.labels, minlength=len(self.classes))
         found = [f"{count} {name}" for name, count in zip(self.classes, counts, strict=True) if count]
         return ", ".join(found) or "nothing found"

@@ -140,11 +140,11 @@ def supervision_objects(result: Result) -> Any:
             data={"class_name": np.array(boxes.names), "visibility": found[..., 2], "score": boxes.scores},
         )
     masks = None
-    if result.masks is not None:
+    if (encoded := result.masks) is not None:
         from visionllm.data.polygons import mask_of
 
         masks = np.zeros((len(boxes), result.height, result.width), bool)
-        for mask, rle in zip(masks, result.masks, strict=True):
+        for mask, rle in zip(masks, encoded, strict=True):
             mask[:] = mask_of(rle, result.height, result.width)
     return supervision.Detections(
         xyxy=boxes.xyxy,
