@@ -146,11 +146,12 @@ def predict_files(
     from visionllm.image import open_image
 
     names = output_names(paths)
+    quiet = options.quiet or options.stream
     # Words of several pictures would be mixed on the terminal.
     batch_size = 1 if options.stream else options.batch_size
     on_text = print_piece if options.stream else None
     # disable=None: no bar where stderr is no terminal
-    with tqdm(total=len(paths), unit="picture", disable=True if options.quiet else None) as progress:
+    with tqdm(total=len(paths), unit="picture", disable=True if quiet else None) as progress:
         for start in range(0, len(paths), batch_size):
             images, opened = [], []
             for path in paths[start : start + batch_size]:
@@ -170,7 +171,7 @@ def predict_files(
                 result.source = str(path)
                 result.save(options.output / names[path])
                 pictures.append(picture_entry(result, names[path], options.spread))
-                if not (options.quiet or options.stream):
+                if not quiet:
                     progress.write(f"{path}: {result.summary()}")
             progress.update(len(paths[start : start + batch_size]))
 
