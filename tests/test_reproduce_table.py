@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from visionllm.reproduce import paper
+from visionllm.reproduce.ablations import best_verdict, sequence_verdict
 from visionllm.reproduce.table import Row, Table, ordering, seed_means, write_overview
 
 
@@ -124,3 +125,18 @@ def test_the_papers_tables_agree_with_each_other():
         paper.T4A["++ random categories"],
     ]
     assert {row["AP"] for row in ablations} == {44.8}
+
+
+@pytest.mark.parametrize(("sequence", "answer"), [(1.0, "finding holds"), (9.0, "does not hold")])
+def test_whether_a_sequence_converges(sequence, answer):
+    rows = [Row("sequence", {"AP": sequence}), Row("parallel", {"AP": 20.0})]
+    assert answer in sequence_verdict(rows) and f"{sequence:.1f} AP token by token, 20.0" in sequence_verdict(
+        rows
+    )
+
+
+def test_the_best_of_several():
+    rows = [Row("a", {"AP": 10.0}), Row("b", {"AP": 14.0}), Row("c", {"AP": 11.0})]
+    assert best_verdict(rows).startswith("**“b” is the best**: 14.0 AP, 3.0 points")
+    unsure = [Row("a", {"AP": 10.0}, error={"AP": 2.0}), Row("b", {"AP": 13.0}, error={"AP": 1.0})]
+    assert "“b” is not told apart from “a”" in best_verdict(unsure)

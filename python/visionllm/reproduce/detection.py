@@ -204,7 +204,12 @@ def half_of_the_classes(settings: Settings) -> tuple[Table, dict[str, Any]]:
         ],
         settings=evaluated(settings, dataset),
     )
-    return table, {"names": [dataset.names[k] for k in everything], "AP": by_prompt}
+    # Classes without objects have no AP under any prompt.
+    shown = [i for i in range(len(everything)) if any(values[i] is not None for values in by_prompt.values())]
+    return table, {
+        "names": [dataset.names[everything[i]] for i in shown],
+        "AP": {name: [values[i] for i in shown] for name, values in by_prompt.items()},
+    }
 
 
 def score_exponent(settings: Settings) -> Table:

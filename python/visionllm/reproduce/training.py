@@ -30,6 +30,7 @@ from visionllm.train.config import TrainConfig, load_config
 if TYPE_CHECKING:
     from visionllm.pipeline import VisionLLM
 
+NOISE = 1.0  # points that two runs of one configuration may differ by
 SMOOTHED = 5  # rows of the log that a point of a loss curve is the mean of
 
 Numbers = dict[str, float | None]
@@ -66,6 +67,7 @@ class Ablation:
         common: overrides for all the variants.
         notes: for under the table.
         heading: of the table's first column.
+        verdict: the finding in a sentence, from the rows once all of them have numbers; None: `ordering`.
     """
 
     experiment: str
@@ -76,6 +78,7 @@ class Ablation:
     common: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     heading: str = "variant"
+    verdict: Callable[[Sequence[Row]], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -266,13 +269,18 @@ def _table(
         steps = [run.steps for run in runs[variant.name]]
         notes = [variant.note, f"{min(steps)} steps" if steps else ""]
         rows.append(Row(variant.name, means, variant.paper, errors, "; ".join(filter(None, notes))))
+    complete = all(row.ours.get(ablation.column) is not None for row in rows)
+    if ablation.verdict is None:
+        verdict = ordering(rows, ablation.column, NOISE)
+    else:
+        verdict = ablation.verdict(rows) if complete else ""
     everything = training_command(ablation, Variant(""), settings, settings.seeds[0])
     return Table(
         ablation.experiment,
         ablation.title,
         rows,
         variant=ablation.heading,
-        verdict=ordering(rows, ablation.column, NOISE),
+        verdict=verdict,
         notes=list(ablation.notes),
         settings=describe_training(settings),
         commands=[
@@ -280,9 +288,6 @@ def _table(
             for variant in ablation.variants
         ],
     )
-
-
-NOISE = 1.0  # points that two runs of one configuration may differ by
 
 
 def describe_training(settings: Settings) -> dict[str, Any]:
