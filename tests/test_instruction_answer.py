@@ -77,6 +77,59 @@ def test_polygons_and_keypoints():
     )
 
 
+GROUNDING = Instruction("grounding", ("the left dog", "a red car"), 1024, "absolute")
+KEYPOINTS = Instruction("keypoints", ("dog",), 100, keypoints=("nose", "tail", "ear"))
+
+
+def test_absent_expressions():
+    text = format_answer(GROUNDING, [0], [[0, 0, 5, 10]], (10, 10), absent=[1])
+    assert text == "The bounding boxes are [(<c0>, 0.0, 0.0, 512.0, 1024.0), (<c1>, absent)]."
+    answer = parse_answer(text, GROUNDING)
+    assert isinstance(answer, Answer)
+    assert (answer.labels.tolist(), answer.absent, answer.numbers.shape) == ([0], (1,), (1, 4))
+    nothing = parse_answer(format_answer(GROUNDING, [], [], (10, 10), absent=[0, 1]), GROUNDING)
+    assert isinstance(nothing, Answer)
+    assert nothing.absent == (0, 1)
+    assert isinstance(parse_answer(text, ABSOLUTE), MalformedAnswer)
+
+
+@pytest.mark.parametrize(
+    "items", ["(<c0>, 1, 2, 3, 4), (<c0>, absent)", "(<c0>, absent), (<c0>, 1, 2, 3, 4)", "(<c1>, absent, 1)"]
+)
+def test_an_expression_is_found_or_absent(items):
+    assert isinstance(parse_answer(f"The bounding boxes are [{items}].", GROUNDING), MalformedAnswer)
+
+
+@pytest.mark.parametrize("absent", [[0], [2], [-1]])
+def test_only_expressions_without_box_are_absent(absent):
+    with pytest.raises(ValueError, match="absent must list"):
+        format_answer(GROUNDING, [0], [[0, 0, 5, 10]], (10, 10), absent=absent)
+    with pytest.raises(ValueError, match="absent must list"):
+        format_answer(ABSOLUTE, [], [], (10, 10), absent=[0])
+
+
+def test_keypoints_that_are_not_there():
+    nan = float("nan")
+    points = np.array([[0, 0, nan, nan, 10, 20]])
+    text = format_answer(KEYPOINTS, [0], points, (100, 100))
+    assert text == "The detected keypoints are [(<c0>, -5, -10, -, -, 5, 10)]."
+    answer = parse_answer(text, KEYPOINTS)
+    assert isinstance(answer, Answer)
+    np.testing.assert_array_equal(answer.numbers, [[-5, -10, nan, nan, 5, 10]])
+    np.testing.assert_array_equal(pixel_points(KEYPOINTS, answer.numbers, (100, 100), [[5, 10]]), points)
+    half = parse_answer("The detected keypoints are [(<c0>, -, 1, -, -, 5, 10)].", KEYPOINTS)
+    assert isinstance(half, MalformedAnswer)
+    assert isinstance(parse_answer("The bounding boxes are [(<c0>, -, -, 3, 4)].", OFFSET), MalformedAnswer)
+
+
+@pytest.mark.parametrize("instruction", [Instruction("captioning"), Instruction("vqa", question="who?")])
+def test_text_is_its_own_answer(instruction):
+    answer = parse_answer(" a dog on the left \n", instruction)
+    assert isinstance(answer, Answer)
+    assert (answer.kind, answer.text) == ("text", "a dog on the left")
+    assert parse_answer("  ", instruction) == MalformedAnswer(0, "text", "none")
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(*[st.floats(0, 640, width=32)] * 4), max_size=5),

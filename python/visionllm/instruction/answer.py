@@ -12,10 +12,14 @@ A step of an offset is 1/r of the width or the height; with r = 512 offsets are 
 
 Halves round to even; values outside the interval are moved to its end. An answer in offsets does not hold the
 centres: they are needed to come back to pixels.
+
+An expression that nothing in the picture fits is ``(<c1>, absent)``; a keypoint that is not there is
+``-, -``, NaN among the numbers. Captions and answers to questions are text as it stands.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +36,8 @@ _SUBJECTS = {
 }
 _HEAD = re.compile(r"\s*[\"“]?\s*The (bounding boxes|detected polygons|detected keypoints) are\s*")
 _TOKEN = re.compile(r"\s*<c(\d{1,6})>\s*", re.ASCII)
+_ABSENT = re.compile(r"\s*absent\s*")
+_NO_NUMBER = re.compile(r"\s*[-−]\s*(?=[,)])")
 _NUMBER = re.compile(r"\s*([-−]?\d{1,12}(?:\.\d{1,12})?)\s*", re.ASCII)
 _TAIL = re.compile(r"\s*\.?\s*[\"”]?\s*\Z")
 _SPACE = re.compile(r"\s*")
@@ -42,15 +48,19 @@ class Answer:
     """An answer that was read.
 
     Attributes:
-        kind: ``"bounding boxes"``, ``"detected polygons"`` or ``"detected keypoints"``.
+        kind: ``"bounding boxes"``, ``"detected polygons"``, ``"detected keypoints"`` or ``"text"``.
         labels: int64 ``[n]``, k of the class token ``<ck>``.
         numbers: float64 ``[n, 2 N]``, ``x1, y1, ..., xN, yN`` as written, in the instruction's range and
-            coordinates.
+            coordinates; NaN for a keypoint that is not there.
+        absent: k of the expressions that nothing in the picture fits.
+        text: of a caption or an answer to a question; None for the others.
     """
 
     kind: str
     labels: np.ndarray
     numbers: np.ndarray
+    absent: tuple[int, ...] = ()
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,10 +97,10 @@ def box_numbers(
             Absolute answers do not use them.
 
     Returns:
-        float64 ``[n, 2 N]``, rounded to what the answer prints.
+        float64 ``[n, 2 N]``, rounded to what the answer prints; NaN stays.
 
     Raises:
-        ValueError: a shape does not fit, or a number is not finite.
+        ValueError: a shape does not fit, or a number is infinite, or NaN where it is no keypoint.
     """
     array, scale = _checked(instruction, points, size)
     if instruction.coordinates == "absolute":
@@ -145,7 +155,7 @@ def _checked(
         raise ValueError(
             f"answer: points must have shape [n, {2 * instruction.points}], got {list(array.shape)}"
         )
-    if not np.isfinite(array).all():
+    if not (np.isfinite(array) | (np.isnan(array) & (instruction.task == "keypoints"))).all():
         raise ValueError("answer: points must be finite")
     return array, np.tile([instruction.range / width, instruction.range / height], instruction.points)
 
@@ -156,7 +166,8 @@ def _centers(points: np.ndarray, centers: np.ndarray | Sequence[Sequence[float]]
         if len(points) == 0:
             return np.zeros((0, 2))
         pairs = points.reshape(len(points), -1, 2)
-        return (pairs.min(axis=1) + pairs.max(axis=1)) / 2
+        lowest, highest = np.fmin.reduce(pairs, axis=1), np.fmax.reduce(pairs, axis=1)  # without NaN
+        return (lowest + highest) / 2
     array = np.asarray(centers, dtype=np.float64)
     if array.size == 0:
         array = array.reshape(0, 2)
@@ -173,18 +184,21 @@ def format_answer(
     points: np.ndarray | Sequence[Sequence[float]],
     size: tuple[int, int],
     centers: np.ndarray | Sequence[Sequence[float]] | None = None,
+    absent: Sequence[int] = (),
 ) -> str:
     """The answer in words, such as ``The bounding boxes are [(<c0>, 226.4, 229.8, 363.1, 347.4)].``
 
     Args:
         instruction: gives task, range and coordinates.
         labels: ``[n]``, indices into ``instruction.classes``.
-        points: ``[n, 2 N]`` in pixels (boxes: corners xyxy).
+        points: ``[n, 2 N]`` in pixels (boxes: corners xyxy); NaN for a keypoint that is not there.
         size: (width, height) of the picture in pixels.
         centers: ``[n, 2]`` in pixels, see :func:`box_numbers`.
+        absent: grounding only: indices of the expressions that nothing in the picture fits.
 
     Raises:
-        ValueError: a shape does not fit, a number is not finite, or a label is not in the class set.
+        ValueError: a shape does not fit, a number is not finite, a label is not in the class set, or an
+            expression is both absent and found.
     """
     numbers = box_numbers(instruction, points, size, centers)
     indices = [int(label) for label in labels]
@@ -195,9 +209,13 @@ def format_answer(
             raise ValueError(f"answer: labels must be from 0 to {len(instruction.classes) - 1}, got {label}")
     form = "{:.1f}" if instruction.coordinates == "absolute" else "{:.0f}"
     items = [
-        f"(<c{label}>, {', '.join([form.format(value) for value in row])})"
+        f"(<c{label}>, {', '.join([form.format(value) if value == value else '-' for value in row])})"
         for label, row in zip(indices, numbers.tolist(), strict=True)
     ]
+    for label in absent:
+        if instruction.task != "grounding" or not 0 <= label < len(instruction.classes) or label in indices:
+            raise ValueError(f"answer: absent must list expressions without a box, got {list(absent)}")
+        items.append(f"(<c{label}>, absent)")
     return f"The {_SUBJECTS[instruction.task]} are [{', '.join(items)}]."
 
 
@@ -207,11 +225,16 @@ def parse_answer(text: str, instruction: Instruction | None = None) -> Answer | 
     Args:
         text: the answer.
         instruction: when given, the answer has to fit it: kind, classes, number of points, range, whole
-            offsets.
+            offsets. For captions and questions any text is an answer, but none at all.
 
     Returns:
         The answer, or where and why it could not be read.
     """
+    if instruction is not None and instruction.task not in SET_TASKS:
+        written = text.strip()
+        if not written:
+            return MalformedAnswer(0, "text", "none")
+        return Answer("text", np.zeros(0, np.int64), np.zeros((0, 0)), text=written)
     try:
         return _AnswerReader(text, instruction).read()
     except _MalformedError as error:
@@ -230,13 +253,15 @@ class _AnswerReader:
         self.at = 0
         self.labels: list[int] = []
         self.rows: list[list[float]] = []
+        self.absent: list[int] = []
+        self.kind = ""
 
     def read(self) -> Answer:
         head = _HEAD.match(self.text)
         expected = None if self.instruction is None else _SUBJECTS.get(self.instruction.task)
         if head is None or (expected is not None and head.group(1) != expected):
             raise self._error(f"`The {expected or 'bounding boxes'} are [`")
-        self.at = head.end()
+        self.at, self.kind = head.end(), head.group(1)
         self._take("[")
         if not self._accept("]"):
             while True:
@@ -248,7 +273,7 @@ class _AnswerReader:
             raise self._error("the end of the answer")
         columns = len(self.rows[0]) if self.rows else 2 * (self.instruction.points if self.instruction else 2)
         numbers = np.array(self.rows, dtype=np.float64).reshape(len(self.rows), columns)
-        return Answer(head.group(1), np.array(self.labels, dtype=np.int64), numbers)
+        return Answer(self.kind, np.array(self.labels, dtype=np.int64), numbers, tuple(self.absent))
 
     def _error(self, expected: str, found: str | None = None) -> _MalformedError:
         if found is None:
@@ -278,6 +303,8 @@ class _AnswerReader:
         if label >= count:
             raise self._error(f"a class token from <c0> to <c{count - 1}>")
         self.at = token.end()
+        if self._read_absent(label):
+            return
         row: list[float] = []
         while self._accept(","):
             row.append(self._read_number())
@@ -286,11 +313,32 @@ class _AnswerReader:
             wanted = len(self.rows[0])
         if not row or len(row) % 2 or (wanted is not None and len(row) != wanted):
             raise self._error(f"{wanted or 'pairs of'} numbers after <c{label}>", f"{len(row)}")
+        halves = [x != x for x in row]  # NaN
+        if halves[::2] != halves[1::2]:
+            raise self._error("both numbers of a point or neither", "one")
+        if label in self.absent:
+            raise self._error(f"no box of <c{label}>, which is absent", "one")
         self._take(")", "`,` or `)`")
         self.labels.append(label)
         self.rows.append(row)
 
+    def _read_absent(self, label: int) -> bool:
+        """Whether the item says that nothing fits expression k."""
+        absent = _ABSENT.match(self.text, self.at + 1) if self.text[self.at : self.at + 1] == "," else None
+        if absent is None or (self.instruction is not None and self.instruction.task != "grounding"):
+            return False
+        if label in self.labels or label in self.absent:
+            raise self._error(f"<c{label}> once, or boxes of it")
+        self.at = absent.end()
+        self._take(")")
+        self.absent.append(label)
+        return True
+
     def _read_number(self) -> float:
+        nothing = _NO_NUMBER.match(self.text, self.at) if self.kind == "detected keypoints" else None
+        if nothing is not None:
+            self.at = nothing.end()
+            return math.nan
         number = _NUMBER.match(self.text, self.at)
         if number is None:
             raise self._error("a number")
