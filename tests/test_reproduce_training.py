@@ -123,13 +123,16 @@ def test_a_key_that_the_model_lacks_is_said_before_anything_trains(settings, mon
 def test_a_start_from_other_weights_takes_what_fits(settings, tmp_path):
     first = train_variant(COUNTS, COUNTS.variants[1], settings, 0)
     weights = first.folder / "model"
-    begun = dataclasses.replace(settings, init=weights, overrides=(*SMALL, "lr=0", "backbone_lr=0"))
-    run_ablation(dataclasses.replace(COUNTS, variants=COUNTS.variants[:1]), begun)
+    begun = dataclasses.replace(settings, init=str(weights), overrides=(*SMALL, "lr=0", "backbone_lr=0"))
+    ablation = dataclasses.replace(COUNTS, variants=COUNTS.variants[:1], fresh=("llm.*.k.weight",))
+    table = run_ablation(ablation, begun)
+    assert table.settings["anew in all variants"] == ["llm.*.k.weight"]
     [folder] = [path for path in (settings.work / "runs").iterdir() if path != first.folder]
     old, new = Network.from_pretrained(weights), Network.from_pretrained(folder / "model")
     assert new.config.num_queries == 9 and old.config.num_queries == 8
     assert torch.equal(old.llm.layers[0].q.weight, new.llm.layers[0].q.weight)
     assert new.image_tokenizer.queries.shape[0] == 9
+    assert not torch.equal(old.llm.layers[0].k.weight, new.llm.layers[0].k.weight)
 
 
 def test_location_tokens_are_decoded_both_ways(settings):

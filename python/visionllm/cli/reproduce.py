@@ -113,9 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--init",
-        type=Path,
         metavar="DIR",
-        help="training: weights to start from as far as they fit; default: the preset's start",
+        help="training: start from these weights (a folder, or tiny) as far as they fit and the experiment "
+        "does not compare what they learned; default: the preset's start",
     )
     return parser
 

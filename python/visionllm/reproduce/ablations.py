@@ -24,6 +24,10 @@ FIXED_CLASSES = "mixture.prompts.random_classes=false"
 EVERY_TASK = f"mixture.tasks={{{', '.join(f'{task}: 1' for task in TASKS)}}}"
 # All that LLaMA brings; adapters and the rows that this model adds stay trainable, as in the paper.
 FROZEN_LLM = "frozen=[llm.*.weight]"
+# What reads the image tokens; and the rows and adapters that are added to an LLM.
+LLM_SIDE = ("llm.*", "slot_queries.*", "slot_head.*", "class_tokens.*")
+ADDED = ("llm.*.lora_?", "slot_queries.*", "slot_head.*", "class_tokens.*")
+TEXT_SIDE = ("text_encoder.*", "image_tokenizer.fusion.*", "alignment.*", *LLM_SIDE)
 NOT_CONVERGED = 0.2  # of the AP that the same time gives in parallel
 
 
@@ -101,6 +105,7 @@ ABLATIONS = {
             "frozen encoder is a pretrained BERT; this one is as it was initialised.",
         ),
         heading="text encoder",
+        fresh=TEXT_SIDE,
     ),
     "T3b": Ablation(
         "T3b",
@@ -109,6 +114,7 @@ ABLATIONS = {
         measure_boxes,
         notes=("As many tokens in both: 64, for pooling the cells of an 8 × 8 grid.",),
         heading="image tokens",
+        fresh=LLM_SIDE,
     ),
     "T3c": Ablation(
         "T3c",
@@ -127,6 +133,7 @@ ABLATIONS = {
             "AP is of the best token, as in the paper; this project's models take the expectation near it.",
         ),
         heading="tokens",
+        fresh=LLM_SIDE,
     ),
     "T4a": Ablation(
         "T4a",
@@ -146,6 +153,7 @@ ABLATIONS = {
             "Random output format: all tasks together.",
         ),
         heading="randomness",
+        fresh=LLM_SIDE,
     ),
     "T4b": Ablation(
         "T4b",
@@ -163,8 +171,9 @@ ABLATIONS = {
         measure_boxes,
         notes=(
             "The paper's LLM is a pretrained LLaMA; this one is small and as it was initialised, so that "
-            "what is frozen is random. The last row trains it.",
+            "what is frozen is random, unless the runs start from trained weights. The last row trains it.",
         ),
+        fresh=ADDED,
     ),
     "T4c": Ablation(
         "T4c",
@@ -173,6 +182,7 @@ ABLATIONS = {
         measure_boxes,
         notes=("The time is the same for all, so more tokens mean fewer steps.",),
         heading="image tokens",
+        fresh=LLM_SIDE,
     ),
     "T4d": Ablation(
         "T4d",
@@ -188,6 +198,7 @@ ABLATIONS = {
             "each token given those before it (Pix2Seq, arXiv:2109.10852); a box's score is its class's.",
         ),
         heading="decoding",
+        fresh=LLM_SIDE,
         verdict=sequence_verdict,
     ),
     "unmatched": Ablation(
@@ -208,6 +219,7 @@ ABLATIONS = {
             "The paper does not say. The weight is that of an unmatched group of slots in the class loss; a "
             "matched one has 1.",
         ),
+        fresh=LLM_SIDE,
         verdict=best_verdict,
     ),
 }

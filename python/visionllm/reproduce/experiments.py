@@ -84,12 +84,12 @@ def replace_folders(words: list[str], settings: Settings) -> list[str]:
             (settings.glyphs, "GLYPHS"),
             (settings.photos, "PHOTOS"),
             (settings.lvis, "LVIS.json"),
-            (settings.init, "INIT"),
         )
         if path is not None
     }
-    if "/" in settings.model:
-        placeholders[settings.model] = "MODEL"
+    for weights, name in ((settings.model, "MODEL"), (settings.init or "", "INIT")):
+        if "/" in weights:
+            placeholders[weights] = name
     return [placeholders.get(word, word) for word in words]
 
 

@@ -35,7 +35,8 @@ class Settings:
     minutes: float = 5.0  # training time of each variant
     seeds: Sequence[int] = (0,)  # of training, and of what is drawn at random in an evaluation
     processes: int | None = None  # of training; None: the preset's
-    init: Path | None = None  # weights that variants start from as far as they fit; None: the preset's start
+    # Weights (folder or packaged) that variants start from as far as they fit; None: the preset's start.
+    init: str | None = None
     overrides: Sequence[str] = ()  # key=value for every training variant
 
     def __post_init__(self) -> None:

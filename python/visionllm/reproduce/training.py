@@ -8,6 +8,7 @@ that several experiments share is trained once.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import shlex
@@ -15,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +69,8 @@ class Ablation:
         common: overrides for all the variants.
         notes: for under the table.
         heading: of the table's first column.
+        fresh: patterns of the parameters that start anew even where given weights (``--init``) have them,
+            in all variants: what is compared must not have been learned by one of them before.
         verdict: the finding in a sentence, from the rows once all of them have numbers; None: `ordering`.
     """
 
@@ -78,6 +82,7 @@ class Ablation:
     common: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     heading: str = "variant"
+    fresh: tuple[str, ...] = ()
     verdict: Callable[[Sequence[Row]], str] | None = None
 
 
@@ -174,7 +179,7 @@ def train_variant(ablation: Ablation, variant: Variant, settings: Settings, seed
     decides = {
         "command": command,
         "data": training_data(settings),
-        "init": None if settings.init is None else str(settings.init),
+        "init": None if settings.init is None else [settings.init, *sorted(ablation.fresh)],
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     folder = settings.work / "runs" / digest
@@ -183,7 +188,7 @@ def train_variant(ablation: Ablation, variant: Variant, settings: Settings, seed
         write_json(folder / "decides.json", decides)
         words = [*command, "--config", str(folder / "data.yaml"), "--resume", "auto", f"output={folder}"]
         if settings.init is not None:
-            words = with_start(words, config, settings.init, folder / "start")
+            words = with_start(words, config, settings.init, ablation.fresh, folder / "start")
         began = time.monotonic()
         code = train(words)
         if code == 130:
@@ -199,20 +204,22 @@ def train_variant(ablation: Ablation, variant: Variant, settings: Settings, seed
     return read_run(folder)
 
 
-def with_start(words: Sequence[str], config: TrainConfig, init: Path, folder: Path) -> list[str]:
+def with_start(
+    words: Sequence[str], config: TrainConfig, init: str, fresh: Sequence[str], folder: Path
+) -> list[str]:
     """The command's words for a run that starts from other weights as far as they fit.
 
     Args:
         words: of ``visionllm train``.
         config: what they say.
-        init: a model folder. Its sizes are the run's, but for the changes under ``model``.
+        init: model folder or packaged weights. Their sizes are the run's, but for changes under ``model``.
+        fresh: patterns of the parameters' names that start anew.
         folder: for the weights that the run starts with.
     """
-    import dataclasses
-
     from visionllm.model.network import Network, build_network
+    from visionllm.pipeline import model_folder
 
-    whole = Network.from_pretrained(init)
+    whole = Network.from_pretrained(model_folder(init))
     changes: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in config.model.items()
@@ -221,10 +228,15 @@ def with_start(words: Sequence[str], config: TrainConfig, init: Path, folder: Pa
     sizes = dataclasses.replace(whole.config, **changes)
     network = build_network(sizes, whole.tokenizer, config.seed)
     own = network.state_dict()
-    given = whole.state_dict()
-    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    fitting = {
+        name: value
+        for name, value in whole.state_dict().items()
+        if name in own
+        and own[name].shape == value.shape
+        and not any(fnmatchcase(name, pattern) for pattern in fresh)
+    }
     network.load_state_dict(fitting, strict=False)
-    say(f"{len(fitting)} of {len(own)} tensors start from {init.name}")
+    say(f"{len(fitting)} of {len(own)} tensors start from {init}")
     network.save_pretrained(folder)
     kept = [word for word in words if not word.startswith(("model.", "init_backbone="))]
     return [*kept, f"init={folder}"]
@@ -282,7 +294,7 @@ def _table(
         variant=ablation.heading,
         verdict=verdict,
         notes=list(ablation.notes),
-        settings=describe_training(settings),
+        settings=describe_training(ablation, settings),
         commands=[
             f"visionllm train {shlex.join([*everything, *variant.changes])}  # {variant.name}"
             for variant in ablation.variants
@@ -290,7 +302,7 @@ def _table(
     )
 
 
-def describe_training(settings: Settings) -> dict[str, Any]:
+def describe_training(ablation: Ablation, settings: Settings) -> dict[str, Any]:
     """How the variants were trained, for the table's last line."""
     words: dict[str, Any] = {
         "data": settings.describe_data(),
@@ -298,6 +310,10 @@ def describe_training(settings: Settings) -> dict[str, Any]:
         "minutes of training a variant": f"{settings.minutes:g}",
         "seeds": list(settings.seeds),
         "preset": settings.preset,
-        "start": "the preset's" if settings.init is None else "given weights as far as they fit",
+        "start": "the preset's",
     }
+    if settings.init is not None:
+        words["start"] = "weights trained before, as far as they fit"
+        if ablation.fresh:
+            words["anew in all variants"] = list(ablation.fresh)
     return words
