@@ -49,6 +49,7 @@ def finish(table: Table, experiment: str, settings: Settings, folder: Path) -> N
     """Writes a table with the command that makes it."""
     command = replace_folders(["visionllm", "reproduce", experiment, *arguments_of(settings)], settings)
     table.commands = [shlex.join(command), *table.commands]
+    table.picture = PLOT
     table.write(folder)
 
 

@@ -47,6 +47,7 @@ class Table:
         notes: paragraphs under the table.
         settings: how it was made: data, budget, seeds, model; strings and numbers.
         commands: what a user would type to get it, or single rows of it.
+        picture: file of the plot beside the table.
     """
 
     experiment: str
@@ -57,6 +58,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
+    picture: str = ""
 
     def columns(self, side: str) -> list[str]:
         """The columns of the rows' numbers, in order; side: "ours" or "paper"."""
@@ -80,6 +82,8 @@ class Table:
             cells += [_cell(row.paper.get(name), None) for name in paper]
             cells += [row.note] * noted
             lines.append("| " + " | ".join(cells) + " |")
+        if self.picture:
+            lines += ["", f"![{self.title}]({self.picture})"]
         for note in self.notes:
             lines += ["", note]
         if self.commands:
@@ -189,7 +193,13 @@ def seed_means(
 
 def write_overview(folder: Path) -> None:
     """README.md of a folder of experiments: every table's title, verdict and link."""
-    lines = ["# Experiments", "", "Each is one command: `visionllm reproduce NAME`.", ""]
+    lines = [
+        "# Experiments",
+        "",
+        "Each is one command, `visionllm reproduce NAME`, which stands in its table. T and fig: the tables and",
+        "figures of the VisionLLM paper (arXiv:2305.11175); the others are questions that it leaves open.",
+        "",
+    ]
     lines += ["| experiment | what is compared | finding |", "|---|---|---|"]
     for path in sorted(folder.glob("*/table.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
