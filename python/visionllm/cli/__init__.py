@@ -34,6 +34,7 @@ COMMANDS = {
     "glyphs": Command("visionllm.data.scenes.glyphs", "main", "collect the glyphs that scenes are made of"),
     "validate": Command("visionllm.cli.validate", "main", "check a COCO-format data set"),
     "instruction": Command("visionllm.cli.instruction", "main", "show how an instruction is understood"),
+    "instructions": Command("visionllm.cli.instructions", "main", "have a model write more wordings"),
     "doctor": Command("visionllm.cli.doctor", "main", "show versions and what works on this machine"),
 }
 

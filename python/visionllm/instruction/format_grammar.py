@@ -5,13 +5,13 @@
 The points count from 1; the last one's N is larger than the number of points before the ellipsis. These are
 the formats as ``format_text`` writes them and their other expansions; ``parse_format`` reads each.
 
-A decoder that may write nothing but a format asks of each piece of text whether :func:`advance` gives a
-state. States are hashable and few, so what a state allows can be kept.
+A decoder that may write nothing but a format asks of each piece of text whether it is allowed. From every
+beginning that is, a format can be completed within ``FormatGrammar.MOST_CHARACTERS``.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from .instruction import MAX_POLYGON_POINTS
 
@@ -36,39 +36,60 @@ class FormatState(NamedTuple):
 START = FormatState()
 
 
-def following(state: FormatState, most: int = MAX_POLYGON_POINTS) -> frozenset[str]:
-    """The characters that may follow; none after a complete format.
+class FormatGrammar:
+    """Formats of ``least`` to ``most`` points, of which at most ``written_out`` stand before an ellipsis.
 
     Args:
-        state: where the text ends.
+        least: the smallest N; a single point is a format of keypoints alone.
         most: the largest N.
+        written_out: 3 as in ``format_text``; ``most`` lets every expansion through.
+
+    Raises:
+        ValueError: the bounds are not 1 <= least <= most and 1 <= written_out.
     """
-    if state.rest:
-        return frozenset(state.rest[0])
-    if state.stage == "point":
-        return frozenset("),") if state.points < most else frozenset(")")
-    if state.stage == "item":
-        return frozenset("x.")
-    if state.stage == "number":
-        numbers = [str(n) for n in range(state.points + 1, most + 1)]
-        end = {","} if state.digits in numbers else set()
-        place = len(state.digits)
-        return frozenset(end | {n[place] for n in numbers if n.startswith(state.digits) and len(n) > place})
-    return frozenset()
 
+    MOST_CHARACTERS: ClassVar[int] = len("(c, x1, y1, x2, y2, x3, y3, ..., x64, y64)")  # with the defaults
 
-def advance(state: FormatState | None, text: str, most: int = MAX_POLYGON_POINTS) -> FormatState | None:
-    """The state after more text; None where no format goes on like this."""
-    for character in text:
-        if state is None or character not in following(state, most):
-            return None
-        state = _step(state, character)
-    return state
+    def __init__(self, least: int = 2, most: int = MAX_POLYGON_POINTS, written_out: int = 3) -> None:
+        if not (1 <= least <= most and written_out >= 1):
+            raise ValueError(
+                f"format grammar: expected 1 <= least <= most and 1 <= written_out, "
+                f"got {least}, {most}, {written_out}"
+            )
+        self.least, self.most, self.written_out = least, most, written_out
 
+    def allows(self, text: str) -> bool:
+        """Whether a format begins so."""
+        return self.advance(START, text) is not None
 
-def is_complete(state: FormatState | None) -> bool:
-    """Whether the text is a whole format."""
-    return state is not None and state.stage == "end" and not state.rest
+    def complete(self, text: str) -> bool:
+        """Whether the text is a whole format."""
+        state = self.advance(START, text)
+        return state is not None and state.stage == "end" and not state.rest
+
+    def following(self, state: FormatState) -> frozenset[str]:
+        """The characters that may follow; none after a complete format."""
+        if state.rest:
+            return frozenset(state.rest[0])
+        if state.stage == "point":
+            end = ")" if state.points >= self.least else ""
+            return frozenset(end + ("," if state.points < self.most else ""))
+        if state.stage == "item":
+            return frozenset("x." if state.points < self.written_out else ".")
+        if state.stage == "number":
+            numbers = [str(n) for n in range(max(state.points + 1, self.least), self.most + 1)]
+            place = len(state.digits)
+            digits = {n[place] for n in numbers if n.startswith(state.digits) and len(n) > place}
+            return frozenset(digits | ({","} if state.digits in numbers else set()))
+        return frozenset()
+
+    def advance(self, state: FormatState | None, text: str) -> FormatState | None:
+        """The state after more text; None where no format goes on like this."""
+        for character in text:
+            if state is None or character not in self.following(state):
+                return None
+            state = _step(state, character)
+        return state
 
 
 def _step(state: FormatState, character: str) -> FormatState:
