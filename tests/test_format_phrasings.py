@@ -66,6 +66,7 @@ def test_the_generator_is_large_varied_and_repeatable():
     assert training_phrasings(50, seed=1) != TRAINING[:50]
     assert {phrasing.points for phrasing in TRAINING} >= set(range(2, 65))
     boxes = sum(phrasing.points == 2 for phrasing in TRAINING)
+    assert any(phrasing.text.endswith("Segment them.") for phrasing in TRAINING)
     assert 0.35 <= boxes / len(TRAINING) <= 0.45
 
 

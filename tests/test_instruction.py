@@ -218,6 +218,11 @@ def test_captioning(text, length):
             "Why?",
         ),
         ("Kindly look at <image> and think. The question: what is red?", "what is red?"),
+        ("How many dogs are in <image>?", "How many dogs are in the image?"),
+        ("What is left in the <image>?", "What is left in the image?"),
+        ("In <image>, what is left?", "what is left?"),
+        ("<image> what is left?", "what is left?"),
+        ("What is left? The image is: <image>", "What is left?"),
         ("The image is: <image>. How many boxes are there?", "How many boxes are there?"),
         (
             "With the objects in the <image>, if you feel hot, what will you do?",
@@ -335,6 +340,7 @@ def test_number_of_points_in_words():
         ("keypoints [nose, left eye, and right eye]", ("nose", "left eye", "right eye")),
         ("landmarks in the order (nose, left eye)", ("nose", "left eye")),
         ("keypoints: nose, left eye and tail. Offsets", ("nose", "left eye", "tail")),
+        ("the keypoints nose, left eye and tail of each", ("nose", "left eye", "tail")),
         ("keypoints (c, nose_x, nose_y, left_eye_x, left_eye_y)", ("nose", "left eye")),
         (
             'joints ["polygon within the range 9", "(c, x1, y1)"]',
@@ -570,6 +576,7 @@ def test_speed_of_large_prompts():
         "{'a': <c0>} <image> keypoints: " + "a, b and " * 30_000,
         "{'a': <c0>} <image> " + "keypoints: a, b " * 10_000,
         "{'a': <c0>} <image> " + "keypoints (a, b" * 10_000,
+        "{'a': <c0>} <image> " + "keypoints a and " * 10_000,
         "{'a': <c0>} <image> keypoints" + " " * 100_000 + "(c, a_x" + " " * 100_000,
         "<image> question: " * 20_000,
     ],

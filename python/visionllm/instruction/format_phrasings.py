@@ -144,6 +144,18 @@ _SHAPE_SENTENCES = (
     "Enclose each in a {shape}.",
     "I want the contour as a {shape}.",
 )
+_PLAIN_POINTS = 16  # of polygons whose number of points is not said
+_PLAIN_SENTENCES = (
+    "Segment them.",
+    "Segment each of them.",
+    "Give me their masks.",
+    "Outline every one.",
+    "Trace their contours.",
+    "I want the silhouette of each.",
+    "For each one, give the label followed by its outline.",
+    "Make a polygon for each.",
+    "Draw the boundary of each.",
+)
 _POSE_SENTENCES = (
     "Give the pose of each by {count} {joints}.",
     "Report the label followed by {count} {joints} of its skeleton.",
@@ -166,7 +178,8 @@ def number_words(number: int) -> str:
 def format_phrasings(seed: int = 0) -> Iterator[FormatPhrasing]:
     """Compositions in an order that depends on the seed, each once, for as long as new ones are found.
 
-    Boxes are two fifths of them, N of polygons is uniform from 4 to 64, N of poses from 3 to 20.
+    Boxes are two fifths of them; N of polygons is uniform from 4 to 64 where it is said, and 16 where it is
+    not; N of poses is from 3 to 20.
     """
     rng = random.Random(seed)
     seen: set[str] = set()
@@ -206,7 +219,9 @@ def _description(rng: random.Random) -> tuple[str, int]:
         points = rng.randint(3, 20)
         count = rng.choice((str(points), number_words(points)))
         return rng.choice(_POSE_SENTENCES).format(count=count, joints=rng.choice(_JOINTS)), points
-    if kind < 0.55:
+    if kind < 0.52:
+        return rng.choice(_PLAIN_SENTENCES), _PLAIN_POINTS
+    if kind < 0.56:
         points = rng.choice(list(_SHAPES))
         return rng.choice(_SHAPE_SENTENCES).format(shape=_SHAPES[points]), points
     points = rng.randint(4, MAX_POLYGON_POINTS)

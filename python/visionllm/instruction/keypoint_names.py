@@ -30,6 +30,8 @@ _WORD_LIST = re.compile(
 )
 # "keypoints: nose, left eye and right eye."
 _COLON_LIST = re.compile(r"\bkey ?points: ?([^.;:\n()\[\]{}<]{1,4000})(?=[.;\n]|\Z)", re.IGNORECASE)
+# "keypoints nose, left eye and right eye of"
+_PLAIN_LIST = re.compile(r"\bkey ?points ([^.;:\n()\[\]{}<]{1,400}?) (?:of|on|for|in|from)\b", re.IGNORECASE)
 _NAME = re.compile(r"[^\W\d_][\w'’/-]{0,30}(?: [\w'’/-]{1,30}){0,3}")
 _COORDINATE_NAMES = re.compile(
     r"[(\[] ?(?:c|cls|class)((?:, ?[^\W\d_][\w -]{0,60}_[xy])+) ?[)\]]", re.IGNORECASE
@@ -117,14 +119,14 @@ def _read_quoted(text: str, start: int, at: int) -> KeypointNames | None:
 
 
 def _first_of_words(text: str, start: int, end: int) -> KeypointNames | None:
-    for pattern in (_COORDINATE_NAMES, _WORD_LIST, _COLON_LIST):
+    for pattern in (_COORDINATE_NAMES, _WORD_LIST, _COLON_LIST, _PLAIN_LIST):
         for match in pattern.finditer(text):
             if start < match.end() and match.start() < end:
                 continue
             names = _coordinate_names(match.group(1)) if pattern is _COORDINATE_NAMES else None
             if pattern is _WORD_LIST and _CLOSER[match.group(1)] == match.group(3):
                 names = _words(match.group(2))
-            elif pattern is _COLON_LIST:
+            elif pattern in (_COLON_LIST, _PLAIN_LIST):
                 names = _words(match.group(1))
             if names is not None and names[0].lower() not in _CLASS_WORDS:
                 return KeypointNames(names, match.start(), match.end())

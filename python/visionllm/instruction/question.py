@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 _QUESTION = re.compile(r"question:", re.IGNORECASE)
 _MARK = re.compile(r"question|answer|asked|asks|reply|\bQ:", re.IGNORECASE)
-_IMAGE_CLAUSES = ("the image is:", "the image is", "with the objects in the", "in the")
+_IMAGE_CLAUSE = re.compile(
+    r"(?:the image is:?|with the objects in the|\A(?:in|for|given|see|look at)(?: the)?)\Z", re.I
+)
 
 
 class _Frame(NamedTuple):
@@ -61,8 +63,10 @@ def unmarked_question(text: str) -> str:
         return question
     before, _, after = text.partition("<image>")
     before = before.rstrip()
-    for clause in _IMAGE_CLAUSES:
-        if before.lower().endswith(clause):
-            before = before[: -len(clause)]
-            break
-    return f"{before} {after.lstrip(' .,:')}".strip() or text.strip()
+    stripped = _IMAGE_CLAUSE.sub("", before)
+    if not stripped:
+        return after.lstrip(" .,:").strip() or text.strip()
+    if stripped != before:
+        return f"{stripped} {after.lstrip(' .,:')}".strip()
+    # The picture is named within the question, "How many dogs are in <image>?".
+    return f"{before} {'image' if before.lower().endswith(' the') else 'the image'}{after}".strip()
