@@ -5,7 +5,8 @@
 nanobind's binding, as torch's path takes it (addresses, shapes and strides) and with DLPack arrays;
 pybind11's of the same function (bench/binding_twin/twin.cpp, compiled here in half a minute against the
 library that `make core` leaves behind; skipped where pybind11, a compiler or that library is missing); and
-what stands above it: gathering the addresses, the registered torch operator, and it in the autograd graph.
+what stands above it: gathering the addresses, the package's function, which goes past torch's dispatcher
+where it can, the registered torch operator, and both in the autograd graph.
 Writes ``bench/results/binding_cost.json``.
 """
 
@@ -76,6 +77,7 @@ def ways(twin: ModuleType | None) -> dict[str, Callable[[], object]]:
     raw = [native.raw(t) for t in arguments]
     arrays = [t.numpy() for t in arguments]
     leaf = value.clone().requires_grad_()
+    registered = torch.ops.visionllm.ms_deform_attn
 
     def raw_core() -> None:
         _core.ms_deform_attn_raw(*raw, threads=1)
@@ -86,8 +88,10 @@ def ways(twin: ModuleType | None) -> dict[str, Callable[[], object]]:
     found |= {
         "nanobind, DLPack arrays": lambda: _core.ms_deform_attn(*arrays, threads=1),
         "addresses of torch tensors, and nanobind": lambda: native.call("ms_deform_attn", *arguments),
-        "torch operator": lambda: ms_deform_attn(*tensors),
-        "torch operator, with autograd": lambda: ms_deform_attn(leaf, *tensors[1:]),
+        "visionllm.ops": lambda: ms_deform_attn(*tensors),
+        "torch operator": lambda: registered(*tensors),
+        "visionllm.ops, with autograd": lambda: ms_deform_attn(leaf, *tensors[1:]),
+        "torch operator, with autograd": lambda: registered(leaf, *tensors[1:]),
     }
     assert locations.shape[1] == 0
     return found

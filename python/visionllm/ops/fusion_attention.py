@@ -18,6 +18,7 @@ from torch import Tensor
 
 from visionllm import _core
 from visionllm.ops import fallback, native
+from visionllm.ops.direct import past_dispatcher
 from visionllm.ops.fusion_attention_reference import (
     fusion_attention_backward_reference,
     fusion_attention_reference,
@@ -64,7 +65,7 @@ def fusion_attention(
         RuntimeError: on CUDA, sizes that the kernels do not take: C above 256 or no multiple of 16, D above
             64 or no multiple of 8, T above 512.
     """
-    return torch.ops.visionllm.fusion_attention(
+    return _fusion_attention(
         x,
         norm_weight,
         norm_bias,
@@ -269,19 +270,27 @@ _KERNEL_TYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def _has_cpu_kernel(arguments: tuple[Any, ...]) -> bool:
-    """The core refuses types that do not fit each other; what it has no name for, the reference refuses."""
+    """Whether the core has a name for all types; it refuses those that do not fit each other."""
     return all(t.dtype in _KERNEL_TYPES for i, t in enumerate(arguments[:11]) if i != 7)
 
 
 def _forward_cpu(*arguments: Any) -> Tensor:
-    if _has_cpu_kernel(arguments):
-        return _forward_kernel(*arguments)
-    return fusion_attention_reference(*arguments)
+    if arguments[0].dtype in _KERNEL_TYPES:
+        try:
+            return _forward_kernel(*arguments)
+        except ValueError:
+            if _has_cpu_kernel(arguments):
+                raise
+    return fusion_attention_reference(*arguments)  # which names a type that does not fit
 
 
 def _backward_cpu(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    if _has_cpu_kernel(arguments):
-        return _backward_kernel(grad_output, arguments, with_workspace=False)
+    if arguments[0].dtype in _KERNEL_TYPES:
+        try:
+            return _backward_kernel(grad_output, arguments, with_workspace=False)
+        except ValueError:
+            if _has_cpu_kernel(arguments):
+                raise
     return fusion_attention_backward_reference(grad_output, *arguments)
 
 
@@ -339,7 +348,7 @@ def _setup_context(ctx, inputs: tuple[Tensor | float, ...], output: Tensor) -> N
 
 
 def _autograd_backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.visionllm.fusion_attention_backward(grad_output, *ctx.saved_tensors, ctx.epsilon)
+    grads = _fusion_attention_backward(grad_output, *ctx.saved_tensors, ctx.epsilon)
     return (*grads[:7], None, *grads[7:], None)
 
 
@@ -353,3 +362,6 @@ def _no_second_derivative(ctx, *grads: Tensor) -> tuple[None, ...]:
 
 
 torch.library.register_autograd("visionllm::fusion_attention_backward", _no_second_derivative, lib=_library)
+
+_fusion_attention_backward = past_dispatcher("fusion_attention_backward", _backward_cpu)
+_fusion_attention = past_dispatcher("fusion_attention", _forward_cpu, _setup_context, _autograd_backward)

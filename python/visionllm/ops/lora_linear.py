@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 
 from visionllm import _core
 from visionllm.ops import fallback, native
+from visionllm.ops.direct import past_dispatcher
 from visionllm.ops.lora_linear_reference import (
     check_arguments,
     lora_linear_backward_reference,
@@ -30,7 +30,6 @@ from visionllm.ops.native import Argument
 __all__ = ["SampleInputs", "lora_linear", "lora_linear_reference", "sample_inputs"]
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def lora_linear(
@@ -87,10 +86,11 @@ def lora_linear(
                     f"{name}.requires_grad_(False) or pass {name}.detach()"
                 )
     if lora_a is not None and lora_a.dim() == 2:
-        lora_a = lora_a[None]
+        lora_a = lora_a.unsqueeze(0)
     if lora_b is not None and lora_b.dim() == 2:
-        lora_b = lora_b[None]
-    if x.dim() == 0:
+        lora_b = lora_b.unsqueeze(0)
+    dimensions = x.dim()
+    if dimensions == 0:
         raise ValueError("lora_linear: x must have shape [..., K], got []")
     rows = x.shape[:-1]
     if adapter_index is not None and adapter_index.shape != rows:
@@ -98,8 +98,8 @@ def lora_linear(
             f"lora_linear: adapter_index must have x's shape without its last dimension = {list(rows)}, got "
             f"{list(adapter_index.shape)}"
         )
-    tensors = (
-        x if x.dim() == 2 else x.reshape(rows.numel(), x.shape[-1]),
+    output, _ = _lora_linear(
+        x if dimensions == 2 else x.reshape(rows.numel(), x.shape[-1]),
         weight,
         weight_scale,
         bias,
@@ -107,28 +107,9 @@ def lora_linear(
         lora_b,
         scales,
         None if adapter_index is None else adapter_index.reshape(-1),
+        float(scale) if scales is None else 1.0,
     )
-    run = _forward_cpu if _runs_directly(tensors) else torch.ops.visionllm.lora_linear
-    output, _ = run(*tensors, 1.0 if isinstance(scale, Tensor) else float(scale))
-    return output if x.dim() == 2 else output.view(*rows, weight.shape[0])
-
-
-def _runs_directly(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether the kernel may be called past torch's dispatcher, which takes longer than a small layer.
-
-    That is, on plain CPU tensors without a gradient, while nothing records, traces or transforms operators.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _observers():
-        return False
-    recording = torch.is_grad_enabled()
-    return all(
-        t is None or (type(t) in _PLAIN and t.is_cpu and not (recording and t.requires_grad)) for t in tensors
-    )
-
-
-def _observers() -> bool:
-    """Whether a dispatch mode (fake tensors, counters, make_fx) or a function transform (vmap) is active."""
-    return torch._C._len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
+    return output if dimensions == 2 else output.view(*rows, weight.shape[0])
 
 
 @dataclass(frozen=True)
@@ -248,7 +229,9 @@ def sample_inputs(
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
     """[rows, columns] with the elements of a row side by side; the rows themselves may lie anywhere."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if tensor.is_contiguous() or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def _adapter_arguments(
@@ -284,13 +267,17 @@ def _forward_native(
     if cuda or x.dim() != 2 or weight.dim() != 2 or (lora_a is not None and lora_a.dim() != 3):
         check_arguments("lora_linear", x, weight, weight_scale, bias, lora_a, lora_b, scale, adapter_index)
     rank = 0 if lora_a is None else lora_a.shape[1]
-    sizes = (x.shape[0], x.shape[1], weight.shape[0], rank, x.element_size())
-    output = x.new_empty(x.shape[0], weight.shape[0])
-    low_rank = x.new_empty(x.shape[0], rank, dtype=torch.float32)
+    (count, inputs), outputs = x.shape, weight.shape[0]
+    output = x.new_empty(count, outputs)
+    low_rank = x.new_empty(count, rank, dtype=torch.float32)
+    workspace = None
+    if cuda:
+        size = _core.lora_linear_workspace_bytes(count, inputs, outputs, rank, x.element_size())
+        workspace = _workspace(x, size)
     arguments: tuple[Argument, ...] = (
         output,
         low_rank if rank else None,
-        _workspace(x, _core.lora_linear_workspace_bytes(*sizes)) if cuda else None,
+        workspace,
         _rows_contiguous(x),
         _rows_contiguous(weight),
         None if weight_scale is None else weight_scale.float().contiguous(),
@@ -324,7 +311,8 @@ def _backward_native(
     needs_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     operator = "lora_linear_backward"
-    check_arguments(operator, x, weight, weight_scale, None, lora_a, lora_b, scale, adapter_index)
+    if cuda or x.dim() != 2 or weight.dim() != 2 or (lora_a is not None and lora_a.dim() != 3):
+        check_arguments(operator, x, weight, weight_scale, None, lora_a, lora_b, scale, adapter_index)
     rank = 0 if lora_a is None else lora_a.shape[1]
     needs_a, needs_b = needs_a and rank > 0, needs_b and rank > 0
     grads = (
@@ -336,21 +324,30 @@ def _backward_native(
         if needs_b and lora_b is not None
         else x.new_empty(0),
     )
-    sizes = (x.shape[0], x.shape[1], weight.shape[0], rank, x.element_size())
-    wanted = (needs_x, needs_a, needs_b)
-    if any(wanted):
-        native.call(
-            operator,
-            *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
-            _workspace(x, _core.lora_linear_backward_workspace_bytes(*sizes)) if cuda else None,
-            _rows_contiguous(grad_output),
-            _rows_contiguous(x),
-            _rows_contiguous(weight),
-            None if weight_scale is None else weight_scale.float().contiguous(),
-            *_adapter_arguments(lora_a, lora_b, scale, adapter_index),
-            low_rank if rank else None,
-            scaling,
-        )
+    if not (needs_x or needs_a or needs_b):
+        return grads
+    workspace = None
+    if cuda:
+        sizes = (x.shape[0], x.shape[1], weight.shape[0], rank, x.element_size())
+        workspace = _workspace(x, _core.lora_linear_backward_workspace_bytes(*sizes))
+    arguments: tuple[Argument, ...] = (
+        grads[0] if needs_x else None,
+        grads[1] if needs_a else None,
+        grads[2] if needs_b else None,
+        workspace,
+        _rows_contiguous(grad_output),
+        _rows_contiguous(x),
+        _rows_contiguous(weight),
+        None if weight_scale is None else weight_scale.float().contiguous(),
+        *_adapter_arguments(lora_a, lora_b, scale, adapter_index),
+        low_rank if rank else None,
+        scaling,
+    )
+    try:
+        native.call(operator, *arguments)
+    except ValueError:
+        check_arguments(operator, x, weight, weight_scale, None, lora_a, lora_b, scale, adapter_index)
+        raise
     return grads
 
 
@@ -460,7 +457,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _autograd_backward(ctx, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needs = tuple(ctx.needs_input_grad[i] for i in (0, 4, 5))
-    grads = torch.ops.visionllm.lora_linear_backward(grad_output, *ctx.saved_tensors, ctx.scaling, *needs)
+    grads = _lora_linear_backward(grad_output, *ctx.saved_tensors, ctx.scaling, *needs)
     grad_x, grad_a, grad_b = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return grad_x, None, None, None, grad_a, grad_b, None, None, None
 
@@ -475,3 +472,6 @@ def _no_second_derivative(ctx, *grads: Tensor) -> tuple[None, ...]:
 
 
 torch.library.register_autograd("visionllm::lora_linear_backward", _no_second_derivative, lib=_library)
+
+_lora_linear_backward = past_dispatcher("lora_linear_backward", _backward_cpu)
+_lora_linear = past_dispatcher("lora_linear", _forward_cpu, _setup_context, _autograd_backward)

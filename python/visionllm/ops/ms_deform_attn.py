@@ -19,6 +19,7 @@ from torch import Tensor
 
 import visionllm._core as _core
 from visionllm.ops import fallback, native
+from visionllm.ops.direct import past_dispatcher
 
 __all__ = ["SampleInputs", "ms_deform_attn", "ms_deform_attn_reference", "sample_inputs"]
 
@@ -57,9 +58,7 @@ def ms_deform_attn(
         RuntimeError: the backward on a device without kernels, while torch is asked for deterministic
             algorithms.
     """
-    return torch.ops.visionllm.ms_deform_attn(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-    )
+    return _ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
 
 def ms_deform_attn_reference(
@@ -325,19 +324,30 @@ def _kernel_arguments(
     Checked here is what must hold before shapes can be taken apart, and the types of what is converted: the
     core checks everything else.
     """
-    fallback.check_rank(operator, "value", value, "[B, S, H, D]")
-    fallback.check_rank(operator, "sampling_locations", sampling_locations, "[B, Q, H, L, P, 2]")
-    fallback.check_real(operator, "sampling_locations", sampling_locations, value.device)
-    fallback.check_real(operator, "attention_weights", attention_weights, value.device)
-    fallback.check_integer(operator, "spatial_shapes", spatial_shapes, value.device)
-    fallback.check_integer(operator, "level_start_index", level_start_index, value.device)
-    if attention_weights.dtype not in (torch.float32, value.dtype):
-        attention_weights = attention_weights.float()
+    as_they_are = (
+        value.is_cpu
+        and value.dim() == 4
+        and sampling_locations.dim() == 6
+        and sampling_locations.dtype == torch.float32
+        and attention_weights.dtype in (torch.float32, value.dtype)
+        and spatial_shapes.dtype == level_start_index.dtype == torch.int64
+    )
+    if not as_they_are:
+        fallback.check_rank(operator, "value", value, "[B, S, H, D]")
+        fallback.check_rank(operator, "sampling_locations", sampling_locations, "[B, Q, H, L, P, 2]")
+        fallback.check_real(operator, "sampling_locations", sampling_locations, value.device)
+        fallback.check_real(operator, "attention_weights", attention_weights, value.device)
+        fallback.check_integer(operator, "spatial_shapes", spatial_shapes, value.device)
+        fallback.check_integer(operator, "level_start_index", level_start_index, value.device)
+        sampling_locations = sampling_locations.float()
+        if attention_weights.dtype not in (torch.float32, value.dtype):
+            attention_weights = attention_weights.float()
+        spatial_shapes, level_start_index = spatial_shapes.to(torch.int64), level_start_index.to(torch.int64)
     return (
         value if value.stride(-1) == 1 else value.contiguous(),
-        spatial_shapes.to(torch.int64).contiguous(),
-        level_start_index.to(torch.int64).contiguous(),
-        sampling_locations.float().contiguous(),
+        spatial_shapes.contiguous(),
+        level_start_index.contiguous(),
+        sampling_locations.contiguous(),
         attention_weights.contiguous(),
     )
 
@@ -501,7 +511,7 @@ def _setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _autograd_backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    value, locations, attention = torch.ops.visionllm.ms_deform_attn_backward(grad_output, *ctx.saved_tensors)
+    value, locations, attention = _ms_deform_attn_backward(grad_output, *ctx.saved_tensors)
     return value, None, None, locations, attention
 
 
@@ -515,3 +525,6 @@ def _no_second_derivative(ctx, *grads: Tensor) -> tuple[None, ...]:
 
 
 torch.library.register_autograd("visionllm::ms_deform_attn_backward", _no_second_derivative, lib=_library)
+
+_ms_deform_attn_backward = past_dispatcher("ms_deform_attn_backward", _backward_cpu)
+_ms_deform_attn = past_dispatcher("ms_deform_attn", _forward_cpu, _setup_context, _autograd_backward)

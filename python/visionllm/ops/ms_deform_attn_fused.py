@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from visionllm.ops import fallback, native
+from visionllm.ops.direct import past_dispatcher
 from visionllm.ops.ms_deform_attn import backward_workspace, ms_deform_attn_reference
 from visionllm.ops.ms_deform_attn import sample_inputs as plain_sample_inputs
 
@@ -50,7 +51,7 @@ def ms_deform_attn_fused(
         ValueError: a shape, type or level does not fit; the message names it.
         RuntimeError: as ``ms_deform_attn``.
     """
-    return torch.ops.visionllm.ms_deform_attn_fused(
+    return _ms_deform_attn_fused(
         value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
     )
 
@@ -255,19 +256,32 @@ def _kernel_arguments(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The tensors as the kernels want them; copies only what does not fit already."""
-    _check(operator, value, reference_points, sampling_offsets, attention_logits)
-    fallback.check_integer(operator, "spatial_shapes", spatial_shapes, value.device)
-    fallback.check_integer(operator, "level_start_index", level_start_index, value.device)
-    if attention_logits.dtype not in (torch.float32, value.dtype):
-        attention_logits = attention_logits.float()
-    reference_points = reference_points.float()
+    """The tensors as the kernels want them; copies only what does not fit already.
+
+    The core checks all arguments; here what must hold before they can be taken apart, and what is converted.
+    """
+    as_they_are = (
+        value.is_cpu
+        and value.dim() == reference_points.dim() == 4
+        and sampling_offsets.dim() == 6
+        and sampling_offsets.dtype == reference_points.dtype == torch.float32
+        and attention_logits.dtype in (torch.float32, value.dtype)
+        and spatial_shapes.dtype == level_start_index.dtype == torch.int64
+    )
+    if not as_they_are:
+        _check(operator, value, reference_points, sampling_offsets, attention_logits)
+        fallback.check_integer(operator, "spatial_shapes", spatial_shapes, value.device)
+        fallback.check_integer(operator, "level_start_index", level_start_index, value.device)
+        if attention_logits.dtype not in (torch.float32, value.dtype):
+            attention_logits = attention_logits.float()
+        sampling_offsets, reference_points = sampling_offsets.float(), reference_points.float()
+        spatial_shapes, level_start_index = spatial_shapes.to(torch.int64), level_start_index.to(torch.int64)
     return (
         value if value.stride(-1) == 1 else value.contiguous(),
-        spatial_shapes.to(torch.int64).contiguous(),
-        level_start_index.to(torch.int64).contiguous(),
+        spatial_shapes.contiguous(),
+        level_start_index.contiguous(),
         reference_points if reference_points.stride(-1) == 1 else reference_points.contiguous(),
-        sampling_offsets.float().contiguous(),
+        sampling_offsets.contiguous(),
         attention_logits.contiguous(),
     )
 
@@ -379,7 +393,7 @@ def _setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 def _autograd_backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     wanted = bool(ctx.needs_input_grad[3])
-    value, reference, offsets, logits = torch.ops.visionllm.ms_deform_attn_fused_backward(
+    value, reference, offsets, logits = _ms_deform_attn_fused_backward(
         grad_output, *ctx.saved_tensors, wanted
     )
     return value, None, None, reference if wanted else None, offsets, logits
@@ -396,4 +410,9 @@ def _no_second_derivative(ctx, *grads: Tensor) -> tuple[None, ...]:
 
 torch.library.register_autograd(
     "visionllm::ms_deform_attn_fused_backward", _no_second_derivative, lib=_library
+)
+
+_ms_deform_attn_fused_backward = past_dispatcher("ms_deform_attn_fused_backward", _backward_kernel)
+_ms_deform_attn_fused = past_dispatcher(
+    "ms_deform_attn_fused", _forward_kernel, _setup_context, _autograd_backward
 )

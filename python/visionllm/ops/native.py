@@ -70,11 +70,13 @@ def call(name: str, *arguments: Argument) -> None:
         on_cpu = True
         values: list[RawTensor | int | float | bool | None] = []
         for argument in arguments:
-            if isinstance(argument, Tensor):
-                on_cpu = on_cpu and argument.is_cpu
-                values.append(raw(argument))
-            else:
+            if not isinstance(argument, Tensor):
                 values.append(argument)
+            elif argument.is_cpu and (dtype := _DTYPE.get(argument.dtype)) is not None:  # as raw(), sooner
+                values.append((argument.data_ptr(), dtype, 0, argument.shape, argument.stride()))
+            else:
+                on_cpu = False
+                values.append(raw(argument))
         device = None if on_cpu else _cuda_device([a for a in arguments if isinstance(a, Tensor)])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

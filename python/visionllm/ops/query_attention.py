@@ -20,6 +20,7 @@ from torch import Tensor
 
 import visionllm._core as _core
 from visionllm.ops import fallback, native
+from visionllm.ops.direct import past_dispatcher
 from visionllm.ops.query_attention_reference import (
     check_arguments,
     forward_reference,
@@ -61,8 +62,7 @@ def query_attention(
         ValueError: a shape or type does not fit; the message names it.
     """
     cosine, sine = rope if rope is not None else (None, None)
-    arguments = (q, k, v, prefix_k, prefix_v, prefix_length, cosine, sine)
-    return torch.ops.visionllm.query_attention(*arguments)[0]
+    return _query_attention(q, k, v, prefix_k, prefix_v, prefix_length, cosine, sine)[0]
 
 
 def rope_table(positions: int, channels: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -154,12 +154,12 @@ _library.define(
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor itself where the kernels can read it in 16-byte pieces, else a contiguous copy."""
     piece = 16 // tensor.element_size()
-    fits = tensor.stride(-1) == 1 and all(stride % piece == 0 for stride in tensor.stride()[:-1])
-    return (
-        tensor
-        if fits and tensor.data_ptr() % 16 == 0
-        else tensor.clone(memory_format=torch.contiguous_format)
-    )
+    if tensor.data_ptr() % 16 == 0:
+        if tensor.shape[-1] % piece == 0 and tensor.is_contiguous():
+            return tensor
+        if tensor.stride(-1) == 1 and all(stride % piece == 0 for stride in tensor.stride()[:-1]):
+            return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _kernel_arguments(
@@ -173,14 +173,41 @@ def _kernel_arguments(
     cosine: Tensor | None,
     sine: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The tensors as the kernels want them; copies only what does not fit already."""
-    check_arguments(operator, q, k, v, prefix_k, prefix_v, prefix_length, cosine, sine)
-    tables = (None if t is None else _aligned(t.float().contiguous()) for t in (cosine, sine))
-    return (
-        *(_aligned(t) for t in (q, k, v, prefix_k, prefix_v)),
-        prefix_length.to(q.device, torch.int64).contiguous(),
-        *tables,
+    """The tensors as the kernels want them; copies only what does not fit already.
+
+    The core checks all arguments; here what must hold before they can be taken apart, and what is converted.
+    """
+    as_they_are = (
+        q.is_cpu
+        and q.dim() == k.dim() == v.dim() == 5
+        and prefix_k.dim() == prefix_v.dim() == 4
+        and prefix_length.dtype == torch.int64
     )
+    if cosine is not None and sine is not None:
+        as_they_are &= cosine.dtype == sine.dtype == torch.float32 and cosine.shape == sine.shape
+    if not as_they_are:
+        check_arguments(operator, q, k, v, prefix_k, prefix_v, prefix_length, cosine, sine)
+        prefix_length = prefix_length.to(q.device, torch.int64)
+        cosine, sine = (None if t is None else t.float() for t in (cosine, sine))
+    return (
+        _aligned(q),
+        _aligned(k),
+        _aligned(v),
+        _aligned(prefix_k),
+        _aligned(prefix_v),
+        prefix_length.contiguous(),
+        None if cosine is None else _aligned(cosine.contiguous()),
+        None if sine is None else _aligned(sine.contiguous()),
+    )
+
+
+def _call(operator: str, outputs: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> None:
+    """Runs the kernel. What the core has no name for, such as float64 beside float32, is worded here."""
+    try:
+        native.call(operator, *outputs, *inputs)
+    except ValueError:
+        check_arguments(operator, *inputs[-8:])  # type: ignore[arg-type]
+        raise
 
 
 def _fits_kernels(q: Tensor, prefix_k: Tensor) -> bool:
@@ -251,7 +278,7 @@ def _forward_kernel(
     workspace = None
     if splits > 1:
         workspace = q.new_empty((splits, logsumexp.numel() * (q.shape[4] + 1)), dtype=torch.float32)
-    native.call("query_attention", output, logsumexp, workspace, *arguments)
+    _call("query_attention", (output, logsumexp, workspace), arguments)
     return output, logsumexp
 
 
@@ -279,7 +306,8 @@ def _backward_kernel(
     )
     gradients = (grad_q, grad_k, grad_v, grad_prefix_k, grad_prefix_v)
     workspace = torch.empty_like(logsumexp)
-    native.call(operator, *gradients, workspace, _aligned(grad_output), output, logsumexp, *arguments)
+    outputs = (*gradients, workspace, _aligned(grad_output), output, logsumexp)
+    _call(operator, outputs, arguments)
     return gradients
 
 
@@ -354,7 +382,7 @@ def _setup_context(ctx, inputs: tuple[Tensor | None, ...], output: tuple[Tensor,
 
 
 def _autograd_backward(ctx, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.visionllm.query_attention_backward(grad_output, *ctx.saved_tensors)
+    grads = _query_attention_backward(grad_output, *ctx.saved_tensors)
     return *grads, None, None, None
 
 
@@ -368,3 +396,6 @@ def _no_second_derivative(ctx, *grads: Tensor) -> tuple[None, ...]:
 
 
 torch.library.register_autograd("visionllm::query_attention_backward", _no_second_derivative, lib=_library)
+
+_query_attention_backward = past_dispatcher("query_attention_backward", _backward_cpu)
+_query_attention = past_dispatcher("query_attention", _forward_cpu, _setup_context, _autograd_backward)

@@ -57,9 +57,9 @@ def operands(
         )
     check_types(operator, states, rows, row_scale)
     if rows.dim() == 2:
-        rows, row_scale = rows[None], None if row_scale is None else row_scale[None]
+        rows, row_scale = rows.unsqueeze(0), None if row_scale is None else row_scale.unsqueeze(0)
     return (
-        states if states.dim() == 4 else states[:, :, None],
+        states if states.dim() == 4 else states.unsqueeze(2),
         rows.to(states.dtype) if row_scale is None else rows,
         None if row_scale is None else row_scale.detach().float(),
         None if norm_weight is None else norm_weight.to(states.dtype),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from visionllm.ops import fallback, native
+from visionllm.ops.direct import past_dispatcher
 from visionllm.ops.slot_head import (
     BACKWARD,
     CROSS_ENTROPY,
@@ -99,8 +100,8 @@ def slot_head_cross_entropy(
     leaves = [t for t in (by_group, rows, norm_weight) if t is not None]
     if reduction == "sum" and row_scale is None and torch.is_grad_enabled():
         if any(leaf.requires_grad for leaf in leaves):
-            return torch.ops.visionllm.slot_head_cross_entropy_sum(*arguments)[0]
-    loss = torch.ops.visionllm.slot_head_cross_entropy(*arguments, row_scale)[0]
+            return _slot_head_cross_entropy_sum(*arguments)[0]
+    loss = _slot_head_cross_entropy(*arguments, row_scale)[0]
     return loss.sum() if reduction == "sum" else loss.view(target.shape)
 
 
@@ -358,7 +359,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) ->
 
 def _autograd_backward(ctx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *saved, row_scale = ctx.saved_tensors
-    grad_states, grad_rows, grad_norm_weight = torch.ops.visionllm.slot_head_cross_entropy_backward(
+    grad_states, grad_rows, grad_norm_weight = _slot_head_cross_entropy_backward(
         grad_loss, *saved, *ctx.scalars, row_scale
     )
     rows = grad_rows if row_scale is None else None
@@ -397,9 +398,7 @@ def _setup_sum_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _sum_autograd_backward(ctx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    states, rows, norm_weight = torch.ops.visionllm.slot_head_cross_entropy_sum_backward(
-        grad_loss, *ctx.saved_tensors
-    )
+    states, rows, norm_weight = _slot_head_cross_entropy_sum_backward(grad_loss, *ctx.saved_tensors)
     normed = ctx.saved_tensors[2] is not None
     return states, rows, None, None, None, norm_weight if normed else None, None, None, None
 
@@ -412,4 +411,15 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "visionllm::slot_head_cross_entropy_sum_backward", _no_second_derivative, lib=library
+)
+
+_slot_head_cross_entropy_backward = past_dispatcher(
+    "slot_head_cross_entropy_backward", _cross_entropy_backward_cpu
+)
+_slot_head_cross_entropy = past_dispatcher(
+    "slot_head_cross_entropy", _cross_entropy_cpu, _setup_context, _autograd_backward
+)
+_slot_head_cross_entropy_sum_backward = past_dispatcher("slot_head_cross_entropy_sum_backward", _scaled)
+_slot_head_cross_entropy_sum = past_dispatcher(
+    "slot_head_cross_entropy_sum", _cross_entropy_sum_cpu, _setup_sum_context, _sum_autograd_backward
 )

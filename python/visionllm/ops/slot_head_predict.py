@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from visionllm.ops.direct import past_dispatcher
 from visionllm.ops.slot_head import (
     PREDICT,
     accumulator,
@@ -91,7 +92,7 @@ def slot_head_predict(
     by_group, rows, row_scale, norm_weight = operands(
         "slot_head_predict", states, rows, row_scale, valid, norm_weight
     )
-    outputs = torch.ops.visionllm.slot_head_predict(
+    outputs = _slot_head_predict(
         by_group.detach(),
         rows.detach(),
         valid,
@@ -237,3 +238,6 @@ def _predict_fake(
 ):
     check("slot_head_predict", states, rows, row_scale, valid, norm_weight)
     return _predict_outputs(states, rows, window, probabilities)
+
+
+_slot_head_predict = past_dispatcher("slot_head_predict", _predict_cpu)
