@@ -197,7 +197,7 @@ def write_overview(folder: Path) -> None:
         "# Experiments",
         "",
         "Each is one command, `visionllm reproduce NAME`, which stands in its table. T and fig: the tables",
-        "and figures of the VisionLLM paper (arXiv:2305.11175); the others are questions that it leaves open.",
+        "and figures of the VisionLLM paper (arXiv:2305.11175); the others: questions that it leaves open.",
         "",
     ]
     lines += ["| experiment | what is compared | finding |", "|---|---|---|"]
