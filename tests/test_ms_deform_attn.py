@@ -15,7 +15,8 @@ from visionllm.ops.ms_deform_attn import SampleInputs, sample_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Few queries use value where it lies; many queries copy each head's rows first: both ways are here.
+# Few queries use value where it lies, or in 16 bits copies of the rows that are looked at; many queries copy
+# each head's rows first: all ways are here.
 CASES = {
     "few_queries": dict(queries=5),
     "many_queries": dict(queries=150, channels=16),
@@ -28,6 +29,9 @@ CASES = {
     "one_pixel_levels": dict(levels=((1, 1), (1, 1), (1, 1)), queries=20),
     "line_levels": dict(levels=((1, 40), (40, 1)), queries=30, channels=24),
     "many_points": dict(points=27, queries=11, channels=16),
+    "large_picture": dict(levels=((40, 30), (20, 15)), queries=5, heads=3, channels=40),
+    "large_picture_odd": dict(levels=((40, 31),), queries=9, points=3, heads=2, channels=5, offset=30.0),
+    "large_picture_one_head": dict(levels=((40, 31),), batch=1, queries=20, heads=1, channels=16),
     "no_queries": dict(queries=0),
     "no_batch": dict(batch=0),
     "no_points": dict(points=0),
@@ -167,11 +171,13 @@ def test_expanded_inputs_and_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("queries", [20, 2000])
+@pytest.mark.parametrize(
+    "queries, options", [(20, {}), (2000, {}), (150, dict(levels=((100, 90), (50, 45)) * 2))]
+)
 def test_same_bits_on_any_number_of_threads(
-    queries: int, dtype: torch.dtype, threads: Callable[[int], None]
+    queries: int, options: dict, dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
-    inputs = sample_inputs(dtype=dtype, queries=queries)
+    inputs = sample_inputs(dtype=dtype, queries=queries, **options)
     grad_output = torch.randn(2, queries, 256, generator=torch.Generator().manual_seed(2)).to(dtype)
     threads(1)
     expected = gradients(ms_deform_attn, inputs, grad_output)

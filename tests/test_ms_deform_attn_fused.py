@@ -85,13 +85,15 @@ def test_reference_by_hand(boxes: bool) -> None:
     torch.testing.assert_close(ms_deform_attn_fused_reference(*inputs.args()), expected, rtol=1e-6, atol=1e-6)
 
 
-# Few queries use value where it lies; many queries copy each head's rows first: both ways are here.
+# Few queries use value where it lies, or in 16 bits copies of the rows that are looked at; many queries copy
+# each head's rows first: all ways are here.
 CASES = {
     "odd": dict(heads=3, channels=5, queries=7, points=3),
     "many_queries": dict(queries=150, channels=16),
     "encoder": dict(encoder=True, channels=8, heads=4, batch=1),
     "one_level": dict(batch=1, heads=3, channels=37, queries=61, points=5, levels=((3, 5),)),
     "many_points": dict(points=27, queries=11, channels=16, heads=2),
+    "large_picture": dict(levels=((40, 31), (20, 15)), queries=5, heads=3, channels=20),
     "one_row": dict(batch=1, heads=1, channels=32, queries=1, points=1, levels=((7, 9),)),
     "no_queries": dict(queries=0),
     "no_batch": dict(batch=0),

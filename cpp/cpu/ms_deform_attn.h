@@ -60,13 +60,21 @@ struct MsDeformAttnParams {
 //               few sets of the caches; with many queries it pays to copy them together first.
 //   grad_rows   [S + 1, D] floats, or null as value_rows is. With null, grad_value is float32, has been
 //               cleared by the caller, and is added to in place.
+//   slots       null, or [S + 1 + R] with value_rows and grad_rows [R, D] for R = ms_deform_attn_most_rows: few
+//               of the rows are looked at, and only those are copied. Then too, grad_value has been cleared.
 // Items:
 //   forward   B * H * Q, one query of one head each
 //   backward  b * H + h; all of one item's gradients are written by its call, so none needs an atomic
 using MsDeformAttnForward = void (*)(const MsDeformAttnParams& params, int64_t begin, int64_t end,
                                      void* workspace, float* value_rows);
 using MsDeformAttnBackward = void (*)(const MsDeformAttnParams& params, int64_t begin, int64_t end,
-                                      void* workspace, float* value_rows, float* grad_rows);
+                                      void* workspace, float* value_rows, float* grad_rows, int32_t* slots);
+
+// Rows of a head that all queries together can look at, and one of zeros.
+static inline int64_t ms_deform_attn_most_rows(const MsDeformAttnParams& params) {
+  const int64_t corners = 4 * params.queries * params.points;
+  return (corners < params.pixels ? corners : params.pixels) + 1;
+}
 
 // Twice: per point four row numbers and weights, four dot products, seven factors of the backward pass; per
 // chunk a validity word. Static, for this header reaches sources compiled for one instruction set: see simd.h.
@@ -79,6 +87,6 @@ VISIONLLM_FOR_EVERY_ISA(void ms_deform_attn_kernel(const MsDeformAttnParams& par
                                                    int64_t end, void* workspace, float* value_rows);
                         void ms_deform_attn_backward_kernel(const MsDeformAttnParams& params, int64_t begin,
                                                             int64_t end, void* workspace, float* value_rows,
-                                                            float* grad_rows);)
+                                                            float* grad_rows, int32_t* slots);)
 
 }  // namespace visionllm::cpu

@@ -200,6 +200,57 @@ void backward_copied(const MsDeformAttnParams& params, int64_t begin, int64_t en
   }
 }
 
+// One head after the other, in copies of the rows that are looked at, each made when it is first met. slots has
+// the number of every pixel's copy, or -1, and behind that the pixel of every copy; copy 0 is the row of zeros.
+template <bool kFused, typename T>
+void backward_met_rows(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
+                       float* value_rows, float* grad_rows, int32_t* slots) {
+  const PointsTwice points(params, workspace);
+  const int64_t pixels = params.pixels, channels = params.channels, grad_stride = params.heads * channels;
+  const size_t row_bytes = static_cast<size_t>(channels) * sizeof(float);
+  int32_t* const met = slots + pixels + 1;
+  memset(slots, -1, static_cast<size_t>(pixels) * sizeof(int32_t));
+  slots[pixels] = 0;
+  memset(value_rows, 0, row_bytes);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / params.heads, h = item % params.heads;
+    const T* const value = value_of<T>(params, b, h);
+    memset(grad_rows, 0, row_bytes);
+    int32_t count = 1;
+    const auto start = [&](int64_t q) {
+      locate<true, true, kFused>(params, Place(params, b, q, h), points[q]);
+      prefetch_rows(points[q], value, params.value_stride_s, channels);
+      prefetch(grad_output_of<T>(params, b, q, h), channels * static_cast<int64_t>(sizeof(T)));
+    };
+    start(0);
+    for (int64_t q = 0; q < params.queries; ++q) {
+      if (q + kPrefetchQueries < params.queries) prefetch(params, Place(params, b, q + kPrefetchQueries, h));
+      if (q + 1 < params.queries) start(q + 1);
+      const Points& here = points[q];
+      for (int64_t i = 0; i < kCorners * here.padded; ++i) {
+        const int32_t row = here.row[i];
+        if (slots[row] < 0) {
+          copy_rows(value + row * params.value_stride_s, 0, value_rows + count * channels, 0, 1, channels);
+          memset(grad_rows + count * channels, 0, row_bytes);
+          met[count] = row;
+          slots[row] = count++;
+        }
+        here.row[i] = slots[row];
+      }
+      scatter_channels<true>(here, static_cast<const float*>(value_rows), channels,
+                             grad_output_of<T>(params, b, q, h), grad_rows, channels, channels);
+      finish_points<kFused>(params, Place(params, b, q, h), here,
+                            (b * params.queries + q) * params.heads + h);
+    }
+    T* const grad_value = grad_value_of<T>(params, b, h);
+    for (int32_t i = 1; i < count; ++i) {
+      copy_rows(static_cast<const float*>(grad_rows) + i * channels, 0, grad_value + met[i] * grad_stride, 0,
+                1, channels);
+      slots[met[i]] = -1;
+    }
+  }
+}
+
 // All heads of [begin, end) that a picture has, query by query: they look at the same pixels, which lie side
 // by side. Each head still sums in the order of the queries, so that the result does not depend on who does
 // which heads.
@@ -230,25 +281,36 @@ void backward_in_place(const MsDeformAttnParams& params, int64_t begin, int64_t 
   }
 }
 
+template <bool kFused, typename T>
+void backward_in_copies(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
+                        float* value_rows, float* grad_rows, int32_t* slots) {
+  if (slots == nullptr) {
+    return backward_copied<kFused, T>(params, begin, end, workspace, value_rows, grad_rows);
+  }
+  backward_met_rows<kFused, T>(params, begin, end, workspace, value_rows, grad_rows, slots);
+}
+
 template <bool kFused>
 void backward(const MsDeformAttnParams& params, int64_t begin, int64_t end, void* workspace,
-              float* value_rows, float* grad_rows) {
+              float* value_rows, float* grad_rows, int32_t* slots) {
   if (value_rows == nullptr) return backward_in_place<kFused>(params, begin, end, workspace);
   switch (params.element) {
     case Element::float32:
       return backward_copied<kFused, float>(params, begin, end, workspace, value_rows, grad_rows);
     case Element::bfloat16:
-      return backward_copied<kFused, bfloat16>(params, begin, end, workspace, value_rows, grad_rows);
-    default: return backward_copied<kFused, float16>(params, begin, end, workspace, value_rows, grad_rows);
+      return backward_in_copies<kFused, bfloat16>(params, begin, end, workspace, value_rows, grad_rows,
+                                                  slots);
+    default:
+      return backward_in_copies<kFused, float16>(params, begin, end, workspace, value_rows, grad_rows, slots);
   }
 }
 
 }  // namespace
 
 void ms_deform_attn_backward_kernel(const MsDeformAttnParams& params, int64_t begin, int64_t end,
-                                    void* workspace, float* value_rows, float* grad_rows) {
-  params.reference != nullptr ? backward<true>(params, begin, end, workspace, value_rows, grad_rows)
-                              : backward<false>(params, begin, end, workspace, value_rows, grad_rows);
+                                    void* workspace, float* value_rows, float* grad_rows, int32_t* slots) {
+  params.reference != nullptr ? backward<true>(params, begin, end, workspace, value_rows, grad_rows, slots)
+                              : backward<false>(params, begin, end, workspace, value_rows, grad_rows, slots);
 }
 
 }  // namespace visionllm::cpu::VISIONLLM_ISA
