@@ -11,11 +11,8 @@ import torch
 from comparison import assert_compiles
 
 from visionllm.ops import fallback, ms_deform_attn, ms_deform_attn_reference, native
-from visionllm.ops.ms_deform_attn import (
-    SampleInputs,
-    ms_deform_attn_backward_reference,
-    sample_inputs,
-)
+from visionllm.ops.ms_deform_attn import SampleInputs, sample_inputs
+from visionllm.ops.ms_deform_attn_reference import ms_deform_attn_backward_reference
 
 SMALL = dict(batch=2, heads=2, channels=4, levels=((4, 5), (2, 3)), queries=3, points=2)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from visionllm.ops import fallback, native
 from visionllm.ops.direct import past_dispatcher
-from visionllm.ops.ms_deform_attn import backward_workspace, ms_deform_attn_reference
+from visionllm.ops.ms_deform_attn import backward_workspace
 from visionllm.ops.ms_deform_attn import sample_inputs as plain_sample_inputs
+from visionllm.ops.ms_deform_attn_reference import ms_deform_attn_reference
 
 __all__ = ["FusedInputs", "ms_deform_attn_fused", "ms_deform_attn_fused_reference", "sample_inputs"]
 
