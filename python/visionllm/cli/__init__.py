@@ -32,7 +32,7 @@ COMMANDS = {
         "visionllm.data.scenes.export", "main", "write generated scenes as a COCO-format data set"
     ),
     "glyphs": Command("visionllm.data.scenes.glyphs", "main", "collect the glyphs that scenes are made of"),
-    "validate": Command("visionllm.cli.validate", "main", "check a COCO-format data set"),
+    "validate": Command("visionllm.cli.validate", "main", "check a data set's annotations and pictures"),
     "instruction": Command("visionllm.cli.instruction", "main", "show how an instruction is understood"),
     "instructions": Command("visionllm.cli.instructions", "main", "have a model write more wordings"),
     "doctor": Command("visionllm.cli.doctor", "main", "show versions and what works on this machine"),
