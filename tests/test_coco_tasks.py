@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from annotation_files import COCO, SQUARE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,28 +26,6 @@ real_data = pytest.mark.skipif(
     reason=f"no real data at {COCO_MINI}; VISIONLLM_SHARED_DATA names the folder that has it",
 )
 
-SQUARE = [4, 5, 14, 5, 14, 15, 4, 15]  # 100 square pixels
-SMALL = [30, 20, 35, 20, 35, 25, 30, 25]  # 25
-CONTENT = {
-    "images": [
-        {"id": 7, "file_name": "a.png", "width": 40, "height": 30},
-        {"id": 8, "file_name": "b.png", "width": 40, "height": 30, "not_exhaustive": [2]},
-    ],
-    "categories": [
-        {"id": 1, "name": "person", "keypoints": ["nose", "left eye"], "skeleton": [[1, 2]]},
-        {"id": 2, "name": "cup"},
-    ],
-    "annotations": [
-        {"id": 1, "image_id": 7, "category_id": 1, "bbox": [4, 5, 31, 20], "area": 125,
-         "segmentation": [SMALL, SQUARE], "keypoints": [40.5, 9, 2, 0, 0, 0], "num_keypoints": 1},
-        {"id": 2, "image_id": 7, "category_id": 2, "bbox": [0, 0, 40, 30], "area": 600, "iscrowd": 1,
-         "segmentation": {"size": [30, 40], "counts": [600, 600]}},
-        {"id": 3, "image_id": 7, "category_id": 2, "bbox": [1, 1, 5, 6], "area": 30, "segmentation": []},
-        {"id": 4, "image_id": 8, "category_id": 2, "bbox": [20, 0, 20, 30], "area": 600, "segmentation":
-         {"size": [30, 40], "counts": coco_mask.encode(np.asfortranarray(
-             np.repeat(np.arange(40) >= 20, 30).reshape(40, 30).T.astype(np.uint8)))["counts"].decode()}},
-    ],
-}  # fmt: skip
 CAPTIONS = {
     "images": [{"id": 7}, {"id": 99}],
     "annotations": [
@@ -76,7 +55,7 @@ def area(outline):
 
 
 def test_outlines_are_those_of_the_largest_parts(folder):
-    data = CocoDataset(written(folder, CONTENT), folder, outlines=True)
+    data = CocoDataset(written(folder, COCO), folder, outlines=True)
     square, crowd, nothing = data[0].outlines
     assert square.dtype == np.float32
     np.testing.assert_array_equal(square, np.reshape(SQUARE, (4, 2)))
@@ -91,24 +70,24 @@ def test_outlines_are_those_of_the_largest_parts(folder):
 
 
 def test_outlines_only_when_asked_for(folder):
-    assert CocoDataset(written(folder, CONTENT), folder)[0].outlines is None
+    assert CocoDataset(written(folder, COCO), folder)[0].outlines is None
 
 
 def test_outlines_are_clipped_to_the_picture(folder):
-    content = copy.deepcopy(CONTENT)
+    content = copy.deepcopy(COCO)
     content["annotations"][0]["segmentation"] = [[-0.7, -0.5, 40.6, 4, 20, 30.9]]
     outline = CocoDataset(written(folder, content), folder, outlines=True)[0].outlines[0]
     np.testing.assert_array_equal(outline, np.array([[0, 0], [40, 4], [20, 30]], np.float32))
 
 
 def test_captions(folder):
-    data = CocoDataset(written(folder, CONTENT), folder, captions=written(folder, CAPTIONS, "captions.json"))
+    data = CocoDataset(written(folder, COCO), folder, captions=written(folder, CAPTIONS, "captions.json"))
     assert data[0].captions == {"short": ["A square and a cup.", "Two things."]}
     assert data[1].captions == {}
 
 
 def test_keypoints_of_the_annotation_file(folder):
-    data = CocoDataset(written(folder, CONTENT), folder)
+    data = CocoDataset(written(folder, COCO), folder)
     assert data.keypoint_names == {"person": ("nose", "left eye")}
     # clipped to the picture; an unlabelled point has no place; a cup has no points
     assert data[0].keypoints == [{"nose": (40.0, 9.0, 2), "left eye": (0.0, 0.0, 0)}, {}, {}]
@@ -116,9 +95,9 @@ def test_keypoints_of_the_annotation_file(folder):
 
 
 def test_keypoints_of_a_file_of_their_own(folder):
-    plain = copy.deepcopy(CONTENT)
+    plain = copy.deepcopy(COCO)
     del plain["categories"][0]["keypoints"], plain["annotations"][0]["keypoints"]
-    people = copy.deepcopy(CONTENT)
+    people = copy.deepcopy(COCO)
     people["categories"] = people["categories"][:1]
     people["annotations"] = people["annotations"][:1]
     instances = written(folder, plain)
@@ -129,7 +108,7 @@ def test_keypoints_of_a_file_of_their_own(folder):
 
 
 def test_names_that_a_picture_may_show_unmarked_are_not_in_its_vocabulary(folder):
-    data = CocoDataset(written(folder, CONTENT), folder)
+    data = CocoDataset(written(folder, COCO), folder)
     assert data[0].vocabulary == ("person", "cup")
     assert data[1].vocabulary == ("person",)
 
@@ -154,7 +133,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_and_left_out(folder, damage):
     section, index, field, value = DAMAGE[damage]
-    content = copy.deepcopy(CONTENT)
+    content = copy.deepcopy(COCO)
     content[section][index][field] = value
     path = written(folder, content)
     report = validate_coco(path, folder)
@@ -185,8 +164,8 @@ def test_damaged_captions(folder, damage):
     content["annotations"][0] = entry
     captions = written(folder, content, "captions.json")
     with pytest.raises(DatasetError, match=rf"captions\.json: annotations\[0\].*{message}"):
-        CocoDataset(written(folder, CONTENT), folder, captions=captions)
-    data = CocoDataset(written(folder, CONTENT), folder, captions=captions, on_error="skip")
+        CocoDataset(written(folder, COCO), folder, captions=captions)
+    data = CocoDataset(written(folder, COCO), folder, captions=captions, on_error="skip")
     assert data[0].captions == {"short": ["Two things."]}
     assert data[0].names == ["person", "cup", "cup"]
     assert data.skipped["caption annotations"] == 1

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+from annotation_files import LVIS, LVIS_URL
 from PIL import Image
 
 from visionllm.data.lvis import LvisDataset, read_lvis_json, validate_lvis
@@ -15,28 +16,6 @@ from visionllm.data.report import DatasetError
 
 SHARED = Path(os.environ.get("VISIONLLM_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
 REAL = SHARED / "lvis_val_100.json"
-URL = "http://images.cocodataset.org/train2017/00000000000"
-
-CONTENT = {
-    "info": {},
-    "images": [
-        {"id": 7, "coco_url": URL + "7.jpg", "width": 40, "height": 30, "neg_category_ids": [4, 2],
-         "not_exhaustive_category_ids": [3]},
-        {"id": 8, "coco_url": URL + "8.jpg", "width": 40, "height": 30, "neg_category_ids": [],
-         "not_exhaustive_category_ids": []},
-    ],
-    "categories": [
-        {"id": 1, "name": "alarm_clock", "synset": "alarm_clock.n.01", "frequency": "c"},
-        {"id": 2, "name": "arctic_(type_of_shoe)", "frequency": "r"},
-        {"id": 3, "name": "banana", "frequency": "f"},
-        {"id": 4, "name": "boot"},
-    ],
-    "annotations": [
-        {"id": i, "image_id": image, "category_id": category, "bbox": [i, 2, 10, 8], "area": 60,
-         "segmentation": [[i, 2, i + 10, 2, i + 10, 10, i, 10]]}
-        for i, (image, category) in enumerate(((7, 1), (7, 3), (8, 3)))
-    ],
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -47,7 +26,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def written(folder, content=CONTENT):
+def written(folder, content=LVIS):
     path = folder / "lvis_v1_train.json"
     path.write_text(json.dumps(content))
     return path
@@ -71,14 +50,14 @@ def test_pictures_of_a_release_in_one_folder(folder):
 
 
 def test_a_kind_that_lost_an_object_is_no_longer_known(folder):
-    content = copy.deepcopy(CONTENT)
+    content = copy.deepcopy(LVIS)
     content["annotations"][0]["bbox"] = [0, 0, 0, 0]
     data = LvisDataset(written(folder, content), folder, on_error="skip")
     assert data[0].vocabulary == ("arctic (type of shoe)", "boot")
 
 
 def test_names_stay_where_two_would_become_one(folder):
-    content = copy.deepcopy(CONTENT)
+    content = copy.deepcopy(LVIS)
     content["categories"][3]["name"] = "alarm clock"
     names = [category["name"] for category in read_lvis_json(written(folder, content), None)["categories"]]
     assert names == ["alarm_clock", "arctic_(type_of_shoe)", "banana", "alarm clock"]
@@ -91,7 +70,7 @@ DAMAGE = {
     "a negative kind with a box": ("neg_category_ids", [1], "expected kinds that are not in the picture"),
     "an unknown unsure kind": ("not_exhaustive_category_ids", [9], "unknown category 9"),
     "unsure kinds are nothing": ("not_exhaustive_category_ids", None, "expected a list of category ids, got"),
-    "no file": ("coco_url", URL + "9.jpg", "missing file"),
+    "no file": ("coco_url", LVIS_URL + "9.jpg", "missing file"),
     "no address": ("coco_url", None, "missing"),
 }  # fmt: skip
 
@@ -99,7 +78,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_and_left_out(folder, damage):
     field, value, message = DAMAGE[damage]
-    content = copy.deepcopy(CONTENT)
+    content = copy.deepcopy(LVIS)
     content["images"][0][field] = value
     path = written(folder, content)
     report = validate_lvis(path, folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from annotation_files import CAPTIONS, KARPATHY, LLAVA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,49 +22,6 @@ from visionllm.data.sample import Question
 
 SHARED = Path(os.environ.get("VISIONLLM_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
 COCO_MINI = SHARED / "coco_mini"
-
-CAPTIONS = {
-    "images": [
-        {"id": 7, "file_name": "000000000007.jpg", "width": 40, "height": 30},
-        {"id": 8, "file_name": "000000000008.jpg"},
-        {"id": 9, "file_name": "000000000009.jpg"},
-    ],
-    "annotations": [
-        {"id": 1, "image_id": 7, "caption": "A cat\non a mat. "},
-        {"id": 2, "image_id": 8, "caption": "A dog."},
-        {"id": 3, "image_id": 7, "caption": "Cat."},
-    ],
-}
-KARPATHY = {
-    "dataset": "coco",
-    "images": [
-        {"filepath": "val2014", "filename": f"COCO_val2014_00000000000{number}.jpg", "cocoid": number,
-         "imgid": number - 7, "sentids": [0, 1], "split": split,
-         "sentences": [{"raw": f"Picture {number}. ", "tokens": ["picture"], "sentid": 0, "imgid": 0},
-                       {"raw": "Nice.", "tokens": ["nice"], "sentid": 1, "imgid": 0}]}
-        for number, split in ((7, "train"), (8, "restval"), (9, "test"))
-    ],
-}  # fmt: skip
-LLAVA = [
-    {
-        "id": "000000000007",
-        "image": "000000000007.jpg",
-        "conversations": [
-            {"from": "human", "value": "<image>\nWhat is there?"},
-            {"from": "gpt", "value": "A cat.\n\nIt sleeps."},
-            {"from": "human", "value": "Where?"},
-            {"from": "gpt", "value": "On a mat."},
-        ],
-    },
-    {
-        "id": "000000000007",
-        "image": "000000000007.jpg",
-        "conversations": [
-            {"from": "human", "value": "Describe it in detail.\n<image>"},
-            {"from": "gpt", "value": "A grey cat lies on a mat."},
-        ],
-    },
-]
 
 # what the tests do with every format: content, data set, validator, list and index to damage
 FORMATS = {

@@ -7,6 +7,7 @@ import json
 import pickle
 
 import pytest
+from annotation_files import REF_INSTANCES, REF_NAMES, REFS
 from PIL import Image
 
 from visionllm.data.coco_pictures import picture_name
@@ -14,47 +15,16 @@ from visionllm.data.refcoco import RefCocoDataset, validate_refcoco
 from visionllm.data.report import DatasetError
 from visionllm.data.sample import Expression
 
-NAMES = {7: "COCO_train2014_000000000007.jpg", 8: "COCO_train2014_000000000008.jpg"}
-INSTANCES = {
-    "info": {},
-    "images": [{"id": key, "file_name": name, "width": 40, "height": 30} for key, name in NAMES.items()],
-    "categories": [{"id": 1, "name": "person", "supercategory": "person"}, {"id": 2, "name": "dog"}],
-    "annotations": [
-        {"id": 100 + i, "image_id": image, "category_id": category, "bbox": [i, 2, 10, 8], "area": 60,
-         "iscrowd": 0, "segmentation": [[i, 2, i + 10, 2, i + 10, 10, i, 10]]}
-        for i, (image, category) in enumerate(((7, 1), (7, 2), (8, 1), (7, 1)))
-    ],
-}  # fmt: skip
-
-
-def ref(number, annotation, image, part, *sentences):
-    """A reference with every field of the published files."""
-    return {
-        "ref_id": number, "ann_id": annotation, "image_id": image, "category_id": 1, "split": part,
-        "file_name": f"COCO_train2014_{image:012d}_{number}.jpg", "sent_ids": list(range(len(sentences))),
-        "sentences": [
-            {"sent": text, "raw": text.upper(), "sent_id": i, "tokens": text.split()}
-            for i, text in enumerate(sentences)
-        ],
-    }  # fmt: skip
-
-
-REFS = [
-    ref(0, 103, 7, "train", "man on the right", "the  older man"),
-    ref(1, 102, 8, "testA", "only person"),
-    ref(2, 101, 7, "val", "dog"),
-]
-
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "pictures").mkdir()
-    for name in NAMES.values():
+    for name in REF_NAMES.values():
         Image.new("RGB", (40, 30)).save(tmp_path / "pictures" / name)
     return tmp_path
 
 
-def written(folder, refs=REFS, protocol=2, instances=INSTANCES):
+def written(folder, refs=REFS, protocol=2, instances=REF_INSTANCES):
     (folder / "instances.json").write_text(json.dumps(instances))
     path = folder / ("refs(unc).json" if protocol is None else "refs(unc).p")
     path.write_bytes(json.dumps(refs).encode() if protocol is None else pickle.dumps(refs, protocol))
@@ -93,7 +63,7 @@ def test_parts(folder):
 
 
 def test_only_the_pictures_of_the_part_need_to_be_there(folder):
-    (folder / "pictures" / NAMES[8]).unlink()
+    (folder / "pictures" / REF_NAMES[8]).unlink()
     path = written(folder)
     assert len(RefCocoDataset(path, folder / "pictures", split="val")) == 1
     with pytest.raises(DatasetError, match=r"images\[1\]\.file_name: missing file"):
@@ -105,11 +75,11 @@ def test_only_the_pictures_of_the_part_need_to_be_there(folder):
 
 def test_pictures_by_their_names_of_2017(folder):
     (folder / "pictures" / "val2017").mkdir()
-    (folder / "pictures" / NAMES[7]).rename(folder / "pictures" / "val2017" / "000000000007.jpg")
+    (folder / "pictures" / REF_NAMES[7]).rename(folder / "pictures" / "val2017" / "000000000007.jpg")
     data = RefCocoDataset(written(folder), folder / "pictures", split="train")
     assert data.image_path(0) == folder / "pictures" / "val2017" / "000000000007.jpg"
     assert data[0].image.shape == (30, 40, 3)
-    assert picture_name(folder / "pictures", "somewhere/000000000008.jpg") == NAMES[8]
+    assert picture_name(folder / "pictures", "somewhere/000000000008.jpg") == REF_NAMES[8]
     assert picture_name(folder / "pictures", "000000000009.jpg") == "000000000009.jpg"
     assert picture_name(folder / "pictures", "a\0b.jpg") == "a\0b.jpg"
 
@@ -158,7 +128,7 @@ def test_damage_is_named_and_left_out(folder, damage):
 
 
 def test_references_to_a_wrong_object(folder):
-    instances = copy.deepcopy(INSTANCES)
+    instances = copy.deepcopy(REF_INSTANCES)
     instances["annotations"][3]["bbox"] = [1, 1, 0, 5]
     path = written(folder, instances=instances)
     places = [(p.section, p.index, p.field) for p in validate_refcoco(path, folder / "pictures").problems]

@@ -8,17 +8,14 @@ import pickle
 
 import numpy as np
 import pytest
+from annotation_files import CAPTIONS, COCO, KARPATHY, LLAVA, LVIS, REF_INSTANCES, REFS
 from PIL import Image
-from test_coco_tasks import CONTENT
-from test_lvis import CONTENT as LVIS
-from test_pictures_with_text import CAPTIONS, KARPATHY, LLAVA
-from test_refcoco import INSTANCES, REFS
 
 from visionllm.cli import main
 from visionllm.data.formats import FORMATS
 
 FILES = {
-    "coco": (CONTENT, "annotations"),
+    "coco": (COCO, "annotations"),
     "captions": (CAPTIONS, "annotations"),
     "karpathy": (KARPATHY, "images"),
     "refcoco": (REFS, None),
@@ -32,7 +29,7 @@ def folder(tmp_path):
     names = ["a.png", "b.png"] + [f"00000000000{number}.jpg" for number in (7, 8, 9)]
     for name in names:
         Image.new("RGB", (40, 30), "grey").save(tmp_path / name)
-    (tmp_path / "instances.json").write_text(json.dumps(INSTANCES))
+    (tmp_path / "instances.json").write_text(json.dumps(REF_INSTANCES))
     return tmp_path
 
 
@@ -85,7 +82,7 @@ def test_objects_of_references_elsewhere(folder, capsys):
 
 
 def test_lost_area(folder, capsys):
-    path = written(folder, CONTENT, "coco")
+    path = written(folder, COCO, "coco")
     arguments = ["validate", "--annotations", str(path), "--images", str(folder), "--outlines"]
     assert main(arguments) == 0
     # 25 square pixels of a person in two parts, of 125 and 600 in all
