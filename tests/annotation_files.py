@@ -18,7 +18,7 @@ COCO = {
     ],
     "annotations": [
         {"id": 1, "image_id": 7, "category_id": 1, "bbox": [4, 5, 31, 20], "area": 125,
-         "segmentation": [SMALL, SQUARE], "keypoints": [40.5, 9, 2, 0, 0, 0], "num_keypoints": 1},
+         "segmentation": [SMALL, SQUARE], "keypoints": [40.5, 9, 2, 3, 4, 0], "num_keypoints": 1},
         {"id": 2, "image_id": 7, "category_id": 2, "bbox": [0, 0, 40, 30], "area": 600, "iscrowd": 1,
          "segmentation": {"size": [30, 40], "counts": [600, 600]}},
         {"id": 3, "image_id": 7, "category_id": 2, "bbox": [1, 1, 5, 6], "area": 30, "segmentation": []},

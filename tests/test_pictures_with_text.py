@@ -167,6 +167,17 @@ def test_damage_is_named_and_left_out(folder, kind, section, index, field, value
         assert rest[i].image.shape == (30, 40, 3)
 
 
+def test_captions_of_a_wrong_picture_are_wrong_too(folder):
+    (folder / "000000000007.jpg").unlink()
+    report = validate_captions(written(folder, CAPTIONS), folder)
+    assert [(one.section, one.index) for one in report.problems] == [
+        ("images", 0),
+        ("annotations", 0),
+        ("annotations", 2),
+    ]
+    assert report.problems[1].message == "image 7 is itself wrong"
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("text", ["{", '"text"', '{"images": 3, "annotations": []}', "9" * 5000])
 def test_what_is_no_such_file(folder, kind, text):
