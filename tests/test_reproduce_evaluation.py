@@ -206,6 +206,28 @@ def test_boundary_points(settings, monkeypatch):
     assert content["rows"][0]["paper"]["AP"] == 18.5
 
 
+def test_a_large_vocabulary(settings, monkeypatch, tmp_path):
+    lvis = tmp_path / "lvis.json"
+    categories = [
+        {"id": k + 1, "name": name} for k, name in enumerate(["Red", "cow_bell", "deep_red", "teapot"])
+    ]
+    lvis.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    monkeypatch.setattr("visionllm.reproduce.vocabulary.GROUP", 3)
+    network = ColourNetwork()
+    content = found_by(network, monkeypatch, "T4e", dataclasses.replace(settings, lvis=lvis))
+    alone, among = content["rows"]
+    assert (alone["name"], among["name"], among["note"]) == ("5", "8", "3 prompts")
+    assert alone["ours"]["AP"] == pytest.approx(100) and alone["paper"] == {"AP": 44.8}
+    # "deep red" is found as well as "red": a box of a name that is not the data set's, and left out.
+    assert among["ours"]["AP"] == pytest.approx(100) and among["paper"] == {"AP": 18.9}
+    asked = {call[0].classes for call in network.calls if len(call[0].classes) < 5}
+    assert sorted(name for group in asked for name in group) == sorted(
+        [*NAMES, "cow bell", "deep red", "teapot"]
+    )
+    assert max(map(len, asked)) <= 3
+    assert "--lvis LVIS.json" in content["commands"][0]
+
+
 def test_a_committed_table_names_no_folder_of_this_machine(settings, monkeypatch):
     found_by(ColourNetwork(), monkeypatch, "fig6", settings)
     for path in (settings.output / "fig6").glob("table.*"):
