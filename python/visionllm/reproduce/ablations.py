@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -33,6 +34,11 @@ NOT_CONVERGED = 0.2  # of the AP that the same time gives in parallel
 
 def measure_boxes(model: VisionLLM, settings: Settings, config: TrainConfig) -> Numbers:
     """Box AP with the 80 usual classes listed in every prompt."""
+    if config.objective == "sequence":
+        from visionllm.train.sequence import find_in_sequence
+
+        network = model.network
+        network.find = functools.partial(find_in_sequence, network)  # type: ignore[method-assign]
     dataset = evaluation_set(settings, size=config.image_size)
     found, _ = evaluate_classes(model, dataset, usual_classes(dataset), settings.batch_size)
     numbers = box_numbers(found)
