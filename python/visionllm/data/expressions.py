@@ -255,15 +255,18 @@ def _by_colour(view: View, rng: np.random.Generator) -> Options:
 
 
 def _by_position(view: View, rng: np.random.Generator) -> Options:
-    options: Options = []
-    for head in view.heads:
-        for side, phrase in SIDES.items():
-            options += _only([view.on(side, head, f"{head.text} {phrase}")])
-            options += _extreme(view, head, side, rng)
+    heads = view.heads
+    for i in rng.permutation(len(heads)):
+        options: Options = []
+        for side, words in SIDES.items():
+            options += _only([view.on(side, heads[i], f"{heads[i].text} {words}")])
+            options += _extreme(view, heads[i], side, rng)
         for corner in CORNERS:
-            text = f"{head.text} {pick(rng, ('at', 'in'))} the {corner}"
-            options += _only([view.on(corner, head, text)])
-    return options
+            text = f"{heads[i].text} {pick(rng, ('at', 'in'))} the {corner}"
+            options += _only([view.on(corner, heads[i], text)])
+        if options:
+            return options
+    return []
 
 
 def _extreme(view: View, head: Phrase, side: str, rng: np.random.Generator) -> Options:
