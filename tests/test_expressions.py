@@ -148,8 +148,9 @@ def test_a_doubtful_noun_is_not_spoken_of() -> None:
 
 
 def coco_sample() -> Sample:
-    boxes = np.array(
-        [[0, 0, 40, 40], [60, 10, 90, 90], [100, 50, 190, 99], [5, 60, 30, 90], [150, 0, 199, 40]]
+    dogs, others = (
+        [[0, 0, 40, 40], [60, 10, 90, 90]],
+        [[100, 50, 190, 99], [5, 60, 30, 90], [150, 0, 199, 40]],
     )
     return Sample(
         image=np.zeros((100, 200, 3), np.uint8),
