@@ -24,6 +24,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("pictures in files")
     files.add_argument("--annotations", type=Path, metavar="FILE", help="COCO annotation file")
     files.add_argument("--images", type=Path, metavar="DIR", help="folder that file names are relative to")
+    files.add_argument("--lvis", action="store_true", help="--annotations is LVIS's (see --group-size)")
     files.add_argument(
         "--captions", type=Path, metavar="FILE", help="with --annotations: COCO file of their captions"
     )
@@ -58,6 +59,8 @@ def source_problem(options: argparse.Namespace) -> str | None:
     if len(given) != 1:
         shown = " and ".join(f"--{name}" for name in given) or "none"
         return f"expected one of --scenes, --{', --'.join(FILES)}, got {shown}"
+    if options.lvis and (given[0] != "annotations" or options.task != "detection"):
+        return "--lvis belongs to --annotations and --task detection"
     if given[0] != "scenes" and options.images is None:
         return f"--{given[0]} needs --images"
     fits = {"refs": "grounding", "karpathy": "captioning", "conversations": "vqa"}
@@ -110,6 +113,10 @@ def _source(options: argparse.Namespace) -> Samples:
         from visionllm.data.llava import LlavaDataset
 
         return LlavaDataset(options.conversations, options.images)
+    if options.lvis:
+        from visionllm.data.lvis import LvisDataset
+
+        return LvisDataset(options.annotations, options.images, check_images="none")
     from visionllm.data.coco import CocoDataset
 
     source = CocoDataset(

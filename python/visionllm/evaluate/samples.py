@@ -32,6 +32,7 @@ class SampleSet:
         category_ids: their K ids: those of the source's ``category_names``, else from 1.
         content: the whole in COCO form. Annotations also have ``segmentation`` where the samples have masks,
             and ``named_keypoints`` (name to x, y, v) where they have keypoints.
+        frequency: by name "r", "c" or "f", of LVIS alone.
     """
 
     def __init__(self, source: Samples, limit: int | None = None) -> None:
@@ -44,6 +45,7 @@ class SampleSet:
         if not count:
             raise ValueError("samples: expected at least one, got none")
         self._source = source
+        self.frequency: dict[str, str] | None = getattr(source, "frequency", None)
         self._pictures: dict[int, np.ndarray] = {}
         self.samples: list[Sample] = []
         self.images: list[dict[str, Any]] = []
