@@ -112,3 +112,30 @@ def test_a_count_that_the_data_set_lacks_is_refused(tmp_path: Path, count: int) 
     with pytest.raises(ValueError, match=f"write_coco: count must be 1 to 5, got {count}"):
         write_coco(dataset, tmp_path / "scenes", count)
     assert not (tmp_path / "scenes").exists()
+
+
+def test_text_and_points_read_back(tmp_path: Path) -> None:
+    """Through the readers of the formats that the files are in."""
+    from visionllm.data.coco import CocoDataset
+    from visionllm.data.coco_captions import CocoCaptionDataset
+    from visionllm.data.llava import LlavaDataset
+    from visionllm.data.refcoco import RefCocoDataset
+
+    dataset = SceneDataset("val", seed=4, size=96, length=5, masks=True, keypoints=True, language=True)
+    annotations, images = write_coco(dataset, tmp_path), tmp_path / "images"
+    objects = CocoDataset(annotations, images, keypoints=annotations)
+    refs = RefCocoDataset(tmp_path / "refs.json", images, annotations, split="val")
+    talks = LlavaDataset(tmp_path / "questions.json", images)
+    for index in range(5):
+        sample, read = dataset[index], objects[index]
+        assert sample.keypoints is not None and read.keypoints is not None
+        for points, again in zip(sample.keypoints, read.keypoints, strict=True):
+            assert points == again
+        present = [expression for expression in sample.expressions if expression.objects]
+        assert refs[index].expressions == present
+        asked = [(question.text, question.answer) for question in sample.questions]
+        assert [(question.text, question.answer) for question in talks[index].questions] == asked
+    for length in ("short", "long", "detailed"):
+        captions = CocoCaptionDataset(tmp_path / f"captions_{length}.json", images)
+        for index in range(5):
+            assert captions[index].captions["short"] == dataset[index].captions[length]

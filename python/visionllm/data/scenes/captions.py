@@ -109,22 +109,19 @@ def _long(view: View, groups: list[_Group]) -> list[str]:
 def _detailed(view: View, names: list[str]) -> list[str]:
     order = sorted(range(len(names)), key=lambda k: -view.things[k].area)
     shown = order[:DETAILED_OBJECTS]
-    sentences = [f"{_described(view.things[k], names[k])} is {place_of(view.things[k])}." for k in shown]
-    sentences = [
-        sentence.replace(" is ", f" {is_or_are(1, view.things[k].noun)} ", 1)
-        for sentence, k in zip(sentences, shown, strict=True)
-    ]
+    sentences = []
+    for k in shown:
+        thing = view.things[k]
+        sentences.append(f"{_described(thing, names[k])} {is_or_are(1, thing.noun)} {place_of(thing)}.")
     extra = _relation_sentence(view, shown, names)
-    opening = "the picture shows"
     total = len(names)
     if view.complete:
         opening = f"there {'is' if total == 1 else 'are'} {NUMBERS[total]} "
         opening += ("object" if total == 1 else plural("object")) + "."
     else:
         opening = f"this is a photo with {one(names[shown[0]], view.things[shown[0]].noun)}."
-    plain = " ".join([opening, *sentences, *extra])
-    joined = " ".join([*sentences, *extra])
-    return [plain, joined, " ".join([opening, *sentences])]
+    versions = [[opening, *sentences, *extra], [*sentences, *extra], [opening, *sentences]]
+    return list(dict.fromkeys(" ".join(version) for version in versions))
 
 
 def size_word(thing: Thing) -> str:

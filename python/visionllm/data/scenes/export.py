@@ -1,4 +1,4 @@
-"""Writing generated scenes as a COCO-format folder, and as a contact sheet to look at."""
+"""Writing generated scenes as a folder of COCO-format files, and as a contact sheet to look at."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from visionllm.atomic_file import replacing
 from visionllm.data.sample import Sample
 from visionllm.data.scenes.dataset import SPLITS, SceneDataset
+from visionllm.data.scenes.export_text import SceneText
+from visionllm.data.scenes.keypoints import point_names
 
 
 def write_coco(
@@ -20,7 +23,9 @@ def write_coco(
     """Write the first `count` scenes (default: all) as pictures and annotations.
 
     Args:
-        dataset: made with `masks=True`, so that every annotation gets its segmentation.
+        dataset: made with `masks=True`, so that every annotation gets its segmentation; with `keypoints=True`
+            annotations have keypoints, named by their categories; with `language=True` the files of
+            `visionllm.data.scenes.export_text` are written too.
         output: gets `images/000000.png`, … and `annotations.json`: images, categories (all `dataset.names`,
             ids from 1), annotations with bbox (x, y, width, height), area, iscrowd and segmentation
             (compressed RLE). Each image also lists in `not_exhaustive` the categories that it may show
@@ -42,6 +47,7 @@ def write_coco(
     category = {name: i + 1 for i, name in enumerate(dataset.names)}
     images: list[dict] = []
     annotations: list[dict] = []
+    text = SceneText(dataset.split) if dataset.with_language else None
     for index in range(count):
         sample = dataset[index]
         file_name = f"{index:06d}.{image_format}"
@@ -58,16 +64,29 @@ def write_coco(
                 "not_exhaustive": unsure,
             }
         )
-        annotations += _annotations(sample, index + 1, len(annotations) + 1, category)
+        rows = _annotations(sample, index + 1, len(annotations) + 1, category)
+        annotations += rows
+        if text is not None:
+            text.add(sample, images[-1], [row["id"] for row in rows])
     document = {
         "info": {"description": f"generated scenes, split {dataset.split}, seed {dataset.seed}"},
         "images": images,
-        "categories": [{"id": number, "name": name} for name, number in category.items()],
+        "categories": [_category(name, number, dataset) for name, number in category.items()],
         "annotations": annotations,
     }
     path = output / "annotations.json"
-    path.write_text(json.dumps(document))
+    with replacing(path) as part:
+        part.write_text(json.dumps(document))
+    if text is not None:
+        text.write(output)
     return path
+
+
+def _category(name: str, number: int, dataset: SceneDataset) -> dict:
+    category: dict = {"id": number, "name": name}
+    if dataset.with_keypoints:
+        category |= {"keypoints": list(point_names(name)), "skeleton": []}
+    return category
 
 
 def _annotations(sample: Sample, image_id: int, first_id: int, category: dict[str, int]) -> list[dict]:
@@ -87,6 +106,10 @@ def _annotations(sample: Sample, image_id: int, first_id: int, category: dict[st
                 "segmentation": {"size": mask["size"], "counts": mask["counts"].decode("ascii")},
             }
         )
+        if sample.keypoints is not None:
+            points = [sample.keypoints[k][point] for point in point_names(name)]
+            rows[-1]["keypoints"] = [value for point in points for value in point]
+            rows[-1]["num_keypoints"] = sum(visible > 0 for *_, visible in points)
     return rows
 
 
@@ -141,6 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         backgrounds=arguments.backgrounds,
         background_annotations=arguments.background_annotations,
         masks=True,
+        keypoints=True,
+        language=True,
     )
     path = write_coco(dataset, arguments.output, image_format=arguments.format)
     if arguments.sheet is not None:
