@@ -9,7 +9,7 @@ import torch
 from small_network import NAMES, pictures, small_network
 
 from visionllm.instruction import EVAL_TEMPLATES, Instruction
-from visionllm.model.groups import find_groups
+from visionllm.model.groups import find_groups, read_names
 from visionllm.model.slots import extent_of, points_of
 
 GROUPS = [Instruction(classes=NAMES[:2]), Instruction(classes=NAMES[2:])]
@@ -77,6 +77,16 @@ def test_the_order_of_groups_changes_nothing(network):
     for first, second in zip(forward, turned[::-1], strict=True):
         close(first.probabilities, second.probabilities)
         close(first.boxes, second.boxes)
+
+
+def test_names_that_were_read_before(network):
+    read = read_names(network, GROUPS)
+    for seed in (1, 2):
+        images = pictures(2, seed=seed)
+        for first, second in zip(
+            find_groups(network, images, read), find_groups(network, images, GROUPS), strict=True
+        ):
+            close(first.probabilities, second.probabilities)
 
 
 def test_bad_groups(network):

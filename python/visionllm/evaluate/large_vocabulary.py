@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from visionllm.instruction import Instruction, Template
-    from visionllm.model.groups import GroupAnswers
+    from visionllm.model.groups import GroupAnswers, NameGroups
     from visionllm.model.network import Network
     from visionllm.pipeline import VisionLLM
 
@@ -88,7 +88,7 @@ def merged_scores(answers: GroupAnswers, objectness_power: float, known_power: f
 
 
 def detect_in_groups(
-    network: Network, images: Tensor, groups: Sequence[Instruction], top: int = MAX_BOXES
+    network: Network, images: Tensor, groups: Sequence[Instruction] | NameGroups, top: int = MAX_BOXES
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The best boxes of all the groups' names, for each picture.
 
@@ -104,11 +104,12 @@ def detect_in_groups(
     """
     import torch
 
-    from visionllm.model.groups import find_groups
+    from visionllm.model.groups import NameGroups, find_groups
 
+    instructions = groups.groups if isinstance(groups, NameGroups) else groups
     config, first = network.config, 0
     best: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(len(images))]
-    for group, answers in zip(groups, find_groups(network, images, groups), strict=True):
+    for group, answers in zip(instructions, find_groups(network, images, groups), strict=True):
         scores = merged_scores(answers, config.objectness_power, config.known_power)
         count = scores.shape[2]
         for b, found in enumerate(best):
@@ -160,6 +161,7 @@ def evaluate_large_vocabulary(
     import torch
 
     from visionllm.image import resize_square
+    from visionllm.model.groups import read_names
     from visionllm.request import class_request
 
     names = dataset.names if names is None else list(names)
@@ -167,7 +169,7 @@ def evaluate_large_vocabulary(
     if missing:
         raise ValueError(f"names: expected all of the data set's, got none of {missing[:5]}")
     groups = grouped_names(names, group_size, seed)
-    instructions = [class_request(group, template).instructions[0] for group in groups]
+    asked = read_names(model.network, [class_request(group, template).instructions[0] for group in groups])
     position = {name: index for index, name in enumerate(dataset.names)}
     places = np.array([position.get(name, -1) for group in groups for name in group], np.int64)
     listing = ClassListing(tuple(range(len(dataset.names))))
@@ -177,7 +179,7 @@ def evaluate_large_vocabulary(
         entries = dataset.images[start : start + batch_size]
         pictures = [dataset.read(entry) for entry in entries]
         pixels = torch.from_numpy(np.stack([resize_square(picture, size) for picture in pictures]))
-        found = detect_in_groups(model.network, pixels, instructions)
+        found = detect_in_groups(model.network, pixels, asked)
         for entry, picture, (boxes, scores, labels) in zip(entries, pictures, found, strict=True):
             height, width = picture.shape[:2]
             xyxy = boxes * np.array([width, height] * 2, np.float32)

@@ -1,7 +1,8 @@
 """More names than a prompt lists: groups of names, with everything that does not depend on the group once.
 
+    the names ─► text encoder ─► features                                                     `read_names`
     pictures ─► backbone, fusion with all the names, encoder, decoder ─► image tokens         once
-    "The image is: <image>. Detect every object of {"     ─► keys and values of the LLM       once
+    "The image is: <image>. Detect every object of {" ─► keys and values of the LLM           once
     the group's names and what follows, then the slots of the image tokens                    for every group
 
 Asked group by group, each prompt would meet image tokens of its own, since the fusion reads the prompt's
@@ -46,19 +47,58 @@ class GroupAnswers:
     known: Tensor | None
 
 
+@dataclass
+class NameGroups:
+    """Groups of names as the network reads them: of `read_names`, for any number of pictures.
+
+    Attributes:
+        groups: the instructions.
+        prompts: theirs, one row a group.
+        distinct: [U, C], the features of all names in order; description: [D, C], those of the wording.
+        shared: how many tokens all prompts begin with alike.
+    """
+
+    groups: Sequence[Instruction]
+    prompts: Prompts
+    distinct: Tensor
+    description: Tensor
+    shared: int
+
+
 @torch.inference_mode()
-def find_groups(network: Network, images: Tensor, groups: Sequence[Instruction]) -> Iterator[GroupAnswers]:
+def read_names(network: Network, groups: Sequence[Instruction]) -> NameGroups:
+    """What the pictures play no part in, of detection instructions that differ in their names alone.
+
+    Args:
+        network: in inference mode.
+        groups: instructions for the task detection in one wording, in which the picture stands before the
+            class set, as in the default one: what stands there is read once a picture.
+
+    Raises:
+        ValueError: no groups, another task, a name in two groups, or the picture behind the class set.
+    """
+    _check_groups(groups)
+    prompts = network.tokenizer.prompts(groups, network.config.num_queries).to(network.device)
+    shared = _shared_columns(prompts)
+    if (prompts.ids[:, shared:] == IMAGE).any():
+        raise ValueError("find_groups: <image> must stand before the class set in every group's wording")
+    distinct = network.encode_names(prompts.names)
+    return NameGroups(groups, prompts, distinct, network.text_encoder(prompts.description[:1])[0], shared)
+
+
+@torch.inference_mode()
+def find_groups(
+    network: Network, images: Tensor, groups: Sequence[Instruction] | NameGroups
+) -> Iterator[GroupAnswers]:
     """The answers to detection instructions that differ in their names alone, one after the other.
 
     Args:
         network: in inference mode.
         images: uint8 [B, S, S, 3] with S = config.image_size.
-        groups: instructions for the task detection in one wording, in which the picture stands before the
-            class set, as in the default one: what stands there is read once.
+        groups: as for `read_names`, or what it returned.
 
     Raises:
-        ValueError: no groups, another task, a name in two groups, the picture behind the class set, or
-            pictures of another form.
+        ValueError: as `read_names`, or pictures of another form.
     """
     from visionllm.model.llm import KVCache
     from visionllm.model.network import Text, pool_names
@@ -70,11 +110,10 @@ def find_groups(network: Network, images: Tensor, groups: Sequence[Instruction])
             f"find_groups: images must be uint8 [B, {size}, {size}, 3], got {images.dtype} "
             f"{list(images.shape)}"
         )
-    _check_groups(groups)
+    read_groups = groups if isinstance(groups, NameGroups) else read_names(network, groups)
+    groups, prompts, distinct = read_groups.groups, read_groups.prompts, read_groups.distinct
+    description, shared = read_groups.description, read_groups.shared
     batch, queries = len(images), network.config.num_queries
-    prompts = network.tokenizer.prompts(groups, queries).to(network.device)
-    distinct = network.encode_names(prompts.names)  # [U, C]
-    description = network.text_encoder(prompts.description[:1])[0]  # [D, C]
     read = torch.cat([description, distinct])[None].expand(batch, -1, -1)
     mask = torch.cat([prompts.description[0] >= 0, torch.ones_like(distinct[:, 0], dtype=torch.bool)])
     text = Text(read, mask[None].expand(batch, -1), distinct[None].expand(batch, -1, -1), distinct)
@@ -84,9 +123,6 @@ def find_groups(network: Network, images: Tensor, groups: Sequence[Instruction])
     known = _known(network, features, distinct, groups)
     slots = network.slot_queries(features, boxes, SlotFormat())
 
-    shared = _shared_columns(prompts)
-    if (prompts.ids[:, shared:] == IMAGE).any():
-        raise ValueError("find_groups: <image> must stand before the class set in every group's wording")
     rows = [_columns(prompts, g, shared, batch) for g in range(len(groups))]
     prefix = _embedded_prefix(network, prompts, tokens, shared, batch)
     longest = shared + max(ids.shape[1] for ids, _ in rows)
