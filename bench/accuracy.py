@@ -1,11 +1,11 @@
-"""The accuracy table of a model: scenes never trained on, a glyph style never trained on, real photos.
+"""The accuracy table of a model, every task: scenes and a glyph style never trained on, real photos.
 
     python bench/accuracy.py --glyphs glyphs [--photos DIR] [--model DIR] [--work DIR]
 
 --photos is a folder with train/, val/ and annotations/instances_{train,val}.json in COCO format: the training
 photos stand behind some of the scenes, the validation photos are measured. Every line is one
-`visionllm evaluate` command, which stands beside its numbers in ``bench/results/accuracy.json`` (PHOTOS and
-WORK for the two folders).
+`visionllm evaluate` command, which stands beside its numbers in ``bench/results/accuracy.json`` (PHOTOS, WORK
+and GLYPHS for the folders). Tasks that the weights were not trained for are left out.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from harness import write_report
 
 from visionllm.data.coco import box_corners
 from visionllm.evaluate.matching import IOU_FOUND, box_iou
+from visionllm.pipeline import model_folder
 
 PHOTOS = "photos, all names listed"
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+LANGUAGE = ("grounding", "captioning", "vqa")
+EXAMPLES = 8  # of captions, answers and expressions, kept with the numbers
 
 
 def visionllm(*arguments: str) -> str:
@@ -44,20 +47,25 @@ def visionllm(*arguments: str) -> str:
     return f"visionllm {shlex.join(arguments)}"
 
 
-def write_scenes(options: argparse.Namespace, work: Path) -> None:
-    behind = []
+def looks(options: argparse.Namespace) -> list[str]:
+    """What scenes are made of."""
+    chosen = ["--glyphs", str(options.glyphs)]
     if options.photos:
         annotations = options.photos / "annotations" / "instances_train.json"
-        behind = [
+        chosen += [
             "--backgrounds",
             str(options.photos / "train"),
             "--background-annotations",
             str(annotations),
         ]
+    return chosen
+
+
+def write_scenes(options: argparse.Namespace, work: Path) -> None:
     for split in ("val", "heldout_style"):
         visionllm(
-            *("scenes", "--glyphs", str(options.glyphs), "--split", split, "--count", str(options.count)),
-            *(*behind, "--output", str(work / split)),
+            *("scenes", *looks(options), "--split", split, "--count", str(options.count)),
+            *("--output", str(work / split)),
         )
 
 
@@ -83,13 +91,41 @@ def evaluations(options: argparse.Namespace, work: Path) -> dict[str, list[str]]
     if options.photos:
         annotations = options.photos / "annotations" / "instances_val.json"
         table[PHOTOS] = [*("--annotations", str(annotations), "--images", str(options.photos / "val"))]
-    return table
+    return {**table, **other_tasks(options)}
+
+
+def other_tasks(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Those that the weights were trained for, on scenes that are made on the way and on photos."""
+    trained = json.loads((model_folder(options.model) / "config.json").read_text()).get("tasks", [])
+    scenes = ["--scenes", "val", *looks(options), "--limit", str(options.count)]
+    some = [*scenes, "--list-classes", "20"]
+    lines = {
+        "segmentation": {
+            f"outlines of {points} points, 20 names listed": [*some, "--points", str(points)]
+            for points in (8, 16, 24)
+        },
+        "keypoints": {"keypoints, 20 names listed": some},
+        "grounding": {"expressions": scenes},
+        "captioning": {"captions": scenes},
+        "vqa": {"questions": scenes},
+    }
+    if options.photos:
+        annotations = options.photos / "annotations" / "instances_val.json"
+        photos = ["--annotations", str(annotations), "--images", str(options.photos / "val")]
+        lines["segmentation"]["photos, outlines of 16 points, all names listed"] = photos
+        lines["grounding"]["photos, expressions made from annotations"] = photos
+    return {
+        name: ["--task", task, *arguments]
+        for task, named in lines.items()
+        if task in trained
+        for name, arguments in named.items()
+    }
 
 
 def measure(name: str, arguments: list[str], options: argparse.Namespace, work: Path) -> dict[str, object]:
     output = work / "".join(letter if letter.isalnum() else "-" for letter in name)
     command = visionllm("evaluate", *arguments, "--model", str(options.model), "--output", str(output))
-    for folder, placeholder in ((options.photos, "PHOTOS"), (work, "WORK")):
+    for folder, placeholder in ((options.photos, "PHOTOS"), (work, "WORK"), (options.glyphs, "GLYPHS")):
         command = command.replace(str(folder), placeholder)
     row: dict[str, object] = {"name": name, "command": command}
     if "--robustness" in arguments:
@@ -99,15 +135,33 @@ def measure(name: str, arguments: list[str], options: argparse.Namespace, work: 
         print(f"{name:<38} spread of AP {found['AP_spread']:.2f}", flush=True)
         return row
     metrics = json.loads((output / "metrics.json").read_text())
+    task = metrics["task"]
+    row["task"] = task
+    if task in LANGUAGE:
+        row |= {key: value for key, value in metrics.items() if key not in ("model", "seed", "template")}
+        said = json.loads((output / "predictions.json").read_text())
+        row["examples"] = said[:: max(1, len(said) // EXAMPLES)][:EXAMPLES]
+        print(f"{name:<38} {shown(row)}", flush=True)
+        return row
     if name == PHOTOS:
         annotations = options.photos / "annotations" / "instances_val.json"
         row["large_objects"] = large_objects(annotations, output / "predictions.json")
-    row |= {number: metrics[number] for number in NUMBERS} | {"rejection": metrics["rejection"]}
+    row |= {number: metrics[number] for number in NUMBERS if number in metrics}
+    row |= {key: metrics[key] for key in ("rejection", "boxes", "polygon_loss") if key in metrics}
     print(
         f"{name:<38} " + "  ".join(f"{number} {100 * metrics[number]:.1f}" for number in NUMBERS[:3]),
         flush=True,
     )
     return row
+
+
+def shown(row: dict[str, object]) -> str:
+    """The main numbers of expressions, captions or answers."""
+    if row["task"] == "captioning":
+        lengths = {key: value for key, value in row.items() if isinstance(value, dict)}
+        return "  ".join(f"CIDEr {length} {100 * found['CIDEr']:.1f}" for length, found in lengths.items())
+    names = ("P@0.5", "accuracy") if row["task"] == "grounding" else ("exact_match", "f1")
+    return "  ".join(f"{name} {100 * float(str(row[name])):.1f}" for name in names)
 
 
 def large_objects(annotations: Path, predictions: Path, least: float = 0.25) -> dict[str, int]:

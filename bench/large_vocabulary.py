@@ -30,11 +30,11 @@ NAMES = 1203  # LVIS v1
 
 
 def vocabulary(file: Path | None) -> list[str]:
-    """The names of a file's categories, or numbered ones."""
+    """The first NAMES names of a file's categories, or numbered ones."""
     if file is None:
         return [f"thing {number}" for number in range(NAMES)]
     categories = json.loads(file.read_text())["categories"]
-    return [category["name"].replace("_", " ") for category in categories]
+    return [category["name"].replace("_", " ") for category in categories][:NAMES]
 
 
 def timed(function: Callable[[], object], repeats: int) -> list[float]:

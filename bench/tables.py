@@ -72,6 +72,55 @@ def accuracy() -> str:
     return f"{table(header, lines)}\n\n{wrap(text)}"
 
 
+def tasks() -> str:
+    """One line a task, of the rows of accuracy.json that the weights have."""
+    found = read("accuracy")
+    lines = []
+    for row in found["rows"]:
+        task = row.get("task", "detection")
+        if task == "segmentation":
+            boxes, loss = row["boxes"], row["polygon_loss"]
+            text = (
+                f"mask AP {percent(row['AP'])} (AP50 {percent(row['AP50'])}), box AP {percent(boxes['AP'])}"
+            )
+            lines.append([row["name"], f"{text}; the true outlines as polygons: {percent(loss['AP'])}"])
+        elif task == "keypoints":
+            lines.append([row["name"], f"OKS AP {percent(row['AP'])} (AP50 {percent(row['AP50'])})"])
+        elif task == "grounding":
+            absent = (
+                f"; {row['absent']} of {row['expressions']} fit nothing: {percent(row['absent_found'])} % of "
+                f"these are said to be absent, and {percent(row['absent_said_wrongly'])} % of the others"
+            )
+            text = f"P@0.5 {percent(row['P@0.5'])}"
+            lines.append([row["name"], text + (absent if row["absent"] else "")])
+        elif task == "captioning":
+            lines += [
+                [
+                    f"{row['name']}, {length}",
+                    f"BLEU-4 {percent(row[length]['BLEU-4'])}, CIDEr {percent(row[length]['CIDEr'])}, "
+                    f"{row[length]['words']:.1f} words",
+                ]
+                for length in ("short", "long", "detailed")
+                if length in row
+            ]
+        elif task == "vqa":
+            kinds = ", ".join(
+                f"{kind.replace('_', '/')} {percent(numbers['exact_match'])}"
+                for kind, numbers in row["by_kind"].items()
+            )
+            lines.append([row["name"], f"exact match {percent(row['exact_match'])} ({kinds})"])
+    return table(["task (`python bench/accuracy.py`)", "in points"], lines)
+
+
+def large_vocabulary() -> str:
+    found = read("large_vocabulary")
+    lines = [
+        [row["name"], f"{1e3 * row['seconds']:.0f}", f"{row['times_as_fast']:.2f}"] for row in found["rows"]
+    ]
+    header = [f"{found['names']} names in {found['groups']} groups, one picture", "ms", "times as fast"]
+    return table(header, lines)
+
+
 def latency() -> str:
     found = read("latency")
     times = ", ".join(
@@ -152,6 +201,8 @@ def two_processes() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
+    "tasks": tasks,
+    "large_vocabulary": large_vocabulary,
     "latency": latency,
     "operators": operators,
     "parallel_boxes": parallel_boxes,
