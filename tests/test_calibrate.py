@@ -56,7 +56,7 @@ class Weighing:
     def parameters(self):
         yield torch.zeros(1)
 
-    def detect(self, images, instructions, top):
+    def find(self, images, instructions, top):
         a = self.config.objectness_power
         boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]])
         scores = torch.tensor([0.9**a * 0.3 ** (1 - a), 0.1**a * 0.8 ** (1 - a)])
@@ -95,8 +95,8 @@ class Knowing(Weighing):
         super().__init__()
         self.known_names = ("cat",)
 
-    def detect(self, images, instructions, top):
-        found = super().detect(images, instructions, top)
+    def find(self, images, instructions, top):
+        found = super().find(images, instructions, top)
         for one in found:
             c = self.config.known_power
             right = one.boxes[:, 0] < 0.5

@@ -41,15 +41,15 @@ def test_a_batch_equals_its_pictures_one_by_one(network):
         instruction(NAMES[::-1], 1),
         instruction(tuple(f"thing {i}" for i in range(8)), 2),
     ]
-    together = network.detect(images, instructions)
+    together = network.find(images, instructions)
     assert [len(d.scores) for d in together] == [60, 12, 60, 96]
     for b, found in enumerate(together):
-        assert_same(network.detect(images[b : b + 1], instructions[b : b + 1])[0], found)
+        assert_same(network.find(images[b : b + 1], instructions[b : b + 1])[0], found)
 
 
 def test_shapes_order_and_bounds(network):
     for found, classes in zip(
-        network.detect(pictures(2), [instruction(NAMES), instruction(NAMES[:2])]), (5, 2), strict=True
+        network.find(pictures(2), [instruction(NAMES), instruction(NAMES[:2])]), (5, 2), strict=True
     ):
         n = SMALL.num_queries * classes
         assert found.boxes.shape == (n, 4) and found.boxes.dtype == torch.float32
@@ -67,8 +67,8 @@ def test_shapes_order_and_bounds(network):
 
 @pytest.mark.parametrize(("top", "expected"), [(0, 0), (1, 1), (7, 7), (1000, 60)])
 def test_top(network, top, expected):
-    everything = network.detect(pictures(1), [instruction(NAMES)])[0]
-    found = network.detect(pictures(1), [instruction(NAMES)], top=top)[0]
+    everything = network.find(pictures(1), [instruction(NAMES)])[0]
+    found = network.find(pictures(1), [instruction(NAMES)], top=top)[0]
     assert len(found.boxes) == len(found.scores) == len(found.bins) == expected
     assert torch.equal(found.scores, everything.scores[:expected])
     assert torch.equal(found.boxes, everything.boxes[:expected])
@@ -77,12 +77,12 @@ def test_top(network, top, expected):
 def test_scores_are_objectness_and_class_probability():
     network = small_network(objectness_power=0.25)
     prompt = [instruction(NAMES)]
-    found = network.detect(pictures(1), prompt)[0]
+    found = network.find(pictures(1), prompt)[0]
     with torch.no_grad():
         prompts = network.tokenizer.prompts(prompt, SMALL.num_queries)
         text = network.encode_text(prompts)
         tokens = network.image_tokens(pictures(1), text)
-        logits, _ = network.decode_slots(prompts, text, tokens)
+        logits = network.read_slots(prompts, text, tokens).logits
     objectness = tokens.objectness[-1][0].sigmoid()
     classes = logits.classes[0].softmax(-1)
     assert classes.shape[-1] == len(NAMES) + 1  # the last one is "no object"
@@ -94,7 +94,7 @@ def test_scores_are_objectness_and_class_probability():
 
 def test_boxes_are_centres_and_offsets():
     network = small_network(coordinate_window=0)
-    found = network.detect(pictures(1), [instruction(NAMES)])[0]
+    found = network.find(pictures(1), [instruction(NAMES)])[0]
     corners = found.centers.repeat(1, 2) + found.bins / 512
     torch.testing.assert_close(found.boxes, corners.clamp(0, 1), atol=1e-6, rtol=0)
 
@@ -102,24 +102,24 @@ def test_boxes_are_centres_and_offsets():
 def test_corners_said_in_the_wrong_order_change_places_with_their_tokens(monkeypatch):
     network = small_network(coordinate_window=0)
     instructions = [instruction(NAMES)]
-    right = network.detect(pictures(1), instructions)[0]
+    right = network.find(pictures(1), instructions)[0]
     read = network.read_slots
 
-    def turned(*arguments):
-        reading = read(*arguments)
+    def turned(*arguments, **more):
+        reading = read(*arguments, **more)
         reading.states = reading.states.clone()
         reading.states[:, ::2, 1:] = reading.states[:, ::2][:, :, [3, 4, 1, 2]]  # of every second group
         return reading
 
     monkeypatch.setattr(network, "read_slots", turned)
-    found = network.detect(pictures(1), instructions)[0]
+    found = network.find(pictures(1), instructions)[0]
     assert_same(found, right)
     assert torch.equal(found.bins, right.bins)
     assert (right.bins[:, :2] <= right.bins[:, 2:]).all()
 
 
 def test_the_wording_is_read(network):
-    first, second = (network.detect(pictures(1), [instruction(NAMES, i)])[0].scores for i in (0, 1))
+    first, second = (network.find(pictures(1), [instruction(NAMES, i)])[0].scores for i in (0, 1))
     assert (first - second).abs().max() > 1e-6
 
 
@@ -136,18 +136,18 @@ def test_the_wording_is_read(network):
 )
 def test_pictures_that_do_not_fit_are_refused(network, images, message):
     with pytest.raises(ValueError, match=message):
-        network.detect(images, [instruction(NAMES)])
+        network.find(images, [instruction(NAMES)])
 
 
 def test_pictures_need_not_be_contiguous(network):
     images = pictures(2)
     strided = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     assert not strided.is_contiguous()
-    for a, b in zip(*(network.detect(x, [instruction(NAMES)] * 2) for x in (images, strided)), strict=True):
+    for a, b in zip(*(network.find(x, [instruction(NAMES)] * 2) for x in (images, strided)), strict=True):
         assert_same(a, b)  # the layout chooses the convolutions' kernels
 
 
 def test_the_largest_class_set(network):
     classes = tuple(f"thing {i}" for i in range(512))
-    found = network.detect(pictures(1), [instruction(classes)])[0]
+    found = network.find(pictures(1), [instruction(classes)])[0]
     assert len(found.scores) == 100 and torch.isfinite(found.scores).all()

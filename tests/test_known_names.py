@@ -11,7 +11,7 @@ from small_network import NAMES, pictures, small_network, two_pictures
 from visionllm.instruction import Instruction
 from visionllm.model.known_names import FILE, probability_of_listed, read_names, rivals
 from visionllm.model.network import Network
-from visionllm.train.losses import detection_loss
+from visionllm.train.losses import set_loss
 
 KNOWN = ("dog", "Teddy Bear", "truck", "spoon")
 
@@ -55,12 +55,12 @@ def test_without_any_name_the_probability_is_zero():
 
 def test_scores_fall_by_the_probability_to_the_power(knowing):
     instruction = [Instruction(classes=NAMES)]
-    with_rivals = knowing.detect(pictures(1), instruction)[0]
+    with_rivals = knowing.find(pictures(1), instruction)[0]
     knowing.config = dataclasses.replace(knowing.config, known_power=0.0)
-    without = knowing.detect(pictures(1), instruction)[0]
+    without = knowing.find(pictures(1), instruction)[0]
     assert with_rivals.scores.sum() < without.scores.sum()
     knowing.config = dataclasses.replace(knowing.config, known_power=1.0)
-    fully = knowing.detect(pictures(1), instruction)[0]
+    fully = knowing.find(pictures(1), instruction)[0]
 
     def by_place(found):
         rows = zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
@@ -77,7 +77,7 @@ def test_the_folder_keeps_the_names(knowing, tmp_path):
     assert read_names(tmp_path / FILE) == KNOWN
     loaded = Network.from_pretrained(tmp_path)
     assert loaded.known_names == KNOWN
-    found, expected = (n.detect(pictures(1), [Instruction(classes=NAMES)])[0] for n in (loaded, knowing))
+    found, expected = (n.find(pictures(1), [Instruction(classes=NAMES)])[0] for n in (loaded, knowing))
     assert torch.equal(found.scores, expected.scores)
     loaded.known_names = ()
     loaded.save_pretrained(tmp_path)
@@ -106,8 +106,8 @@ def test_training_holds_objects_against_known_names():
     """More names to tell apart: the loss is higher, and the names' encodings get gradients from it."""
     network = small_network().train()
     torch.manual_seed(0)
-    few = detection_loss(network, two_pictures())["alignment"]
+    few = set_loss(network, two_pictures())["alignment"]
     network.known_names = (*KNOWN, *(f"thing {i}" for i in range(40)))
     torch.manual_seed(0)
-    many = detection_loss(network, two_pictures())["alignment"]
+    many = set_loss(network, two_pictures())["alignment"]
     assert many > few

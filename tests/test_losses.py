@@ -12,9 +12,16 @@ from small_network import SMALL, small_network, train_batch, two_pictures
 
 from visionllm.model.boxes import cxcywh_to_xyxy, overlap
 from visionllm.model.image_tokenizer import ImageTokens, anchor_boxes
-from visionllm.model.slots import BINS_PER_UNIT, LOCATION_SIGMA, SlotLogits, SlotReading, location_loss
+from visionllm.model.slots import (
+    BINS_PER_UNIT,
+    LOCATION_SIGMA,
+    SlotFormat,
+    SlotLogits,
+    SlotReading,
+    location_loss,
+)
 from visionllm.train import losses
-from visionllm.train.losses import Targets, detection_loss, noised, token_loss
+from visionllm.train.losses import Targets, noised, set_loss, token_loss
 from visionllm.train.matcher import PROPOSALS_PER_OBJECT, match, match_proposals, pair_costs
 
 SURE = 30.0  # a logit that leaves no doubt
@@ -92,22 +99,26 @@ def test_proposals_take_their_cheapest_positions():
 
 def test_location_loss_of_the_right_answer_is_the_entropy_of_its_smoothing():
     bins = torch.arange(1025) - BINS_PER_UNIT
-    offsets = torch.tensor([[0.0, -100.25, 511.5, -512.0]])
+    offsets, weight = torch.tensor([[0.0, -100.25, 511.5, -512.0]]), torch.full((1, 4), 0.25)
     density = torch.exp(-((bins - offsets[..., None]) ** 2) / (2 * LOCATION_SIGMA**2))
     p = density / density.sum(-1, keepdim=True)
     entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).mean().item()
     logits = density.clamp(min=1e-30).log().requires_grad_()
-    right = location_loss(logits, offsets)
+    right = location_loss(logits, offsets, weight)
     assert right.item() == pytest.approx(entropy, abs=1e-4)
     right.backward()
     assert logits.grad.abs().max() < 1e-5
-    assert location_loss(logits.detach().roll(1, -1), offsets).item() > entropy + 0.1
-    assert location_loss(torch.zeros(1, 4, 1025), offsets).item() == pytest.approx(math.log(1025), abs=1e-3)
+    assert location_loss(logits.detach().roll(1, -1), offsets, weight).item() > entropy + 0.1
+    assert location_loss(torch.zeros(1, 4, 1025), offsets, weight).item() == pytest.approx(
+        math.log(1025), abs=1e-3
+    )
 
 
 def test_offsets_beyond_the_tokens_are_taken_as_the_last():
     logits = torch.randn(1, 4, 1025, generator=torch.Generator().manual_seed(0))
-    beyond, last = (location_loss(logits, torch.full((1, 4), value)) for value in (9000.0, 512.0))
+    beyond, last = (
+        location_loss(logits, torch.full((1, 4), value), torch.ones(1, 4)) for value in (9000.0, 512.0)
+    )
     assert torch.equal(beyond, last)
 
 
@@ -220,7 +231,10 @@ class Oracle:
             features, [boxes] * 2, [logits] * 2, memory, proposals, torch.full((len(boxes), s), -SURE)
         )
 
-    def read_slots(self, prompts, _text, tokens, groups):
+    def slot_format(self, _instructions):
+        return SlotFormat()
+
+    def read_slots(self, prompts, _text, tokens, groups, _wanted):
         at = torch.arange(len(groups))[:, None]
         centres = tokens.boxes[-1][at, groups]
         classes = torch.full((*groups.shape, prompts.class_mask.shape[1] + 1), -SURE)
@@ -243,7 +257,7 @@ class Oracle:
 
 @torch.no_grad()
 def answers(batch, **wrong):
-    found = detection_loss(Oracle(batch, **wrong), batch)
+    found = set_loss(Oracle(batch, **wrong), batch)
     assert set(TERMS) <= found.keys()
     assert found["total"].item() == pytest.approx(sum(found[name].item() for name in TERMS), rel=1e-5)
     return {name: value.item() for name, value in found.items()}

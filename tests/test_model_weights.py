@@ -59,7 +59,7 @@ def test_round_trip_is_exact(network, saved):
     assert frozen == [name for name, p in loaded.named_parameters() if not p.requires_grad] != []
     instructions = [Instruction(classes=NAMES)] * 2
     for a, b in zip(
-        network.detect(pictures(2), instructions), loaded.detect(pictures(2), instructions), strict=True
+        network.find(pictures(2), instructions), loaded.find(pictures(2), instructions), strict=True
     ):
         assert torch.equal(a.scores, b.scores) and torch.equal(a.boxes, b.boxes)
 

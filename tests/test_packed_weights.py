@@ -118,18 +118,18 @@ def test_training_is_not_packed():
 def test_features_of_an_instruction_are_kept_until_weights_change(monkeypatch):
     network = small_network()
     asked = [Instruction(classes=NAMES)]
-    first = network.detect(pictures(1), asked)[0].scores
+    first = network.find(pictures(1), asked)[0].scores
     encodings = []
     encode = network.encode_text
     monkeypatch.setattr(network, "encode_text", lambda prompts: encodings.append(0) or encode(prompts))
-    assert torch.equal(network.detect(pictures(1), asked)[0].scores, first)
+    assert torch.equal(network.find(pictures(1), asked)[0].scores, first)
     assert not encodings
-    network.detect(pictures(1), [Instruction(classes=NAMES[:2])])
+    network.find(pictures(1), [Instruction(classes=NAMES[:2])])
     assert len(encodings) == 1
     with torch.no_grad():
         network.text_encoder.norm.weight.mul_(1.5)
-    assert not torch.equal(network.detect(pictures(1), asked)[0].scores, first)
+    assert not torch.equal(network.find(pictures(1), asked)[0].scores, first)
     assert len(encodings) == 2
     with torch.autocast("cpu", torch.bfloat16):
-        network.detect(pictures(1), asked)
+        network.find(pictures(1), asked)
     assert len(encodings) == 3

@@ -123,7 +123,7 @@ def test_trains_location_slots_as_the_model_does() -> None:
     offsets = torch.randn(5, 4) * 300
     offsets[0] = torch.tensor([-9000.0, 9000.0, 512.0, -512.0])
     leaves = [states, head.locations, norm.weight]
-    expected = location_loss(head.location_logits(norm(states)), offsets)
+    expected = location_loss(head.location_logits(norm(states)), offsets, torch.ones(5, 4))
     loss = slot_head_cross_entropy(
         states[None],
         head.locations,
@@ -132,7 +132,7 @@ def test_trains_location_slots_as_the_model_does() -> None:
         sigma=LOCATION_SIGMA,
     )
     assert loss.shape == (1, 5, 4) and head.locations.shape == (LOCATION_BINS, SMALL.llm_dim)
-    torch.testing.assert_close(loss.mean(-1).sum(), expected)
+    torch.testing.assert_close(loss.sum(), expected)
     got = torch.autograd.grad(loss.mean(-1).sum(), leaves)
     for a, b in zip(got, torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b)

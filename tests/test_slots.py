@@ -10,7 +10,7 @@ from small_network import NAMES, SMALL, pictures, small_network
 
 from visionllm.instruction import Instruction
 from visionllm.model.network import pool_names
-from visionllm.model.slots import SlotHead, SlotQueries, expected_offsets
+from visionllm.model.slots import SlotFormat, SlotHead, SlotQueries, expected_offsets, extent_of, points_of
 
 BINS, HALF = 1025, 512
 
@@ -58,7 +58,7 @@ def test_a_slot_is_its_format_token_and_its_image_token():
     torch.manual_seed(0)
     queries = SlotQueries(SMALL)
     features, boxes = torch.randn(2, 3, SMALL.dim), torch.rand(2, 3, 4)
-    slots = queries(features, boxes, points=2)
+    slots = queries(features, boxes, SlotFormat())
     assert slots.shape == (2, 3, 5, SMALL.llm_dim)
     image = queries.image_tokens(features, boxes)
     torch.testing.assert_close(slots[:, :, 0] - queries.format.weight[0], image)
@@ -66,8 +66,11 @@ def test_a_slot_is_its_format_token_and_its_image_token():
         slots[:, :, 4] - slots[:, :, 1],
         (queries.format.weight[4] - queries.format.weight[1]).expand(2, 3, -1),
     )
-    more = queries(features, boxes, points=24)
-    assert torch.equal(more[:, :, :5], slots) and more.shape[2] == 49
+    twelve, more = (queries(features, boxes, SlotFormat("outlines", n)) for n in (12, 24))
+    assert torch.equal(more[:, :, 0], slots[:, :, 0]) and more.shape[2] == 49
+    # A point is told by its place along the outline: the 3rd of 12 is the 5th of 24.
+    torch.testing.assert_close(twelve[:, :, 1 + 4 : 1 + 6], more[:, :, 1 + 8 : 1 + 10], atol=1e-5, rtol=0)
+    assert (more[:, :, 1] - more[:, :, 3]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("class_rows", ["names", "static"])
@@ -134,12 +137,14 @@ def test_chosen_groups_answer_as_among_all(network):
     )
     text = network.encode_text(prompts)
     tokens = network.image_tokens(pictures(2), text)
-    everything, boxes = network.decode_slots(prompts, text, tokens)
+    reading = network.read_slots(prompts, text, tokens)
+    everything, boxes = reading.logits, reading.boxes
     assert everything.classes.shape == (2, SMALL.num_queries, len(NAMES) + 1)
     assert everything.locations.shape == (2, SMALL.num_queries, 4, BINS)
     assert (everything.classes[1, :, 2:5] == -math.inf).all() and torch.isfinite(everything.classes[0]).all()
     groups = torch.tensor([[7, 0, 3], [1, 11, 2]])
-    some, chosen = network.decode_slots(prompts, text, tokens, groups)
+    reading = network.read_slots(prompts, text, tokens, groups)
+    some, chosen = reading.logits, reading.boxes
     at = torch.arange(2)[:, None], groups
     torch.testing.assert_close(some.classes, everything.classes[at], atol=1e-5, rtol=0)
     torch.testing.assert_close(some.locations, everything.locations[at], atol=1e-5, rtol=0)
@@ -151,15 +156,33 @@ def test_longer_formats(network):
     prompts = network.tokenizer.prompts([Instruction(classes=NAMES)], SMALL.num_queries)
     text = network.encode_text(prompts)
     tokens = network.image_tokens(pictures(1), text)
-    logits, _ = network.decode_slots(prompts, text, tokens, points=14)
-    assert logits.locations.shape == (1, SMALL.num_queries, 28, BINS)
-    boxes, _ = network.decode_slots(prompts, text, tokens)
-    # A causal group: its first slots do not know how many follow.
-    torch.testing.assert_close(logits.locations[:, :, :4], boxes.locations, atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits.classes, boxes.classes, atol=1e-5, rtol=0)
+    outlines = network.read_slots(prompts, text, tokens, wanted=SlotFormat("outlines", 14))
+    assert outlines.logits.locations.shape == (1, SMALL.num_queries, 28, BINS)
+    names = network.encode_names(network.name_ids(NAMES[:3]))[None]
+    named = network.read_slots(prompts, text, tokens, wanted=SlotFormat("keypoints", 3, names))
+    assert named.logits.locations.shape == (1, SMALL.num_queries, 6, BINS)
+    assert named.visibility_logits().shape == (1, SMALL.num_queries, 3, 3)
+    boxes = network.read_slots(prompts, text, tokens)
+    for reading in (outlines, named):
+        # A causal group: its first slot does not know what follows.
+        torch.testing.assert_close(reading.logits.classes, boxes.logits.classes, atol=1e-5, rtol=0)
+        assert (reading.logits.locations[:, :, :4] - boxes.logits.locations).abs().max() > 1e-3
 
 
-def test_a_box_is_its_centre_and_its_offsets(network):
+@torch.no_grad()
+def test_the_spread_is_that_of_the_location_tokens(network):
+    prompts = network.tokenizer.prompts([Instruction(classes=NAMES)], SMALL.num_queries)
+    text = network.encode_text(prompts)
+    reading = network.read_slots(prompts, text, network.image_tokens(pictures(1), text))
+    reading.logits.locations[0, 0, 0] = peaked((100, 60.0))
+    reading.logits.locations[0, 0, 1] = peaked((512 - 30, 60.0), (512 + 30, 60.0))
+    spread = reading.spread()
+    assert spread.shape == (1, SMALL.num_queries, 4)
+    assert spread[0, 0, 0] < 1e-3 and math.isclose(spread[0, 0, 1], 30 / 512, rel_tol=1e-3)
+
+
+def test_a_box_is_its_centre_and_its_offsets():
     locations = torch.stack([peaked((512 + d, 60.0)) for d in (-64, -32, 128, 256)])[None, None]
-    corners = network.boxes_from_slots(locations, torch.tensor([[[0.5, 0.25, 0.9, 0.9]]]))
+    points = points_of(expected_offsets(locations, 6), torch.tensor([[[0.5, 0.25, 0.9, 0.9]]]))
+    corners = extent_of(points)
     torch.testing.assert_close(corners[0, 0], torch.tensor([0.375, 0.1875, 0.75, 0.75]), atol=1e-6, rtol=0)

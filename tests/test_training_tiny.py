@@ -80,7 +80,7 @@ def test_the_export_is_a_pretrained_folder(folder):
     sample = SceneDataset("val", size=64)[0]
     from visionllm.instruction import Instruction
 
-    answers = network.detect(torch.from_numpy(sample.image)[None], [Instruction(classes=("circle", "star"))])
+    answers = network.find(torch.from_numpy(sample.image)[None], [Instruction(classes=("circle", "star"))])
     assert torch.isfinite(answers[0].scores).all()
 
 

@@ -43,7 +43,7 @@ class Oracle(nn.Module):
         self.shift = shift
         self.seen = []
 
-    def detect(self, images, instructions, top):
+    def find(self, images, instructions, top):
         answers = []
         for image, instruction in zip(images, instructions, strict=True):
             assert image.shape == (32, 32, 3) and image.dtype == torch.uint8

@@ -1,25 +1,29 @@
 """Training batches from several data sets, with random prompts: a pure function of (seed, step, rank).
 
 Nothing depends on which batches were made before, so that a run resumes anywhere and processes share no
-state. The number of listed names and the template are the same for all samples of a step, on all ranks:
-nothing is padded for want of names, and no rank waits for another's longer prompt.
+state. The task, the template and the number of listed names are the same for all samples of a step, on all
+ranks: nothing is padded for want of names, and no rank waits for another's longer prompt.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from visionllm.data.class_set import PromptSettings, draw_class_set, draw_count, draw_range
 from visionllm.data.photo_augmentation import AugmentedPhotos, PhotoAugmentation, SampleSource, resize
+from visionllm.data.polygons import resample
 from visionllm.data.sample import Sample
 from visionllm.instruction import TRAIN_TEMPLATES, Instruction, Template
 from visionllm.instruction.instruction import MAX_CLASSES
 
 STEP_STREAM, SAMPLE_STREAM = 0, 1  # independent random streams
+CLASS_TASKS = ("detection", "segmentation", "keypoints")  # that list class names
+MOST_KEYPOINTS, MOST_EXPRESSIONS = 8, 6  # in a prompt
 DRAWS = 8  # attempts to find a picture that knows enough names for a long prompt
 
 
@@ -32,17 +36,19 @@ class Source:
         weight: share of the samples, relative to the other sources.
         photo: a finite set of photos, drawn with augmentation; otherwise pictures are taken as they are.
         name: for logs.
+        tasks: that its samples can be asked for.
     """
 
     dataset: SampleSource
     weight: float = 1.0
     photo: bool = False
     name: str = ""
+    tasks: tuple[str, ...] = ("detection",)
 
 
 @dataclass
 class TrainBatch:
-    """B pictures with their instructions and targets; all instructions list the same number of names.
+    """B pictures with their instructions, all of one task, and targets.
 
     Attributes:
         images: uint8 RGB ``[B, S, S, 3]``.
@@ -58,6 +64,12 @@ class TrainBatch:
         unlisted_names: the m names of those.
         source: the B names of the sources.
         photo: B times whether it is a photo source.
+        task: of all instructions.
+        points: for outlines and keypoints, B arrays float32 ``[n, N, 2]``, x and y in 0..1 of the picture,
+            in the order of ``boxes``; None for boxes, whose corners say it.
+        visibility: for keypoints, B arrays int64 ``[n, N]`` as in COCO: 0 not labelled, 1 hidden, 2 visible.
+        answers: for captioning and vqa, the B right texts; there are no objects then.
+        formats: beside those, pairs of an instruction in words and the output format it asks for.
     """
 
     images: np.ndarray
@@ -69,6 +81,11 @@ class TrainBatch:
     unlisted_names: list[list[str]]
     source: list[str]
     photo: list[bool]
+    task: str = "detection"
+    points: list[np.ndarray] | None = None
+    visibility: list[np.ndarray] | None = None
+    answers: list[str] = field(default_factory=list)
+    formats: list[tuple[str, str]] = field(default_factory=list)
 
 
 class TrainingBatches:
@@ -82,7 +99,8 @@ class TrainingBatches:
         rank, world_size: which of how many processes this is.
         prompts: how prompts are drawn; a mapping changes single fields of the default.
         augmentation: of photos; a mapping likewise.
-        templates: instruction templates; the detection ones for training by default.
+        templates: instruction templates by task; those for training by default.
+        tasks: each with its share of the steps; detection alone by default. Every task needs a source.
         cache_bytes: memory for decoded photos, per source.
 
     Raises:
@@ -100,7 +118,8 @@ class TrainingBatches:
         world_size: int = 1,
         prompts: PromptSettings | Mapping[str, Any] | None = None,
         augmentation: PhotoAugmentation | Mapping[str, Any] | None = None,
-        templates: Sequence[Template] | None = None,
+        templates: Mapping[str, Sequence[Template]] | None = None,
+        tasks: Mapping[str, float] | None = None,
         cache_bytes: int = 1 << 30,
     ) -> None:
         if not sources:
@@ -125,9 +144,17 @@ class TrainingBatches:
         self.rank, self.world_size = rank, world_size
         self.prompts = _settings(PromptSettings, prompts, "prompts")
         self.augmentation = _settings(PhotoAugmentation, augmentation, "augmentation")
-        self.templates = list(TRAIN_TEMPLATES["detection"] if templates is None else templates)
-        if not self.templates:
-            raise ValueError("templates: expected at least one, got none")
+        self.tasks = {task: share for task, share in (tasks or {"detection": 1.0}).items() if share > 0}
+        offered = {task for source in self.sources for task in source.tasks}
+        if not self.tasks or not all(np.isfinite(share) for share in self.tasks.values()):
+            raise ValueError(f"tasks: expected finite shares >= 0, not all 0, got {tasks}")
+        for task in self.tasks:
+            if task not in offered:
+                raise ValueError(f"tasks: expected some of {', '.join(sorted(offered))}, got {task!r}")
+        wordings = TRAIN_TEMPLATES if templates is None else templates
+        self.templates = {task: list(wordings[task]) for task in self.tasks}
+        if not all(self.templates.values()):
+            raise ValueError("templates: expected at least one for each task, got none for one")
         self._photos = [
             AugmentedPhotos(source.dataset, image_size, self.augmentation, cache_bytes)
             if source.photo
@@ -153,17 +180,25 @@ class TrainingBatches:
         if step < 0:
             raise IndexError(f"step: expected at least 0, got {step}")
         step_rng = self._rng(STEP_STREAM, step)
-        template = self.templates[step_rng.integers(len(self.templates))]
-        count, kind = draw_count(step_rng, min(int(self._capacities.max()), MAX_CLASSES), self.prompts)
-        if kind == "middle" and step_rng.random() < 0.5:
-            # Half of these batches keep the small vocabularies in, listed as a whole, half leave them out.
-            count = min(count, int(self._capacities.min()))
-        eligible = np.flatnonzero(self._capacities >= count)
+        task = self._draw_task(step_rng)
+        templates = self.templates[task]
+        template = templates[step_rng.integers(len(templates))]
+        offers = np.array([task in source.tasks for source in self.sources])
+        if task in CLASS_TASKS:
+            capacities = self._capacities[offers]
+            count, kind = draw_count(step_rng, min(int(capacities.max()), MAX_CLASSES), self.prompts)
+            if kind == "middle" and step_rng.random() < 0.5:
+                # Half of these batches keep the small vocabularies in, listed as a whole, half leave them out.
+                count = min(count, int(capacities.min()))
+            eligible = np.flatnonzero(offers & (self._capacities >= count))
+        else:
+            count, eligible = 0, np.flatnonzero(offers)
+        points = draw_points(step_rng) if task == "segmentation" else 2
         shares = np.cumsum(self._weights[eligible] / self._weights[eligible].sum())
 
         rngs = [self._rng(SAMPLE_STREAM, step, self.rank, position) for position in range(self.batch_size)]
         chosen = [int(eligible[np.searchsorted(shares[:-1], rng.random(), "right")]) for rng in rngs]
-        samples = [self._sample(index, count, rng) for index, rng in zip(chosen, rngs, strict=True)]
+        samples = [self._sample(index, task, count, rng) for index, rng in zip(chosen, rngs, strict=True)]
         count = min([count, *map(_names_known, samples)])
         batch = TrainBatch(
             images=np.stack([sample.image for sample in samples]),
@@ -175,25 +210,54 @@ class TrainingBatches:
             unlisted_names=[],
             source=[self.sources[index].name for index in chosen],
             photo=[self.sources[index].photo for index in chosen],
+            task=task,
+            points=[] if task in ("segmentation", "keypoints") else None,
+            visibility=[] if task == "keypoints" else None,
         )
+        keypoints = draw_keypoints(samples, step_rng) if task == "keypoints" else ()
         for index, sample, rng in zip(chosen, samples, rngs, strict=True):
+            if task in ("captioning", "vqa"):
+                self._add_words(batch, sample, template, rng)
+                continue
             foreign = self.prompts.foreign_names if self.sources[index].photo else 0.0
             if foreign and rng.random() < foreign:
                 sample = replace(sample, vocabulary=sample.vocabulary + self._foreign[index])
-            self._add_prompt(batch, sample, count, template, rng)
+            if task == "grounding":
+                sample, classes = draw_expressions(sample, rng)
+            else:
+                is_target = ~np.asarray(sample.iscrowd, bool)
+                present = [name for name, target in zip(sample.names, is_target, strict=True) if target]
+                unclear = [name for name, target in zip(sample.names, is_target, strict=True) if not target]
+                classes = draw_class_set(present, unclear, sample.vocabulary, count, rng, self.prompts)
+            self._add_objects(batch, sample, classes, points, keypoints)
+            batch.instructions.append(
+                template.instruction(
+                    classes,
+                    range=draw_range(rng, self.prompts),
+                    points=len(keypoints) if task == "keypoints" else points,
+                    keypoints=keypoints,
+                )
+            )
         return batch
+
+    def _draw_task(self, rng: np.random.Generator) -> str:
+        if len(self.tasks) == 1:
+            return next(iter(self.tasks))
+        shares = np.cumsum(list(self.tasks.values()))
+        return list(self.tasks)[int(np.searchsorted(shares[:-1] / shares[-1], rng.random(), "right"))]
 
     def _rng(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=stream))
 
-    def _sample(self, index: int, count: int, rng: np.random.Generator) -> Sample:
-        """A sample of a source, one that can fill a prompt of about ``count`` names if a few draws find any.
+    def _sample(self, index: int, task: str, count: int, rng: np.random.Generator) -> Sample:
+        """A sample of a source that can be asked for the task, with a prompt of about ``count`` names.
 
-        A picture can know fewer names than its source: on a real background, or with a damaged annotation.
+        A picture can know fewer names than its source: on a real background, or with a damaged annotation;
+        and have nothing to describe.
         """
         sample = self._draw(index, rng)
         for _ in range(DRAWS - 1):
-            if _names_known(sample) >= 0.95 * count:
+            if _names_known(sample) >= 0.95 * count and _says_enough(sample, task):
                 break
             sample = self._draw(index, rng)
         return sample
@@ -205,33 +269,106 @@ class TrainingBatches:
         dataset = self.sources[index].dataset
         return resize(dataset[int(rng.integers(len(dataset)))], self.image_size, self.image_size)
 
-    def _add_prompt(
+    def _add_objects(
         self,
         batch: TrainBatch,
         sample: Sample,
-        count: int,
-        template: Template,
-        rng: np.random.Generator,
+        classes: Sequence[str],
+        points: int,
+        keypoints: Sequence[str],
     ) -> None:
-        is_target = ~np.asarray(sample.iscrowd, bool)
-        present = [name for name, target in zip(sample.names, is_target, strict=True) if target]
-        unclear = [name for name, target in zip(sample.names, is_target, strict=True) if not target]
-        classes = draw_class_set(present, unclear, sample.vocabulary, count, rng, self.prompts)
-        boxes, labels, ignore, unlisted, unlisted_names = targets_of(
-            sample, classes, self.prompts.max_objects
-        )
-        batch.boxes.append(boxes)
-        batch.labels.append(labels)
-        batch.ignore.append(ignore)
-        batch.unlisted.append(unlisted)
-        batch.unlisted_names.append(unlisted_names)
-        batch.instructions.append(template.instruction(classes, range=draw_range(rng, self.prompts)))
+        if batch.task == "segmentation":
+            # What has no outline is there, but cannot be asked for.
+            outlines = sample.outlines or [None] * len(sample.names)
+            without = np.array([outline is None for outline in outlines], bool).reshape(-1)
+            sample = replace(sample, iscrowd=np.asarray(sample.iscrowd, bool) | without)
+        objects = targets_of(sample, classes, self.prompts.max_objects)
+        batch.boxes.append(objects.boxes)
+        batch.labels.append(objects.labels)
+        batch.ignore.append(objects.ignore)
+        batch.unlisted.append(objects.unlisted)
+        batch.unlisted_names.append(objects.unlisted_names)
+        size = np.array(sample.image.shape[1::-1], np.float32)
+        if batch.task == "segmentation":
+            rows = [resample(outlines[i], points) for i in objects.places]
+            batch.points.append(_stack(rows, points, 2) / size)
+        elif batch.task == "keypoints":
+            known = sample.keypoints or [{}] * len(sample.names)
+            triples = _stack(
+                [[known[i].get(name, (0.0, 0.0, 0)) for name in keypoints] for i in objects.places],
+                len(keypoints),
+                3,
+            )
+            batch.points.append(triples[..., :2] / size)
+            batch.visibility.append(triples[..., 2].astype(np.int64))
+
+    def _add_words(
+        self, batch: TrainBatch, sample: Sample, template: Template, rng: np.random.Generator
+    ) -> None:
+        if batch.task == "vqa":
+            question = sample.questions[int(rng.integers(len(sample.questions)))]
+            batch.instructions.append(template.instruction((), question=question.text))
+            batch.answers.append(question.answer)
+        else:
+            references = sample.captions.get(template.length) or next(iter(sample.captions.values()))
+            batch.instructions.append(template.instruction(()))
+            batch.answers.append(references[int(rng.integers(len(references)))])
 
 
-def targets_of(
-    sample: Sample, classes: Sequence[str], max_objects: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """Listed objects' boxes ``[n, 4]`` and labels ``[n]``; areas to ignore; unlisted objects and their names.
+def draw_points(rng: np.random.Generator) -> int:
+    """How many points of an outline a step asks for, 4 to 64: mostly the paper's numbers."""
+    if rng.random() < 0.7:
+        return int(rng.choice((8, 14, 16, 16, 20, 24)))
+    return round(math.exp(rng.uniform(math.log(4), math.log(64))))
+
+
+def draw_keypoints(samples: Sequence[Sample], rng: np.random.Generator) -> tuple[str, ...]:
+    """Names that a step's prompts ask for, in random order: some of those that one of its objects has."""
+    sets = [tuple(points) for sample in samples for points in sample.keypoints or () if points]
+    if not sets:
+        raise ValueError("keypoints: expected an object with keypoints in the batch, got none")
+    names = sets[int(rng.integers(len(sets)))]
+    count = min(len(names), int(rng.integers(1, MOST_KEYPOINTS + 1)))
+    return tuple(names[i] for i in rng.permutation(len(names))[:count])
+
+
+def draw_expressions(sample: Sample, rng: np.random.Generator) -> tuple[Sample, tuple[str, ...]]:
+    """Some of a picture's expressions in random order, and the sample with them as its objects' names.
+
+    No two of them mean the same object: an object gets one answer.
+    """
+    wanted = int(rng.integers(1, MOST_EXPRESSIONS + 1))
+    names, classes = [""] * len(sample.names), list[str]()
+    for i in rng.permutation(len(sample.expressions)):
+        expression = sample.expressions[i]
+        if expression.text in classes or any(names[k] for k in expression.objects):
+            continue
+        classes.append(expression.text)
+        for k in expression.objects:
+            names[k] = expression.text
+        if len(classes) == wanted:
+            break
+    return replace(sample, names=names), tuple(classes)
+
+
+@dataclass(frozen=True)
+class TargetObjects:
+    """A sample's objects as a prompt sees them, boxes as in `TrainBatch`.
+
+    Attributes:
+        places: int64 ``[n]``, positions of the targets in the sample.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    places: np.ndarray
+    ignore: np.ndarray
+    unlisted: np.ndarray
+    unlisted_names: list[str]
+
+
+def targets_of(sample: Sample, classes: Sequence[str], max_objects: int) -> TargetObjects:
+    """Listed objects, areas to ignore and unlisted objects.
 
     Boxes are clipped to the picture, in centre form, in 0..1 of its width and height, the largest first;
     those beyond ``max_objects`` and crowds are areas to ignore. Boxes without extent are left out.
@@ -250,7 +387,29 @@ def targets_of(
     ignored = np.concatenate([np.flatnonzero(is_listed & is_crowd), targets[max_objects:]])
     unlisted = np.flatnonzero((labels < 0) & has_extent & ~is_crowd)
     found = targets[:max_objects]
-    return boxes[found], labels[found], boxes[ignored], boxes[unlisted], [sample.names[i] for i in unlisted]
+    return TargetObjects(
+        boxes[found],
+        labels[found],
+        found,
+        boxes[ignored],
+        boxes[unlisted],
+        [sample.names[i] for i in unlisted],
+    )
+
+
+def _stack(rows: Sequence[Any], *shape: int) -> np.ndarray:
+    return np.asarray(rows, np.float32).reshape(len(rows), *shape)
+
+
+def _says_enough(sample: Sample, task: str) -> bool:
+    """Whether the sample has what the task asks for."""
+    if task == "vqa":
+        return bool(sample.questions)
+    if task == "captioning":
+        return bool(sample.captions)
+    if task == "grounding":
+        return bool(sample.expressions)
+    return True
 
 
 def _settings(kind: type, given: Any, name: str) -> Any:
@@ -260,7 +419,7 @@ def _settings(kind: type, given: Any, name: str) -> Any:
         return given
     if not isinstance(given, Mapping):
         raise TypeError(f"{name}: expected {kind.__name__} or a mapping, got {type(given).__name__}")
-    known = [field.name for field in fields(kind)]
+    known = [one.name for one in fields(kind)]
     for key in given:
         if key not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {key!r}")

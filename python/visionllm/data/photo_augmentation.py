@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from visionllm.data.polygons import clip_outline
 from visionllm.data.sample import Sample
 
 LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601: what a grey version of R, G, B is
@@ -101,10 +102,12 @@ class AugmentedPhotos:
         return replace(view, image=jitter_colours(view.image, rng, settings))
 
     def photo(self, index: int) -> Sample:
-        """Photo ``index`` at its cached size, without masks; its arrays are read-only."""
+        """Photo ``index`` at its cached size, without masks and words; its arrays are read-only."""
         sample = self._cache.get(index)
         if sample is None:
-            sample = replace(shrink(self.photos[index], self.augmentation.max_cached_side), masks=None)
+            sample = shrink(self.photos[index], self.augmentation.max_cached_side)
+            # A view shows a part of the photo, or its mirror image: what was said of it need not hold.
+            sample = replace(sample, masks=None, keypoints=None, expressions=[], captions={}, questions=[])
             for array in (sample.image, sample.boxes, sample.area, sample.iscrowd):
                 array.flags.writeable = False
             if self._cached_bytes + sample.image.nbytes <= self.cache_bytes:
@@ -197,14 +200,40 @@ def crop(
         area=(sample.area[keep] * scale_x * scale_y * share).astype(np.float32),
         iscrowd=sample.iscrowd[keep] | ~inside[keep] | (side[keep] < settings.min_side),
         masks=None,
+        outlines=_moved(sample, keep, (x1, y1), (scale_x, scale_y), (inner_width, inner_height), (left, top)),
     )
+
+
+def _moved(
+    sample: Sample,
+    keep: np.ndarray,
+    origin: tuple[float, float],
+    scale: tuple[float, float],
+    size: tuple[int, int],
+    place: tuple[int, int],
+) -> list[np.ndarray | None] | None:
+    """The kept objects' outlines in a part of the picture: from its origin, scaled, clipped, put in place."""
+    if sample.outlines is None:
+        return None
+    moved: list[np.ndarray | None] = []
+    for i in keep:
+        outline = sample.outlines[i]
+        if outline is not None:
+            outline = clip_outline((outline - np.array(origin)) * np.array(scale), *size)
+        moved.append(None if outline is None else (outline + np.array(place)).astype(np.float32))
+    return moved
 
 
 def flip(sample: Sample) -> Sample:
     """The mirror image, left and right exchanged."""
     boxes = sample.boxes.copy()
     boxes[:, [0, 2]] = sample.image.shape[1] - sample.boxes[:, [2, 0]]
-    return replace(sample, image=np.ascontiguousarray(sample.image[:, ::-1]), boxes=boxes, masks=None)
+    outlines = sample.outlines
+    if outlines is not None:
+        mirror = np.array([-1, 1], np.float32), np.array([sample.image.shape[1], 0], np.float32)
+        outlines = [None if outline is None else outline * mirror[0] + mirror[1] for outline in outlines]
+    image = np.ascontiguousarray(sample.image[:, ::-1])
+    return replace(sample, image=image, boxes=boxes, masks=None, outlines=outlines)
 
 
 def shrink(sample: Sample, max_side: int) -> Sample:
@@ -229,7 +258,22 @@ def resize(sample: Sample, width: int, height: int) -> Sample:
         boxes=sample.boxes * np.array([scale_x, scale_y, scale_x, scale_y], np.float32),
         area=(sample.area * (scale_x * scale_y)).astype(np.float32),
         masks=None,
+        **_scaled_points(sample, scale_x, scale_y),
     )
+
+
+def _scaled_points(sample: Sample, scale_x: float, scale_y: float) -> dict[str, Any]:
+    """Outlines and keypoints of a picture of another size."""
+    outlines, keypoints = sample.outlines, sample.keypoints
+    if outlines is not None:
+        scale = np.array([scale_x, scale_y], np.float32)
+        outlines = [None if outline is None else outline * scale for outline in outlines]
+    if keypoints is not None:
+        keypoints = [
+            {name: (x * scale_x, y * scale_y, v) for name, (x, y, v) in points.items()}
+            for points in keypoints
+        ]
+    return {"outlines": outlines, "keypoints": keypoints}
 
 
 def jitter_colours(image: np.ndarray, rng: np.random.Generator, settings: PhotoAugmentation) -> np.ndarray:
@@ -277,9 +321,23 @@ def _mosaic(views: Sequence[Sample], corners: Sequence[tuple[int, int, int, int]
         names=[name for view in views for name in view.names],
         area=np.concatenate([view.area for view in views]),
         iscrowd=np.concatenate([view.iscrowd for view in views]),
+        outlines=_placed_outlines(views, corners),
         image_id="+".join(str(view.image_id) for view in views),
         vocabulary=first if len(shared) == len(first) else tuple(name for name in first if name in shared),
     )
+
+
+def _placed_outlines(
+    views: Sequence[Sample], corners: Sequence[tuple[int, int, int, int]]
+) -> list[np.ndarray | None] | None:
+    """A mosaic's outlines; None where one of its parts has none."""
+    placed: list[np.ndarray | None] = []
+    for view, corner in zip(views, corners, strict=True):
+        if view.outlines is None:
+            return None
+        shift = np.array(corner[:2], np.float32)
+        placed += [None if outline is None else outline + shift for outline in view.outlines]
+    return placed
 
 
 def _photos_by_class(photos: SampleSource) -> list[np.ndarray]:

@@ -104,6 +104,28 @@ def resample(outline: np.ndarray, count: int) -> np.ndarray:
     return np.stack([np.interp(at, length, closed[:, k]) for k in (0, 1)], axis=1).astype(np.float32)
 
 
+def clip_outline(outline: np.ndarray, width: float, height: float) -> np.ndarray | None:
+    """The part of an outline ``[P, 2]`` within a picture (Sutherland and Hodgman 1974), or None.
+
+    Parts that are separate within the picture stay joined along its border.
+    """
+    points = np.asarray(outline, np.float64)
+    for axis, limit, sign in ((0, 0.0, 1), (0, width, -1), (1, 0.0, 1), (1, height, -1)):
+        depth = sign * (points[:, axis] - limit)  # how far inside
+        if (depth >= 0).all():
+            continue
+        following = np.roll(points, -1, 0)
+        beyond = np.roll(depth, -1)
+        inside, crosses = depth >= 0, (depth >= 0) != (beyond >= 0)
+        share = np.divide(depth, depth - beyond, out=np.zeros_like(depth), where=crosses)
+        crossing = points + share[:, None] * (following - points)
+        both = np.stack([points, crossing], 1)  # [P, 2, 2], a point and what follows it on the border
+        points = both[np.stack([inside, crosses], 1)]
+        if len(points) < LEAST_POINTS:
+            return None
+    return points.astype(np.float32) if abs(signed_area(points)) > 0 else None
+
+
 def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
     """The mask, bool ``[height, width]``, of a segmentation as `outline_of` takes it."""
     if isinstance(segmentation, np.ndarray) and segmentation.ndim == 2:

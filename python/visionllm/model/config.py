@@ -7,8 +7,9 @@ import json
 import math
 from dataclasses import dataclass
 
+from visionllm.instruction.instruction import TASKS
+
 LOCATION_BINS = 1025  # <p-512> … <p512>, an offset in units of 1/512 of the picture's height or width
-MAX_BOUNDARY_POINTS = 64  # <x1> <y1> … <x64> <y64>
 STRIDES = (8, 16, 32, 64)  # of the four scales, in pixels
 GROUPS = 16  # of the group norms behind the scales' convolutions
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -57,6 +58,7 @@ class ModelConfig:
     objectness_power: float = 0.35  # a
     known_power: float = 0.0  # c; 0: known names play no part
     score_threshold: float = 0.3  # shown and answered boxes; evaluation uses all
+    tasks: tuple[str, ...] = ("detection",)  # that the weights were trained for
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -104,8 +106,10 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: {name} must be at least {0 if name in MAY_BE_ZERO else 1}, got {value}"
             )
-        elif isinstance(value, tuple) and not all(target in LORA_TARGETS for target in value):
-            raise ValueError(f"ModelConfig: {name} must be of {', '.join(LORA_TARGETS)}, got {value!r}")
+        elif isinstance(value, tuple):
+            allowed = TASKS if name == "tasks" else LORA_TARGETS
+            if not all(one in allowed for one in value):
+                raise ValueError(f"ModelConfig: {name} must be of {', '.join(allowed)}, got {value!r}")
 
     def to_json(self) -> str:
         return json.dumps({"model_type": "visionllm", **dataclasses.asdict(self)}, indent=2) + "\n"

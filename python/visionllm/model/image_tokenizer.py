@@ -60,6 +60,13 @@ class ImageTokens:
     proposal_objectness: Tensor
     drawing: Tensor | None = None
 
+    def of(self, rows: Tensor) -> ImageTokens:
+        """Of the pictures [n] alone."""
+        drawing = None if self.drawing is None else self.drawing[rows]
+        boxes, objectness = ([one[rows] for one in layers] for layers in (self.boxes, self.objectness))
+        proposals = self.proposal_boxes[rows], self.proposal_objectness[rows]
+        return ImageTokens(self.features[rows], boxes, objectness, self.memory[rows], *proposals, drawing)
+
 
 class BoxHead(nn.Sequential):
     """Three-layer perceptron to a box's change in logit space; starts at no change."""

@@ -2,7 +2,7 @@
 
 A pass takes a causal prefix and, after it, G groups of S slots. Each slot attends to the whole prefix and
 causally to its own group; slot j of every group has position P + j, so that groups are exchangeable and one
-pass decodes them all.
+pass decodes them all. Words are decoded one after the other over a cache of keys and values (`KVCache`).
 """
 
 from __future__ import annotations
@@ -114,6 +114,37 @@ def grouped_attention(
     return y.view(b, kv_heads, groups, -1, slots, d).permute(0, 2, 4, 1, 3, 5).flatten(3, 4)
 
 
+class KVCache:
+    """Rotated keys and values of what the LLM has read, so that it reads on without reading it again.
+
+    Args:
+        batch: B; capacity: the most tokens a row will hold, padding included.
+    """
+
+    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
+        self.keys: list[Tensor] = []  # per layer [B, capacity, H_kv, D]
+        self.values: list[Tensor] = []
+        self.mask = torch.zeros(batch, capacity, dtype=torch.bool, device=device)  # columns that hold a token
+        self.used = 0  # columns written, padding included
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # tokens of each row
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the rows [n] in this order; a row may be taken several times."""
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+        self.mask, self.lengths = self.mask[rows], self.lengths[rows]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds [B, T, H_kv, D] behind the used columns; all columns of this layer so far [B, n, H_kv, D]."""
+        if layer == len(self.keys):
+            for kept in (self.keys, self.values):
+                kept.append(keys.new_zeros(len(keys), self.mask.shape[1], *keys.shape[2:]))
+        end = self.used + keys.shape[1]
+        self.keys[layer][:, self.used : end] = keys
+        self.values[layer][:, self.used : end] = values
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+
 class LLMLayer(nn.Module):
     """One LLaMA block over the concatenation of prefix and slots."""
 
@@ -142,25 +173,58 @@ class LLMLayer(nn.Module):
         """x: [B, P + G·S, C]."""
         b, n, c = x.shape
         p = layout.mask.shape[1]
-        normed = self.attention_norm(x)
-        q = self.q(normed).view(b, n, self.heads, -1)
-        k = self.k(normed).view(b, n, self.kv_heads, -1)
-        v = self.v(normed).view(b, n, self.kv_heads, -1)
+        q, k, v = self.project(x)
         # Padding stands behind the text, where a causal query of the text cannot see it.
-        shared = self.heads // self.kv_heads
         far_q, far_k = (apply_rope(t[:, :p], layout.prefix_rope) for t in (q, k))
         far_v = v[:, :p]
-        wide_k, wide_v = (t.repeat_interleave(shared, 2).transpose(1, 2) for t in (far_k, far_v))
-        y = attention(far_q.transpose(1, 2), wide_k, wide_v, causal=True).transpose(1, 2).reshape(b, p, c)
+        y = self.attend(far_q, far_k, far_v)
         if n > p:
             own_q, own_k, own_v = (t[:, p:].unflatten(1, (-1, layout.slots)) for t in (q, k, v))
-            if uses_operators(q):
-                rope = (layout.table[0][:, 0], layout.table[1][:, 0])
-                own = query_attention(own_q, own_k, own_v, far_k, far_v, layout.lengths, rope)
-            else:
-                own_q, own_k = (apply_rope(t, layout.slot_rope) for t in (own_q, own_k))
-                own = grouped_attention(own_q, own_k, own_v, far_k, far_v, layout.mask)
+            own = self.grouped(own_q, own_k, own_v, far_k, far_v, layout)
             y = torch.cat([y, own.reshape(b, n - p, c)], 1)
+        return self.finish(x, y)
+
+    def read(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache, layer: int
+    ) -> Tensor:
+        """x: [B, T, C], behind what the cache holds; mask: bool [B, 1, T, n], who sees which column."""
+        q, k, v = self.project(x)
+        k, v = cache.write(layer, apply_rope(k, rope), v)
+        return self.finish(x, self.attend(apply_rope(q, rope), k, v, mask))
+
+    def answer(self, x: Tensor, layout: Layout, cache: KVCache, layer: int) -> Tensor:
+        """x: slots [B, G·S, C] over a prefix that stands in the cache."""
+        q, k, v = (t.unflatten(1, (-1, layout.slots)) for t in self.project(x))
+        far_k, far_v = (kept[layer][:, : cache.used] for kept in (cache.keys, cache.values))
+        return self.finish(x, self.grouped(q, k, v, far_k, far_v, layout).reshape(x.shape))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, D], keys and values [B, T, H_kv, D]."""
+        normed = self.attention_norm(x)
+        return (
+            self.q(normed).unflatten(-1, (self.heads, -1)),
+            self.k(normed).unflatten(-1, (self.kv_heads, -1)),
+            self.v(normed).unflatten(-1, (self.kv_heads, -1)),
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Rotated [B, T, H, D], [B, n, H_kv, D] twice → [B, T, C]; causal without a mask."""
+        wide_k, wide_v = (t.repeat_interleave(self.heads // self.kv_heads, 2).transpose(1, 2) for t in (k, v))
+        y = attention(q.transpose(1, 2), wide_k, wide_v, mask, causal=mask is None)
+        return y.transpose(1, 2).flatten(2)
+
+    def grouped(
+        self, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, layout: Layout
+    ) -> Tensor:
+        """Slots [B, G, S, H or H_kv, D], not rotated, over a rotated prefix → [B, G, S, H, D]."""
+        if uses_operators(q):
+            rope = (layout.table[0][:, 0], layout.table[1][:, 0])
+            return query_attention(q, k, v, far_k, far_v, layout.lengths, rope)
+        q, k = (apply_rope(t, layout.slot_rope) for t in (q, k))
+        return grouped_attention(q, k, v, far_k, far_v, layout.mask)
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """The block behind its attention y: [B, T, C] both."""
         x = self.o(y, shortcut=x)
         normed = self.ffn_norm(x)
         return self.down(self.gate(normed, "silu") * self.up(normed), shortcut=x)
@@ -186,3 +250,39 @@ class LLM(nn.Module):
             x = layer(x, layout)
         x = self.norm(x)
         return x[:, :p], x[:, p:].reshape(b, groups, size, c)
+
+    def read(self, x: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+        """Reads on: x [B, T, C] behind what the cache holds, which then holds it too → states [B, T, C].
+
+        mask: bool [B, T], True where there is a token; padding must stand last.
+        """
+        t = x.shape[1]
+        end = cache.used + t
+        cache.mask[:, cache.used : end] = mask
+        order = torch.arange(t, device=x.device)
+        seen = cache.mask[:, None, None, :end].expand(-1, 1, t, -1).clone()
+        # A padded query sees itself, lest its softmax be over nothing.
+        seen[..., cache.used :] = (order[:, None] >= order) & (
+            mask[:, None, None] | torch.eye(t, device=x.device).bool()
+        )
+        table = first_positions(cache.mask.shape[1], self.head_dim, self.theta, x.device)
+        rows = (cache.lengths[:, None] + order).clamp(max=cache.mask.shape[1] - 1)
+        rope = (table[0][rows], table[1][rows])
+        for i, layer in enumerate(self.layers):
+            x = layer.read(x, rope, seen, cache, i)  # type: ignore[operator]
+        cache.used = end
+        cache.lengths = cache.lengths + mask.sum(1)
+        return self.norm(x)
+
+    def answer(self, slots: Tensor, cache: KVCache) -> Tensor:
+        """Slots [B, G, S, C] over a prefix that `read` has put into the cache → their states.
+
+        The prefix's tokens must stand before its padding: a batch is read at once, or has no padding.
+        """
+        b, groups, size, c = slots.shape
+        table = first_positions(cache.used + size, self.head_dim, self.theta, slots.device)
+        layout = Layout(cache.mask[:, : cache.used], cache.lengths, size, table)
+        x = slots.reshape(b, -1, c)
+        for i, layer in enumerate(self.layers):
+            x = layer.answer(x, layout, cache, i)  # type: ignore[operator]
+        return self.norm(x).reshape(b, groups, size, c)

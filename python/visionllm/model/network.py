@@ -1,8 +1,8 @@
-"""The network, wired: instructions and pictures → image tokens → prefix → slots → logits → detections."""
+"""The network, wired: instructions and pictures → image tokens → prefix → slots → logits → detections, or text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,21 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from visionllm.instruction import Instruction
+from visionllm.instruction.instruction import SET_TASKS
 from visionllm.model import weights
+from visionllm.model.boxes import cxcywh_to_xyxy
 from visionllm.model.config import ModelConfig
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokenizer, ImageTokens
 from visionllm.model.known_names import probability_of_listed, rivals
-from visionllm.model.llm import LLM
+from visionllm.model.llm import LLM, KVCache
 from visionllm.model.slots import (
+    SlotFormat,
     SlotHead,
-    SlotLogits,
     SlotQueries,
     SlotReading,
     class_token_embedding,
-    corners_of,
-    expected_offsets,
+    extent_of,
+    points_of,
 )
+from visionllm.model.text_decoding import TextHead, decode_text
 from visionllm.model.text_encoder import TextEncoder, mean_pool
+from visionllm.text_options import TextOptions
 from visionllm.tokenizer import IMAGE, MAX_NAME_TOKENS, PADDING, Prompts, Tokenizer, pad
 
 if TYPE_CHECKING:
@@ -36,12 +40,17 @@ KEPT_INSTRUCTIONS = 4  # batches of instructions whose text features are kept
 
 @dataclass
 class Detections:
-    """One picture's boxes, best first. Coordinates are shares of the picture's width and height.
+    """One picture's objects, best first. Coordinates are shares of the picture's width and height.
 
     Attributes:
-        boxes: fp32 [n, 4], x1 y1 x2 y2, clipped to 0..1.
+        boxes: fp32 [n, 4], x1 y1 x2 y2, clipped to 0..1: the said corners, an outline's extent, or around
+            keypoints the image token's own.
         scores: fp32 [n]; labels: int64 [n], index into the instruction's classes.
-        centers: fp32 [n, 2], l_i; bins: int64 [n, 4], the offset tokens said, −512..512, in the boxes' order.
+        centers: fp32 [n, 2], l_i; bins: int64 [n, 2N], the offset tokens said, −512..512.
+        points: fp32 [n, N, 2]: the corners, the outline's points, or the keypoints in the instruction's order.
+        visibility: fp32 [n, N, 3], of keypoints: probabilities of COCO's "not labelled", "hidden", "visible".
+        spread: fp32 [n, 2N], standard deviation of every coordinate's location tokens; only where asked for.
+        absent: fp32 [K], for grounding: the probability that nothing is what expression k describes.
     """
 
     boxes: Tensor
@@ -49,6 +58,10 @@ class Detections:
     labels: Tensor
     centers: Tensor
     bins: Tensor
+    points: Tensor
+    visibility: Tensor | None = None
+    spread: Tensor | None = None
+    absent: Tensor | None = None
 
 
 @dataclass
@@ -62,6 +75,10 @@ class Text:
     mask: Tensor
     names: Tensor
     distinct: Tensor
+
+    def of(self, rows: Tensor) -> Text:
+        """Of the prompts [n] alone."""
+        return Text(self.tokens[rows], self.mask[rows], self.names[rows], self.distinct)
 
 
 class Network(nn.Module):
@@ -86,6 +103,7 @@ class Network(nn.Module):
         self.llm = LLM(config)
         self.slot_queries = SlotQueries(config)
         self.slot_head = SlotHead(config)
+        self.text_head = TextHead(config.llm_dim)
         # The encoder's and the decoder's features against the names' text features: for training, and the
         # decoder's for the scores too (model/known_names.py).
         self.alignment = nn.ModuleDict(
@@ -132,8 +150,7 @@ class Network(nn.Module):
     def known_features(self) -> Tensor:
         """[V, C], the text features of `known_names`."""
         if self.training or self._known_features is None or self._known_features.device != self.device:
-            ids = [self.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in self.known_names]
-            features = self.encode_names(pad(ids, PADDING).to(self.device))
+            features = self.encode_names(self.name_ids(self.known_names))
             if self.training:
                 return features
             self._known_features = features
@@ -157,96 +174,245 @@ class Network(nn.Module):
         """images: uint8 [B, S, S, 3]; drawings: bool [B], where it is known which are no photos."""
         return self.image_tokenizer(images, text.tokens, text.mask, denoising, drawings)
 
-    def decode_slots(
-        self, prompts: Prompts, text: Text, tokens: ImageTokens, groups: Tensor | None = None, points: int = 2
-    ) -> tuple[SlotLogits, Tensor]:
-        """`read_slots`, as the logits and the groups' boxes [B, G, 4]."""
-        reading = self.read_slots(prompts, text, tokens, groups, points)
-        return reading.logits, reading.boxes
+    def slot_format(self, instructions: Sequence[Instruction]) -> SlotFormat:
+        """What stands in the groups of instructions of one task and N."""
+        task, points = instructions[0].task, instructions[0].points
+        if task == "keypoints":
+            distinct = dict.fromkeys(name for one in instructions for name in one.keypoints)
+            row = {name: k for k, name in enumerate(distinct)}
+            features = self.encode_names(self.name_ids(distinct))
+            rows = [[row[name] for name in one.keypoints] for one in instructions]
+            return SlotFormat("keypoints", points, features[torch.tensor(rows, device=self.device)])
+        return SlotFormat("outlines" if task == "segmentation" else "boxes", points)
 
-    def read_slots(
-        self, prompts: Prompts, text: Text, tokens: ImageTokens, groups: Tensor | None = None, points: int = 2
-    ) -> SlotReading:
-        """One pass of the LLM over the prefix and the chosen groups.
+    def name_ids(self, names: Iterable[str]) -> Tensor:
+        """Padded token ids [U, N]."""
+        ids = [self.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in names]
+        return pad(ids, PADDING).to(self.device)
 
-        Args:
-            groups: int64 [B, G], which image (or denoising) tokens get a group; None: all M.
-        """
+    def embed(self, prompts: Prompts, tokens: ImageTokens) -> Tensor:
+        """The prefix [B, P, C_llm]: words, class tokens, and the image tokens in their places."""
         m = self.config.num_queries
-        boxes = tokens.boxes[-1].detach()
-        image = self.slot_queries.image_tokens(tokens.features[:, :m], boxes[:, :m])
+        image = self.slot_queries.image_tokens(
+            tokens.features[:, :m], tokens.boxes[-1][:, :m].detach(), tokens.objectness[-1][:, :m]
+        )
         is_image = prompts.ids == IMAGE
         is_class = prompts.ids >= self.tokenizer.vocab_size
         words = self.embedding(prompts.ids.masked_fill(is_class, 0).clamp(min=0))
         class_ids = (prompts.ids - self.tokenizer.vocab_size).clamp(min=0)
         prefix = torch.where(is_class[..., None], self.class_tokens(class_ids), words)
         # Every prompt holds all M image tokens in order, so the scatter is a plain masked copy.
-        prefix = prefix.masked_scatter(is_image[..., None], image.to(prefix.dtype))
+        return prefix.masked_scatter(is_image[..., None], image.to(prefix.dtype))
 
+    def read_slots(
+        self,
+        prompts: Prompts,
+        text: Text,
+        tokens: ImageTokens,
+        groups: Tensor | None = None,
+        wanted: SlotFormat | None = None,
+    ) -> SlotReading:
+        """One pass of the LLM over the prefix and the chosen groups.
+
+        Args:
+            groups: int64 [B, G], which image (or denoising) tokens get a group; None: all M.
+            wanted: what the groups hold; None: boxes.
+        """
+        m = self.config.num_queries
+        boxes = tokens.boxes[-1].detach()
+        prefix = self.embed(prompts, tokens)
         if groups is None:
             features, boxes = tokens.features[:, :m], boxes[:, :m]
         else:
             features = tokens.features.gather(1, groups[..., None].expand(-1, -1, tokens.features.shape[-1]))
             boxes = boxes.gather(1, groups[..., None].expand(-1, -1, 4))
-        slots = self.slot_queries(features, boxes, points)
-        mask = prompts.ids != -1
-        prefix_states, states = self.llm(prefix, mask, slots.to(prefix.dtype))
+        slots = self.slot_queries(features, boxes, wanted or SlotFormat())
+        prefix_states, states = self.llm(prefix, prompts.ids != PADDING, slots.to(prefix.dtype))
         name_states = pool_names(prefix_states, prompts.name_index, prompts.class_mask.shape[1])
         rows = self.slot_head.rows(name_states, text.names, self.class_tokens.weight)
         return SlotReading(self.slot_head, states, rows, prompts.class_mask, boxes)
 
-    def boxes_from_slots(self, locations: Tensor, boxes: Tensor) -> Tensor:
-        """Location logits [B, G, 4, 1025], boxes [B, G, 4] → corners [B, G, 4] in shares of the picture."""
-        return corners_of(expected_offsets(locations, self.config.coordinate_window), boxes)
-
     @torch.inference_mode()
-    def detect(self, images: Tensor, instructions: Sequence[Instruction], top: int = 100) -> list[Detections]:
-        """Boxes of a batch.
+    def find(
+        self,
+        images: Tensor,
+        instructions: Sequence[Instruction],
+        top: int = 100,
+        spread: bool = False,
+    ) -> list[Detections]:
+        """Objects of a batch; tasks, class sets and numbers of points may differ from picture to picture.
 
         Args:
             images: uint8 [B, S, S, 3] with S = config.image_size.
-            instructions: B detection instructions.
-            top: at most this many boxes a picture.
+            instructions: B of them, for tasks that are answered by a set of objects.
+            top: at most this many objects a picture.
+            spread: also give `Detections.spread`.
+
+        Raises:
+            ValueError: an argument does not fit, or a task is not one that the weights were trained for.
         """
+        prompts, text, tokens = self.see("find", images, instructions, SET_TASKS)
+        results: list[Detections | None] = [None] * len(instructions)
+        # The pictures are seen together; groups of one form are answered together.
+        forms: dict[tuple[str, int], list[int]] = {}
+        for b, instruction in enumerate(instructions):
+            form = "boxes" if instruction.task in ("detection", "grounding") else instruction.task
+            forms.setdefault((form, instruction.points), []).append(b)
+        for members in forms.values():
+            if len(members) == len(instructions):
+                found = self._answer_slots(prompts, text, tokens, instructions, top, spread)
+            else:
+                rows = torch.tensor(members, device=self.device)
+                asked = [instructions[b] for b in members]
+                found = self._answer_slots(
+                    prompts.of(rows), text.of(rows), tokens.of(rows), asked, top, spread
+                )
+            for b, one in zip(members, found, strict=True):
+                results[b] = one
+        return [one for one in results if one is not None]
+
+    def see(
+        self, caller: str, images: Tensor, instructions: Sequence[Instruction], tasks: Sequence[str]
+    ) -> tuple[Prompts, Text, ImageTokens]:
+        """The checked arguments of `find` and `write` as prompts, their text features and image tokens."""
         size = self.config.image_size
         if images.dtype != torch.uint8 or images.shape[1:] != (size, size, 3):
             raise ValueError(
-                f"Network.detect: images must be uint8 [B, {size}, {size}, 3], got {images.dtype} "
+                f"Network.{caller}: images must be uint8 [B, {size}, {size}, 3], got {images.dtype} "
                 f"{list(images.shape)}"
             )
         if len(instructions) != len(images):
-            raise ValueError(f"Network.detect: {len(images)} images but {len(instructions)} instructions")
+            raise ValueError(f"Network.{caller}: {len(images)} images but {len(instructions)} instructions")
+        for instruction in instructions:
+            self.check_task(instruction.task)
+            if instruction.task not in tasks:
+                raise ValueError(
+                    f"Network.{caller}: the task must be one of {', '.join(tasks)}, got {instruction.task}"
+                )
         prompts, text = self.asked(instructions)
-        tokens = self.image_tokens(images.to(self.device), text)
-        reading = self.read_slots(prompts, text, tokens)
+        return prompts, text, self.image_tokens(images.to(self.device), text)
+
+    def check_task(self, task: str) -> None:
+        """Raises ValueError for a task that the weights were not trained for."""
+        # Grounding has the form of detection: weights trained for that read an expression as a name.
+        trained = self.config.tasks
+        if task not in trained and not (task == "grounding" and "detection" in trained):
+            raise ValueError(f"these weights were trained for {', '.join(trained)}, not for {task}")
+
+    def _answer_slots(
+        self,
+        prompts: Prompts,
+        text: Text,
+        tokens: ImageTokens,
+        instructions: Sequence[Instruction],
+        top: int,
+        spread: bool,
+    ) -> list[Detections]:
+        """Detections of pictures with one slot format."""
+        wanted = self.slot_format(instructions)
+        reading = self.read_slots(prompts, text, tokens, wanted=wanted)
         answers, groups = reading.answers(self.config.coordinate_window), reading.boxes
-        corners = corners_of(answers.offsets, groups)  # [B, M, 4]
-        # Corners said in the wrong order change places, and their tokens with them.
-        turned = (corners[..., :2] > corners[..., 2:]).repeat(1, 1, 2)
-        corners = torch.where(turned, corners.roll(2, -1), corners).clamp(0, 1)
-        bins = torch.where(turned, answers.bins.roll(2, -1), answers.bins)
+        points = points_of(answers.offsets, groups)  # [B, M, N, 2]
+        bins = answers.bins
+        if wanted.kind == "boxes":
+            # Corners said in the wrong order change places, and their tokens with them.
+            turned = (points[:, :, 0] > points[:, :, 1])[:, :, None].expand_as(points)
+            points = torch.where(turned, points.flip(2), points)
+            bins = torch.where(turned.flatten(2), bins.roll(2, -1), bins)
+        boxes = cxcywh_to_xyxy(groups) if wanted.kind == "keypoints" else extent_of(points)
+        points, boxes = points.clamp(0, 1), boxes.clamp(0, 1)
+        spreads = reading.spread() if spread else None
+        visibility = reading.visibility_logits().softmax(-1) if wanted.kind == "keypoints" else None
+        scores = self.scores(prompts, text, tokens, instructions, answers.probabilities)
+        results = []
+        for b, instruction in enumerate(instructions):
+            count = len(instruction.classes)
+            best, index = scores[b, :, :count].flatten().topk(min(top, scores.shape[1] * count))
+            group, label = index // max(1, count), index % max(1, count)
+            one = Detections(
+                boxes[b, group], best, label, groups[b, group, :2], bins[b, group], points[b, group]
+            )
+            if spreads is not None:
+                one.spread = spreads[b, group]
+            if visibility is not None:
+                one.visibility = visibility[b, group]
+            if instruction.task == "grounding":
+                one.absent = 1 - scores[b, :, :count].amax(0)
+            results.append(one)
+        return results
+
+    def scores(
+        self,
+        prompts: Prompts,
+        text: Text,
+        tokens: ImageTokens,
+        instructions: Sequence[Instruction],
+        probabilities: Tensor,
+    ) -> Tensor:
+        """Scores [B, M, K] of image tokens being objects of the listed classes.
+
+        probabilities: [B, M, K + 1], of the classes and "no object".
+        """
         a = self.config.objectness_power
         objectness = tokens.objectness[-1].sigmoid()[..., None]  # [B, M, 1]
-        scores = objectness**a * answers.probabilities[..., :-1] ** (1 - a)  # [B, M, K]
-        if self.config.known_power > 0 and self.known_names:
+        scores = objectness**a * probabilities[..., :-1] ** (1 - a)  # [B, M, K]
+        # Expressions are no names: that no known name fits says nothing about them.
+        named = [one.task != "grounding" for one in instructions]
+        if self.config.known_power > 0 and self.known_names and any(named):
             features = self.alignment["decoder"](tokens.features[:, : self.config.num_queries])
             others = rivals(self.known_names, [one.classes for one in instructions]).to(self.device)
             known = self.known_features()
             likely = probability_of_listed(features, text.names, prompts.class_mask, known, others)
-            scores = scores * likely**self.config.known_power
-        results = []
-        for b, instruction in enumerate(instructions):
-            flat = scores[b, :, : len(instruction.classes)].flatten()
-            best, index = flat.topk(min(top, len(flat)))
-            group, label = index // max(1, len(instruction.classes)), index % max(1, len(instruction.classes))
-            results.append(Detections(corners[b, group], best, label, groups[b, group, :2], bins[b, group]))
-        return results
+            factor = likely**self.config.known_power
+            scores = scores * torch.where(torch.tensor(named, device=self.device)[:, None, None], factor, 1.0)
+        return scores
+
+    @torch.inference_mode()
+    def write(
+        self,
+        images: Tensor,
+        instructions: Sequence[Instruction],
+        options: TextOptions | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[str]:
+        """Captions and answers of a batch, word by word.
+
+        Args:
+            images: uint8 [B, S, S, 3]; instructions: B of them, for captioning or vqa.
+            on_text: called with (picture, text that has come) as words come; only without beams.
+
+        Raises:
+            ValueError: as `find`.
+        """
+        options = options or TextOptions()
+        prompts, _, tokens = self.see("write", images, instructions, ("captioning", "vqa"))
+        cache = KVCache(len(instructions), prompts.ids.shape[1] + 1 + options.max_tokens, self.device)
+        self.llm.read(self.embed(prompts, tokens), prompts.ids != PADDING, cache)
+        return decode_text(self, cache, options, on_text)
+
+    @torch.inference_mode()
+    def write_format(self, texts: Sequence[str]) -> list[str]:
+        """The output format that each instruction's words ask for, such as "(c, x1, y1, x2, y2)".
+
+        It is decoded under the grammar of formats: what comes back always is one.
+
+        Args:
+            texts: instructions; the picture plays no part.
+        """
+        from visionllm.instruction.format_grammar import FormatGrammar
+
+        ids = self.tokenizer.text_ids(texts).to(self.device)
+        options = TextOptions(max_tokens=FormatGrammar.MOST_CHARACTERS)
+        cache = KVCache(len(texts), ids.shape[1] + 1 + options.max_tokens, self.device)
+        self.llm.read(self.embedding(ids.clamp(min=0)), ids != PADDING, cache)
+        return decode_text(self, cache, options, grammar=FormatGrammar())
 
     def loss(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Training losses of a `visionllm.data.mixture.TrainBatch`; see `visionllm.train.losses`."""
-        from visionllm.train.losses import detection_loss
+        from visionllm.train.losses import set_loss
+        from visionllm.train.text_loss import text_loss
 
-        return detection_loss(self, batch)
+        return set_loss(self, batch) if batch.task in SET_TASKS else text_loss(self, batch)
 
     def parameter_groups(self, lr: float, backbone_lr: float, weight_decay: float) -> list[dict]:
         """AdamW groups: the backbone at its own rate; vectors and the embeddings of text without decay."""

@@ -1,12 +1,14 @@
 """Format queries in, answers out: one group of slots per image token, and the head that reads them.
 
-A group is `<cls> <x1> <y1> … <xN> <yN>`. A slot may take only its own rows: `<cls>` one of the prompt's K
-classes or "no object", a coordinate slot one of the 1025 location tokens, so nothing is computed for the rest
-of a vocabulary.
+A group is `<cls> <x1> <y1> … <xN> <yN>`, and the points are a box's corners, places along an object's outline
+or keypoints, as the instruction's output format says. A slot may take only its own rows: `<cls>` one of the
+prompt's K classes or "no object", a coordinate slot one of the 1025 location tokens, so nothing is computed
+for the rest of a vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,13 +17,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionllm.instruction.instruction import MAX_CLASSES
-from visionllm.model.config import LOCATION_BINS, MAX_BOUNDARY_POINTS, ModelConfig
+from visionllm.model.config import LOCATION_BINS, ModelConfig
 from visionllm.model.position_encoding import sine_encoding
 from visionllm.ops import SlotPrediction, slot_head_cross_entropy, slot_head_predict
 from visionllm.ops.choice import autocast, uses_operators
 
 BINS_PER_UNIT = (LOCATION_BINS - 1) // 2  # a bin is 1/512 of the picture's height or width
 LOCATION_SIGMA = 1.5  # standard deviation, in bins, of the smoothed coordinate targets
+TURNS = 16  # frequencies of the encoding of a place along an outline: its length once, twice, …
+VISIBILITIES = 3  # COCO's: not labelled, labelled but hidden, visible
+
+
+@dataclass(frozen=True)
+class SlotFormat:
+    """What stands behind `<cls>` in every group of a pass.
+
+    Attributes:
+        kind: "boxes" (the corners), "outlines" (equally spaced points along a boundary, clockwise from the
+            topmost) or "keypoints".
+        points: N.
+        names: [B, N, C_text], the text encoder's features of the keypoints' names; only for keypoints.
+    """
+
+    kind: str = "boxes"
+    points: int = 2
+    names: Tensor | None = None
 
 
 @dataclass
@@ -51,25 +71,76 @@ class SlotAnswers:
     offsets: Tensor
     bins: Tensor
 
+    def of(self, groups: Tensor) -> SlotAnswers:
+        """Of the groups [B, n] alone."""
+        rows = torch.arange(len(groups), device=groups.device)[:, None]
+        return SlotAnswers(
+            self.probabilities[rows, groups], self.offsets[rows, groups], self.bins[rows, groups]
+        )
+
 
 class SlotQueries(nn.Module):
-    """Inputs of the slots: E[format token j] + W_q e_i + W_l PE(box_i)."""
+    """Inputs of the slots: E[format token j] + W_q e_i + W_l PE(box_i).
+
+    The format tokens of a box's corners have rows of their own. An outline's point i of N is told by its axis
+    and its place i / N along the boundary, so that one set of weights serves every N; a keypoint by its axis
+    and its name.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.format = nn.Embedding(1 + 2 * MAX_BOUNDARY_POINTS, config.llm_dim)
-        self.feature = nn.Linear(config.dim, config.llm_dim)
-        self.position = nn.Linear(config.dim, config.llm_dim)
+        dim = config.llm_dim
+        self.format = nn.Embedding(5, dim)  # <cls> <x1> <y1> <x2> <y2>
+        self.axis = nn.Embedding(4, dim)  # x and y of an outline's point, of a keypoint
+        self.place = nn.Linear(2 * TURNS, dim, bias=False)
+        self.point_name = nn.Linear(config.text_dim, dim, bias=False)
+        self.feature = nn.Linear(config.dim, dim)
+        self.position = nn.Linear(config.dim, dim)
+        # How object-like an image token is, for the prefix: what counts objects needs it. At first it says
+        # nothing.
+        self.objectness = nn.Linear(1, dim, bias=False)
         self.dim = config.dim
         nn.init.normal_(self.format.weight, std=0.5)
+        nn.init.normal_(self.axis.weight, std=0.5)
+        nn.init.zeros_(self.objectness.weight)
 
-    def image_tokens(self, features: Tensor, boxes: Tensor) -> Tensor:
-        """[B, M, C], [B, M, 4] → what stands in the prefix in place of <image>, [B, M, C_llm]."""
-        return self.feature(features) + self.position(sine_encoding(boxes, self.dim).to(features.dtype))
+    def image_tokens(self, features: Tensor, boxes: Tensor, objectness: Tensor | None = None) -> Tensor:
+        """What stands in the prefix in place of <image>.
 
-    def forward(self, features: Tensor, boxes: Tensor, points: int) -> Tensor:
-        """[B, G, C], [B, G, 4] → [B, G, 1 + 2·points, C_llm]."""
-        return self.image_tokens(features, boxes)[:, :, None] + self.format.weight[: 1 + 2 * points]
+        Args:
+            features: [B, M, C]; boxes: [B, M, 4]; objectness: [B, M] logits.
+
+        Returns:
+            [B, M, C_llm].
+        """
+        tokens = self.feature(features) + self.position(sine_encoding(boxes, self.dim).to(features.dtype))
+        if objectness is None:
+            return tokens
+        return tokens + self.objectness(objectness.detach().sigmoid()[..., None].to(features.dtype))
+
+    def format_tokens(self, wanted: SlotFormat) -> Tensor:
+        """[1 + 2N, C_llm], or for keypoints [B, 1, 1 + 2N, C_llm]."""
+        if wanted.kind == "boxes":
+            return self.format.weight
+        first = self.format.weight[:1]
+        if wanted.kind == "outlines":
+            tokens = self.axis.weight[None, :2] + self.place(places(wanted.points, first.device))[:, None]
+            return torch.cat([first, tokens.flatten(0, 1).to(first.dtype)])
+        assert wanted.names is not None
+        tokens = self.axis.weight[2:] + self.point_name(wanted.names)[:, :, None]  # [B, N, 2, C]
+        tokens = tokens.flatten(1, 2).to(first.dtype)
+        return torch.cat([first.expand(len(tokens), 1, -1), tokens], 1)[:, None]
+
+    def forward(self, features: Tensor, boxes: Tensor, wanted: SlotFormat) -> Tensor:
+        """[B, G, C], [B, G, 4] → [B, G, 1 + 2N, C_llm]."""
+        return self.image_tokens(features, boxes)[:, :, None] + self.format_tokens(wanted)
+
+
+def places(points: int, device: torch.device) -> Tensor:
+    """[N, 2 · TURNS]: cosine and sine of 1 … TURNS turns around the outline at its places 0, 1/N, …"""
+    turn = torch.arange(points, device=device)[:, None] / points * torch.arange(1, TURNS + 1, device=device)
+    angle = 2 * math.pi * turn
+    return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 class SlotHead(nn.Module):
@@ -85,6 +156,7 @@ class SlotHead(nn.Module):
             self.text_key = nn.Linear(config.text_dim, dim, bias=False)
         self.no_object = nn.Parameter(torch.empty(dim).normal_())
         self.locations = nn.Parameter(torch.empty(LOCATION_BINS, dim).normal_(std=0.02))
+        self.visibility = nn.Linear(dim, VISIBILITIES)  # of a keypoint, read at its x
         self.scale = dim**-0.5
 
     def rows(self, name_states: Tensor, name_features: Tensor, class_tokens: Tensor) -> Tensor:
@@ -159,6 +231,17 @@ class SlotReading:
             classes.probabilities, places.expectation / BINS_PER_UNIT, places.best - BINS_PER_UNIT
         )
 
+    def spread(self) -> Tensor:
+        """Standard deviation of every coordinate's location tokens, in picture sizes: fp32 [B, G, 2N]."""
+        weights = self.logits.locations.softmax(-1)
+        bins = (torch.arange(LOCATION_BINS, device=weights.device) - BINS_PER_UNIT) / BINS_PER_UNIT
+        mean = weights @ bins
+        return (weights @ bins.square() - mean.square()).clamp(min=0).sqrt()
+
+    def visibility_logits(self) -> Tensor:
+        """[B, G, N, 3], of every keypoint, in fp32."""
+        return self.head.visibility(self.states[:, :, 1::2]).float()
+
     def class_loss(self, labels: Tensor) -> Tensor:
         """Cross-entropy of the classes: labels [B, G], K for "no object" → [B, G]."""
         if not self.by_operator:
@@ -166,23 +249,23 @@ class SlotReading:
         states, rows, valid = self._class_operands()
         return slot_head_cross_entropy(states, rows, labels, valid=valid, scale=self.head.scale)
 
-    def location_loss(self, offsets: Tensor, wanted: Tensor) -> Tensor:
-        """Cross-entropy against a Gaussian around the true offsets, mean per coordinate, sum of the groups.
+    def location_loss(self, offsets: Tensor, weight: Tensor) -> Tensor:
+        """Cross-entropy against a Gaussian around the true offsets, summed.
 
         Args:
-            offsets: [B, G, 2N] in bins; wanted: bool [B, G], which groups count.
+            offsets: [B, G, 2N] in bins; weight: [B, G, 2N].
         """
         if not self.by_operator:
-            return location_loss(self.logits.locations[wanted], offsets[wanted])
-        loss = slot_head_cross_entropy(
+            counts = weight > 0
+            return location_loss(self.logits.locations[counts], offsets[counts], weight[counts])
+        return slot_head_cross_entropy(
             autocast(self.states[:, :, 1:]),
             self.head.locations,
             offsets + BINS_PER_UNIT,
-            weight=wanted[..., None].expand(offsets.shape).to(offsets.dtype),
+            weight=weight.to(offsets.dtype),
             sigma=LOCATION_SIGMA,
             reduction="sum",
         )
-        return loss / offsets.shape[-1]
 
     def _class_operands(self, groups: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """States [B, G, C], rows [B, K + 1, C] and which of them each picture allows."""
@@ -191,12 +274,12 @@ class SlotReading:
         return states, torch.cat([self.rows, no_object], 1), F.pad(self.mask, (0, 1), value=True)
 
 
-def location_loss(logits: Tensor, offsets: Tensor) -> Tensor:
-    """As `SlotReading.location_loss`: logits [n, 4, 1025]; offsets [n, 4] in bins, −512…512."""
+def location_loss(logits: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """As `SlotReading.location_loss`: logits [n, 1025]; offsets [n] in bins, −512…512; weight [n]."""
     bins = torch.arange(LOCATION_BINS, device=logits.device) - BINS_PER_UNIT
     centres = offsets.clamp(-BINS_PER_UNIT, BINS_PER_UNIT)[..., None]
     wanted = (-((bins - centres) ** 2) / (2 * LOCATION_SIGMA**2)).softmax(-1)
-    return -(wanted * logits.log_softmax(-1)).sum(-1).mean(-1).sum()
+    return -(weight * (wanted * logits.log_softmax(-1)).sum(-1)).sum()
 
 
 def class_token_embedding(dim: int) -> nn.Embedding:
@@ -222,6 +305,11 @@ def expected_offsets(logits: Tensor, window: int, best: Tensor | None = None) ->
     return (near.softmax(-1) * (around - BINS_PER_UNIT)).sum(-1) / BINS_PER_UNIT
 
 
-def corners_of(offsets: Tensor, boxes: Tensor) -> Tensor:
-    """Offsets [B, G, 4] from the centres of boxes [B, G, 4] → corners in shares of the picture."""
-    return offsets + boxes[..., :2].repeat(1, 1, 2)
+def points_of(offsets: Tensor, boxes: Tensor) -> Tensor:
+    """Offsets [B, G, 2N] from the centres of boxes [B, G, 4] → points [B, G, N, 2] in shares of the picture."""
+    return offsets.unflatten(-1, (-1, 2)) + boxes[..., None, :2]
+
+
+def extent_of(points: Tensor) -> Tensor:
+    """Points [..., N, 2] → the box around them [..., 4], x1 y1 x2 y2."""
+    return torch.cat([points.amin(-2), points.amax(-2)], -1)

@@ -2,7 +2,8 @@
 
 L_tok, on the image tokenizer, is category-agnostic: focal objectness and L1 on the centre, and beside the
 paper's terms L1 and GIoU on the box, on every decoder layer and on the encoder's proposals. L_dec, on the
-LLM's slots, is cross-entropy of the class and the coordinate tokens after bipartite matching. Denoising
+LLM's slots, is cross-entropy of the class and the coordinate tokens after bipartite matching, for boxes,
+outlines and keypoints alike (words: text_loss.py). Denoising
 queries (DINO, 2203.03605) give both parts more to learn from: near an object that is listed, its box and
 class; near one that is not listed, silence. With pretrained stages of its own (`keep_pretrained`) the image
 tokenizer also learns which pictures are drawings.
@@ -21,7 +22,7 @@ from torch import Tensor
 from visionllm.model.boxes import cxcywh_to_xyxy, overlap
 from visionllm.model.config import STRIDES
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokens, anchor_boxes
-from visionllm.model.slots import BINS_PER_UNIT, corners_of
+from visionllm.model.slots import BINS_PER_UNIT, extent_of, points_of
 from visionllm.tokenizer import MAX_NAME_TOKENS, PADDING, pad
 from visionllm.train.matcher import CLASS_COST, GIOU_COST, L1_COST, match, match_proposals, pair_costs
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from visionllm.model.network import Network, Text
 
 OBJECTNESS_WEIGHT, CENTRE_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 1.0, 2.5, 2.5, 2.0
-CLASS_WEIGHT, LOCATION_WEIGHT, ALIGNMENT_WEIGHT = 2.0, 1.0, 1.0
+CLASS_WEIGHT, LOCATION_WEIGHT, ALIGNMENT_WEIGHT, VISIBILITY_WEIGHT = 2.0, 1.0, 1.0, 0.2
 # An unmatched group's weight in the class loss.
 NO_OBJECT_WEIGHT = 0.2
 # The same where an object stands whose class is not listed, and the factor on the objectness loss there:
@@ -50,6 +51,9 @@ class Targets:
     Attributes:
         boxes: [B, N, 4] cxcywh; labels: int64 [B, N]; valid: bool [B, N], where there is an object.
         ignore: [B, I, 4], areas to ignore; ignore_valid: bool [B, I].
+        points: [B, N, P, 2], what the coordinate slots say, in shares of the picture; point_weight:
+            [B, N, P], 1 where a point is known and 0 elsewhere.
+        visibility: int64 [B, N, P], of keypoints.
     """
 
     boxes: Tensor
@@ -57,6 +61,9 @@ class Targets:
     valid: Tensor
     ignore: Tensor
     ignore_valid: Tensor
+    points: Tensor
+    point_weight: Tensor
+    visibility: Tensor | None = None
 
     @classmethod
     def from_batch(cls, batch: TrainBatch, device: torch.device) -> Targets:
@@ -64,7 +71,30 @@ class Targets:
         labels = torch.zeros(valid.shape, dtype=torch.int64)
         for b, row in enumerate(batch.labels):
             labels[b, : len(row)] = torch.from_numpy(np.asarray(row))
-        return cls(boxes, labels.to(device), valid, *pad_boxes(batch.ignore, device))
+        ignore, ignore_valid = pad_boxes(batch.ignore, device)
+        if batch.points is None:
+            points = cxcywh_to_xyxy(boxes).unflatten(-1, (2, 2))
+            weight, visibility = torch.ones_like(points[..., 0]), None
+        else:
+            points, weight = padded(batch.points, valid.shape[1]), torch.ones(())
+            visibility = None
+            if batch.visibility is not None:
+                visibility = padded(batch.visibility, valid.shape[1])
+                weight = (visibility > 0).float()
+                visibility = visibility.to(device)
+            weight = weight.expand(points.shape[:-1])
+        return cls(
+            boxes, labels.to(device), valid, ignore, ignore_valid,
+            points.to(device), weight.to(device), visibility,
+        )  # fmt: skip
+
+
+def padded(rows: list[np.ndarray], count: int) -> Tensor:
+    """B arrays [n, ...] with n ≤ count → [B, count, ...], zeros behind them."""
+    out = torch.zeros(len(rows), count, *rows[0].shape[1:], dtype=torch.from_numpy(rows[0]).dtype)
+    for b, row in enumerate(rows):
+        out[b, : len(row)] = torch.from_numpy(row)
+    return out
 
 
 def pad_boxes(
@@ -143,8 +173,11 @@ def noised(boxes: Tensor) -> Tensor:
     return torch.cat([boxes[..., :2] + shift, boxes[..., 2:] * scale], -1).clamp(1e-3, 1)
 
 
-def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
-    """All terms, weighted; "total" is their sum; "metric/…" entries are detached."""
+def set_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
+    """All terms of a task that is answered by a set of objects, weighted.
+
+    "total" is their sum; "metric/…" entries are detached.
+    """
     device = network.device
     m = network.config.num_queries
     targets = Targets.from_batch(batch, device)
@@ -195,16 +228,22 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         count = min(m, targets.boxes.shape[1] + SPARE_GROUPS)
         chosen = priority.topk(count, dim=1).indices
         groups = torch.cat([chosen, m + own], 1)
-    reading = network.read_slots(prompts, text, tokens, groups)
+    wanted = network.slot_format(batch.instructions)
+    reading = network.read_slots(prompts, text, tokens, groups, wanted)
     answers = reading.answers(network.config.coordinate_window, count)
 
     with torch.no_grad():
-        corners = corners_of(answers.offsets, reading.boxes[:, :count])
-        wanted = cxcywh_to_xyxy(targets.boxes)
-        _, giou = overlap(corners[:, :, None], wanted[:, None])
+        # What keypoints span is no box: the image token's own is compared.
+        corners = (
+            cxcywh_to_xyxy(reading.boxes[:, :count])
+            if wanted.kind == "keypoints"
+            else extent_of(points_of(answers.offsets, reading.boxes[:, :count]))
+        )
+        true_corners = cxcywh_to_xyxy(targets.boxes)
+        _, giou = overlap(corners[:, :, None], true_corners[:, None])
         of_object = answers.probabilities.gather(2, targets.labels[:, None].expand(-1, count, -1))
         cost = gather_rows(cost, chosen) - CLASS_COST * of_object
-        cost = cost + L1_COST * torch.cdist(corners, wanted, p=1) - GIOU_COST * giou
+        cost = cost + L1_COST * torch.cdist(corners, true_corners, p=1) - GIOU_COST * giou
         assigned = match(cost, targets.valid)  # [B, count]
         of_token = torch.full(objectness.shape, -1, device=device).scatter(1, chosen, assigned)
         weight = (outside_ignored(boxes, targets) | (of_token >= 0)).float()
@@ -232,13 +271,19 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     per_group = reading.class_loss(labels)
     losses["class"] = CLASS_WEIGHT * (per_group * weights).sum() / weights.sum().clamp(min=1e-6)
     if listed:
-        offsets = gather_rows(wanted, of_group) - reading.boxes[..., :2].repeat(1, 1, 2)
-        found = reading.location_loss(offsets * BINS_PER_UNIT, positive)
-        losses["location"] = LOCATION_WEIGHT * found / positive.sum().clamp(min=1)
+        offsets = gather_rows(targets.points, of_group) - reading.boxes[..., None, :2]  # [B, G, N, 2]
+        counts = gather_rows(targets.point_weight, of_group) * positive[..., None]  # [B, G, N]
+        found = reading.location_loss((offsets * BINS_PER_UNIT).flatten(2), counts.repeat_interleave(2, -1))
+        losses["location"] = LOCATION_WEIGHT * found / (2 * counts.sum()).clamp(min=1)
+        if targets.visibility is not None:
+            logits = reading.visibility_logits()[positive]  # [n, N, 3]
+            seen = gather_rows(targets.visibility, of_group)[positive]
+            losses["visibility"] = VISIBILITY_WEIGHT * F.cross_entropy(logits.flatten(0, 1), seen.flatten())
 
-    losses["alignment"] = alignment_loss(
-        network, batch, text, tokens, targets, at_positions, of_token, astray, listed
-    )
+    if batch.task != "grounding":  # expressions are no names
+        losses["alignment"] = alignment_loss(
+            network, batch, text, tokens, targets, at_positions, of_token, astray, listed
+        )
     if tokens.drawing is not None:
         losses["router"] = router_loss(tokens.drawing, drawings)
     result = dict(losses)
@@ -247,7 +292,7 @@ def detection_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         matched = assigned >= 0
         if matched.any():
             hit = answers.probabilities.argmax(-1) == labels[:, :count]
-            iou, _ = overlap(corners[matched], gather_rows(wanted, assigned)[matched])
+            iou, _ = overlap(corners[matched], gather_rows(true_corners, assigned)[matched])
             result["metric/class_accuracy"] = hit[matched].float().mean()
             result["metric/iou"] = iou.mean()
             result["metric/class_positive"] = per_group[:, :count][matched].mean()

@@ -127,7 +127,7 @@ class ValidationSet:
             members = [i for i, picture in enumerate(pictures) if turn < len(picture.asked.instructions)]
             images = torch.from_numpy(np.stack([pictures[i].image for i in members])).to(device)
             instructions = [pictures[i].asked.instructions[turn] for i in members]
-            answers = network.detect(images, instructions, top=top)
+            answers = network.find(images, instructions, top=top)
             for i, instruction, answer in zip(members, instructions, answers, strict=True):
                 boxes = answer.boxes.detach().cpu().double().tolist()  # n times x1, y1, x2, y2
                 labels = [listed[i] + label for label in answer.labels.tolist()]

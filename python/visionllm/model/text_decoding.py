@@ -1,0 +1,178 @@
+"""Words one after the other: the head that reads them, and greedy, sampled, beam and grammar-bound decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionllm.ops import slot_head_cross_entropy
+from visionllm.ops.choice import autocast, uses_operators
+from visionllm.text_options import TextOptions
+from visionllm.tokenizer import BOS, EOS
+
+if TYPE_CHECKING:
+    from visionllm.model.llm import KVCache
+    from visionllm.model.network import Network
+
+
+class Grammar(Protocol):
+    """What text may be written, character by character."""
+
+    def allows(self, text: str) -> bool:
+        """Whether some allowed text begins so."""
+        ...
+
+    def complete(self, text: str) -> bool:
+        """Whether the text may end here."""
+        ...
+
+
+class TextHead(nn.Module):
+    """States [..., C] → logits over the vocabulary's pieces, whose rows are their embeddings."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.scale = dim**-0.5
+
+    def forward(self, states: Tensor, pieces: Tensor) -> Tensor:
+        """pieces: [V, C] → fp32 [..., V]."""
+        query = self.query(states)
+        return (query @ pieces.to(query.dtype).T).float() * self.scale
+
+    def loss(self, states: Tensor, pieces: Tensor, wanted: Tensor) -> Tensor:
+        """Mean cross-entropy: states [n, C], pieces [V, C], wanted int64 [n]."""
+        if not uses_operators(states):
+            return F.cross_entropy(self(states, pieces), wanted)
+        query = autocast(self.query(states))
+        return slot_head_cross_entropy(query[None], pieces, wanted[None], scale=self.scale).mean()
+
+
+def decode_text(
+    network: Network,
+    cache: KVCache,
+    options: TextOptions,
+    on_text: Callable[[int, str], None] | None = None,
+    grammar: Grammar | None = None,
+) -> list[str]:
+    """One text for each row of the cache, which holds the prompts.
+
+    Args:
+        on_text: called with (row, the text that has come since) while it comes.
+        grammar: what may be written; decoding is then greedy.
+    """
+    if options.beams > 1 and grammar is None:
+        return _beam_search(network, cache, options)
+    rows = len(cache.mask)
+    generator = torch.Generator(network.device).manual_seed(options.seed)
+    written: list[list[int]] = [[] for _ in range(rows)]
+    shown = [""] * rows
+    open_rows = list(range(rows))
+    last = torch.full((rows,), BOS, device=network.device)
+    for _ in range(options.max_tokens):
+        logits = _next_logits(network, cache, last)  # [open rows, V]
+        if grammar is not None:
+            for i, row in enumerate(open_rows):
+                _forbid(logits[i], network, written[row], grammar)
+        chosen = _draw(logits, options, generator) if grammar is None else logits.argmax(-1)
+        going = []
+        for i, (row, piece) in enumerate(zip(open_rows, chosen.tolist(), strict=True)):
+            if piece == EOS:
+                continue
+            written[row].append(piece)
+            going.append(i)
+            if on_text is not None:
+                text = network.tokenizer.decode(written[row])
+                # A character of several bytes comes in several pieces, of which the first are none yet.
+                if text.startswith(shown[row]) and not text.endswith("�") and text != shown[row]:
+                    on_text(row, text[len(shown[row]) :])
+                    shown[row] = text
+        if not going:
+            break
+        last = chosen
+        if len(going) < len(open_rows):
+            kept = torch.tensor(going, device=network.device)
+            cache.select(kept)
+            last, open_rows = last[kept], [open_rows[i] for i in going]
+    texts = [network.tokenizer.decode(ids) for ids in written]
+    if on_text is not None:
+        for row, text in enumerate(texts):
+            if len(text) > len(shown[row]):
+                on_text(row, text[len(shown[row]) :])
+    return [text.strip() for text in texts]
+
+
+def _next_logits(network: Network, cache: KVCache, last: Tensor) -> Tensor:
+    """Reads one piece a row, int64 [B], and gives the logits of what follows, fp32 [B, V]."""
+    there = torch.ones(len(last), 1, dtype=torch.bool, device=last.device)
+    states = network.llm.read(network.embedding(last[:, None]), there, cache)
+    return network.text_head(states[:, 0], network.embedding.weight[: network.tokenizer.vocab_size])
+
+
+def _draw(logits: Tensor, options: TextOptions, generator: torch.Generator) -> Tensor:
+    if options.temperature == 0:
+        return logits.argmax(-1)
+    chances, order = (logits / options.temperature).softmax(-1).sort(-1, descending=True)
+    # The first piece always stays, the others while those before them do not reach top_p.
+    chances = chances * (chances.cumsum(-1) - chances < options.top_p)
+    return order.gather(1, torch.multinomial(chances, 1, generator=generator)).squeeze(1)
+
+
+def _forbid(logits: Tensor, network: Network, ids: list[int], grammar: Grammar) -> None:
+    """Sets the logits [V] of pieces that the grammar does not allow after the written ones to −inf."""
+    tokenizer = network.tokenizer
+    text = tokenizer.decode(ids)
+    order = logits.argsort(descending=True).tolist()
+    # Only the best allowed piece matters, so pieces are tried from the likeliest on.
+    for piece in order:
+        if piece == EOS:
+            allowed = grammar.complete(text)
+        else:
+            longer = tokenizer.decode([*ids, piece])
+            allowed = longer != text and grammar.allows(longer)
+        if allowed:
+            logits.fill_(float("-inf"))
+            logits[piece] = 0.0
+            return
+    raise ValueError(f"the grammar allows nothing after {text!r} that the tokenizer can write")
+
+
+def _beam_search(network: Network, cache: KVCache, options: TextOptions) -> list[str]:
+    """The text of the highest mean log-probability a piece among those that each row's beams found."""
+    rows, width, device = len(cache.mask), options.beams, network.device
+    cache.select(torch.arange(rows, device=device).repeat_interleave(width))
+    ids: list[list[int]] = [[] for _ in range(rows * width)]
+    # All beams of a row are the same at first: only one of them counts.
+    totals = torch.full((rows, width), float("-inf"), device=device)
+    totals[:, 0] = 0.0
+    finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(rows)]
+    last = torch.full((rows * width,), BOS, device=device)
+    for length in range(1, options.max_tokens + 1):
+        steps = F.log_softmax(_next_logits(network, cache, last), -1).view(rows, width, -1)
+        vocabulary = steps.shape[-1]
+        best, index = (totals[..., None] + steps).flatten(1).topk(2 * width, dim=1)
+        parents, pieces = [], []
+        for row in range(rows):
+            kept: list[tuple[float, int, int]] = []
+            for total, flat in zip(best[row].tolist(), index[row].tolist(), strict=True):
+                parent, piece = row * width + flat // vocabulary, flat % vocabulary
+                if piece == EOS:
+                    finished[row].append((total / length, ids[parent]))
+                elif len(kept) < width:
+                    kept.append((total, parent, piece))
+            totals[row] = torch.tensor([total for total, _, _ in kept], device=device)
+            parents += [parent for _, parent, _ in kept]
+            pieces += [piece for _, _, piece in kept]
+        ids = [[*ids[parent], piece] for parent, piece in zip(parents, pieces, strict=True)]
+        cache.select(torch.tensor(parents, device=device))
+        last = torch.tensor(pieces, device=device)
+        if all(len(found) >= width for found in finished):
+            break
+    for row, found in enumerate(finished):
+        if not found:  # nothing ended in time: the best that there is
+            found.append((float(totals[row, 0]) / options.max_tokens, ids[row * width]))
+    return [network.tokenizer.decode(max(found)[1]).strip() for found in finished]
