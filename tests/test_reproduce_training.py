@@ -12,7 +12,7 @@ import visionllm
 from visionllm.cli import main
 from visionllm.model.network import Network
 from visionllm.reproduce.ablations import ABLATIONS, measure_boxes, measure_decoded
-from visionllm.reproduce.experiments import run
+from visionllm.reproduce.experiments import TRAININGS, run
 from visionllm.reproduce.settings import Settings
 from visionllm.reproduce.training import Ablation, Variant, check_variant, run_ablation, train_variant
 from visionllm.train.config import ConfigError, load_config
@@ -158,3 +158,31 @@ def test_the_command_writes_table_and_plot(settings, monkeypatch, capsys):
     assert content["commands"][0].startswith("visionllm reproduce T4c --count 2 --processes 0 steps=2")
     assert (settings.output / "T4c" / "plot.png").stat().st_size > 5000
     assert run("T4c", settings) == settings.output / "T4c"
+
+
+@pytest.mark.parametrize("experiment", TRAININGS)
+def test_every_variant_is_a_configuration(experiment, settings):
+    """Of the real ablations: every key exists and every value fits."""
+    ablation = ABLATIONS[experiment]
+    assert ablation.experiment == experiment
+    plain = dataclasses.replace(settings, overrides=("init_backbone=null",))
+    for variant in ablation.variants:
+        check_variant(ablation, variant, plain)
+
+
+@pytest.mark.parametrize("experiment", TRAININGS)
+def test_every_variant_trains(experiment, settings):
+    """Two steps of every variant that is not the configuration itself."""
+    ablation = ABLATIONS[experiment]
+    overrides = [word for word in SMALL if not word.startswith("model.num_queries")]
+    small = dataclasses.replace(settings, overrides=(*overrides, "mixture.prompts.usual_count=[4, 6, 8]"))
+    if experiment == "T4c":
+        # 64 pixels have 85 positions.
+        names = {"50": "5", "100": "10", "200": "20", "300": "30"}
+        variants = tuple(
+            dataclasses.replace(v, changes=(f"model.num_queries={names[v.name]}",)) for v in ablation.variants
+        )
+        ablation = dataclasses.replace(ablation, variants=variants[:1])
+    for variant in ablation.variants:
+        if variant.changes:
+            assert train_variant(ablation, variant, small, 0).steps == 2

@@ -36,6 +36,8 @@ class PromptSettings:
     # Of the photos' prompts: those that may list the other sources' names too, taken to be absent. Without
     # them, names that only drawings bear tell the model to expect a drawing and pass over a photo's objects.
     foreign_names: float = 0.0
+    # False: every prompt lists all names of its source in their own order, whatever is said above.
+    random_classes: bool = True
     usual_range: int = 512
     other_range: float = 0.4  # prompts with another range
     ranges: tuple[int, int] = (100, 2000)  # log-uniform

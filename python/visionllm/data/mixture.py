@@ -100,6 +100,7 @@ class TrainingBatches:
         prompts: how prompts are drawn; a mapping changes single fields of the default.
         augmentation: of photos; a mapping likewise.
         templates: instruction templates by task; those for training by default.
+        descriptions: of the templates of each task only so many, the first ones; 0: all.
         tasks: each with its share of the steps; detection alone by default. Every task needs a source.
         cache_bytes: memory for decoded photos, per source.
 
@@ -119,6 +120,7 @@ class TrainingBatches:
         prompts: PromptSettings | Mapping[str, Any] | None = None,
         augmentation: PhotoAugmentation | Mapping[str, Any] | None = None,
         templates: Mapping[str, Sequence[Template]] | None = None,
+        descriptions: int = 0,
         tasks: Mapping[str, float] | None = None,
         cache_bytes: int = 1 << 30,
     ) -> None:
@@ -152,7 +154,7 @@ class TrainingBatches:
             if task not in offered:
                 raise ValueError(f"tasks: expected some of {', '.join(sorted(offered))}, got {task!r}")
         wordings = TRAIN_TEMPLATES if templates is None else templates
-        self.templates = {task: list(wordings[task]) for task in self.tasks}
+        self.templates = {task: list(wordings[task])[: descriptions or None] for task in self.tasks}
         if not all(self.templates.values()):
             raise ValueError("templates: expected at least one for each task, got none for one")
         self._photos = [
@@ -162,7 +164,13 @@ class TrainingBatches:
             for source in self.sources
         ]
         self._weights = weights[weights > 0]
-        vocabularies = [_vocabulary(source) for source in self.sources]
+        vocabularies = [tuple(dict.fromkeys(_vocabulary(source))) for source in self.sources]
+        longest = max(map(len, vocabularies))
+        if not self.prompts.random_classes and longest > MAX_CLASSES:
+            raise ValueError(
+                f"prompts.random_classes: without it a source may have {MAX_CLASSES} names, got {longest}"
+            )
+        self._vocabularies = vocabularies
         everything = dict.fromkeys(name for names in vocabularies for name in names)
         self._foreign = [
             tuple(name for name in everything if name not in own) for own in map(frozenset, vocabularies)
@@ -186,7 +194,11 @@ class TrainingBatches:
         offers = np.array([task in source.tasks for source in self.sources])
         if task in CLASS_TASKS:
             capacities = self._capacities[offers]
-            count, kind = draw_count(step_rng, min(int(capacities.max()), MAX_CLASSES), self.prompts)
+            most = min(int(capacities.max()), MAX_CLASSES)
+            if self.prompts.random_classes:
+                count, kind = draw_count(step_rng, most, self.prompts)
+            else:
+                count, kind = most, "all"
             if kind == "middle" and step_rng.random() < 0.5:
                 # Half of these batches keep the small vocabularies in, listed as a whole, half leave them out.
                 count = min(count, int(capacities.min()))
@@ -228,7 +240,10 @@ class TrainingBatches:
                 is_target = ~np.asarray(sample.iscrowd, bool)
                 present = [name for name, target in zip(sample.names, is_target, strict=True) if target]
                 unclear = [name for name, target in zip(sample.names, is_target, strict=True) if not target]
-                classes = draw_class_set(present, unclear, sample.vocabulary, count, rng, self.prompts)
+                if self.prompts.random_classes:
+                    classes = draw_class_set(present, unclear, sample.vocabulary, count, rng, self.prompts)
+                else:
+                    classes = self._vocabularies[index]
             self._add_objects(batch, sample, classes, points, keypoints)
             batch.instructions.append(
                 template.instruction(

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from visionllm.instruction.instruction import TASKS
 
-LOCATION_BINS = 1025  # <p-512> … <p512>, an offset in units of 1/512 of the picture's height or width
+LOCATION_BINS = (
+    1025  # usually: <p-512> … <p512>, an offset in units of 1/512 of the picture's height or width
+)
 STRIDES = (8, 16, 32, 64)  # of the four scales, in pixels
 GROUPS = 16  # of the group norms behind the scales' convolutions
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -31,6 +33,8 @@ class ModelConfig:
     text_dim: int = 160  # text encoder width
     text_layers: int = 2
     text_heads: int = 4
+    # False: no text reaches the image tokenizer (nor the rows of the slot head but through the LLM).
+    text_guidance: bool = True
     # Image tokenizer
     dim: int = 128  # pyramid, fusion, encoder and decoder width
     heads: int = 8
@@ -39,6 +43,7 @@ class ModelConfig:
     decoder_layers: int = 3
     ffn_dim: int = 384
     num_queries: int = 64  # M, image tokens per picture
+    image_tokens: str = "queries"  # or "pooling": averages of the encoder's features over a grid of M cells
     fusion_heads: int = 4
     fusion_gate: float = 0.1  # initial value of the gate γ; 0 leaves pretrained detector weights undisturbed
     # LLM
@@ -53,6 +58,7 @@ class ModelConfig:
     lora_targets: tuple[str, ...] = ("q", "v")  # of LORA_TARGETS
     # Slot head
     class_rows: str = "names"  # "names": the prompt's own states at each name; "static": rows of <c0>…<c511>
+    location_bins: int = LOCATION_BINS  # location tokens, odd; the last is an offset of one picture size
     coordinate_window: int = 6  # decode by expectation within ± this many bins of the argmax; 0: argmax alone
     # score = objectness^a · class probability^(1 − a) · (probability among all known names)^c
     objectness_power: float = 0.35  # a
@@ -65,6 +71,18 @@ class ModelConfig:
             self._check_field(field.name, getattr(self, field.name), field.default)
         if self.class_rows not in ("names", "static"):
             raise ValueError(f"ModelConfig: class_rows must be 'names' or 'static', got {self.class_rows!r}")
+        if self.image_tokens not in ("queries", "pooling"):
+            raise ValueError(
+                f"ModelConfig: image_tokens must be 'queries' or 'pooling', got {self.image_tokens!r}"
+            )
+        if self.image_tokens == "pooling" and math.isqrt(self.num_queries) ** 2 != self.num_queries:
+            raise ValueError(
+                f"ModelConfig: num_queries must be a square with pooling, got {self.num_queries}"
+            )
+        if self.location_bins < 3 or self.location_bins % 2 == 0:
+            raise ValueError(
+                f"ModelConfig: location_bins must be odd and at least 3, got {self.location_bins}"
+            )
         for width, heads in (
             ("dim", "heads"),
             ("dim", "fusion_heads"),

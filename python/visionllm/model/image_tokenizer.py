@@ -93,6 +93,8 @@ class ImageTokenizer(nn.Module):
         super().__init__()
         dim = config.dim
         self.num_queries = config.num_queries
+        self.pooling = config.image_tokens == "pooling"
+        self.guidance = config.text_guidance
         self.backbone = EfficientNetLite(
             config.frozen_stages, config.freeze_depthwise, config.keep_pretrained
         )
@@ -197,7 +199,8 @@ class ImageTokenizer(nn.Module):
         scales, drawing = self.pyramid(images, drawings)
         shapes, starts, x = self.flatten(scales)
         dim = x.shape[-1]
-        x = self.fusion(x, text, text_mask)
+        if self.guidance:
+            x = self.fusion(x, text, text_mask)
 
         grid = grid_of(scales)
         centres = grid.anchors[None, :, :2].expand(len(x), -1, -1)
@@ -208,6 +211,13 @@ class ImageTokenizer(nn.Module):
 
         proposal_objectness = self.proposal_objectness(memory).squeeze(-1).float()  # [B, S]
         proposal_boxes = (self.proposal_box(memory).float() + grid.anchor_logits).sigmoid()
+        if self.pooling:
+            features, boxes = pooled(memory, shapes, math.isqrt(self.num_queries))
+            features = self.decoder_norm(features)
+            objectness_logits = self.objectness[-1](features).squeeze(-1).float()
+            return ImageTokens(
+                features, [boxes], [objectness_logits], memory, proposal_boxes, proposal_objectness, drawing
+            )
         best = proposal_objectness.topk(min(self.num_queries, x.shape[1]), dim=1).indices
         boxes = proposal_boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))  # [B, M, 4]
         q = self.queries[: boxes.shape[1]].expand(len(x), -1, -1)
@@ -232,6 +242,29 @@ class ImageTokenizer(nn.Module):
         return ImageTokens(
             features, layer_boxes, layer_objectness, memory, proposal_boxes, proposal_objectness, drawing
         )
+
+
+def pooled(memory: Tensor, shapes: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Average pooling instead of queries (VisionLLM, table 3b).
+
+    Args:
+        memory: [B, S, C], the encoder's output; shapes: int64 [L, 2], of its scales.
+        side: of the grid of M = side² cells.
+
+    Returns:
+        features [B, M, C], each scale averaged over the cells and then the scales; and the cells [B, M, 4].
+    """
+    levels = memory.split([int(height * width) for height, width in shapes.tolist()], 1)
+    grids = [
+        F.adaptive_avg_pool2d(level.transpose(1, 2).unflatten(2, (int(h), int(w))), side)
+        for level, (h, w) in zip(levels, shapes.tolist(), strict=True)
+    ]
+    features = torch.stack(grids).mean(0).flatten(2).transpose(1, 2)
+    centre = (torch.arange(side, device=memory.device) + 0.5) / side
+    y, x = torch.meshgrid(centre, centre, indexing="ij")
+    extent = torch.full_like(x, 1 / side)
+    boxes = torch.stack([x, y, extent, extent], -1).view(1, -1, 4)
+    return features, boxes.expand(len(memory), -1, -1)
 
 
 @dataclass(frozen=True)

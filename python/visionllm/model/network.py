@@ -34,6 +34,7 @@ from visionllm.tokenizer import IMAGE, MAX_NAME_TOKENS, PADDING, Prompts, Tokeni
 
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
+    from visionllm.train.losses import UnmatchedWeights
 
 KEPT_INSTRUCTIONS = 4  # batches of instructions whose text features are kept
 
@@ -358,7 +359,7 @@ class Network(nn.Module):
         scores = objectness**a * probabilities[..., :-1] ** (1 - a)  # [B, M, K]
         # Expressions are no names: that no known name fits says nothing about them.
         named = [one.task != "grounding" for one in instructions]
-        if self.config.known_power > 0 and self.known_names and any(named):
+        if self.config.known_power > 0 and self.config.text_guidance and self.known_names and any(named):
             features = self.alignment["decoder"](tokens.features[:, : self.config.num_queries])
             others = rivals(self.known_names, [one.classes for one in instructions]).to(self.device)
             known = self.known_features()
@@ -407,12 +408,12 @@ class Network(nn.Module):
         self.llm.read(self.embedding(ids.clamp(min=0)), ids != PADDING, cache)
         return decode_text(self, cache, options, grammar=FormatGrammar())
 
-    def loss(self, batch: TrainBatch) -> dict[str, Tensor]:
+    def loss(self, batch: TrainBatch, unmatched: UnmatchedWeights | None = None) -> dict[str, Tensor]:
         """Training losses of a `visionllm.data.mixture.TrainBatch`; see `visionllm.train.losses`."""
         from visionllm.train.losses import set_loss
         from visionllm.train.text_loss import text_loss
 
-        return set_loss(self, batch) if batch.task in SET_TASKS else text_loss(self, batch)
+        return set_loss(self, batch, unmatched) if batch.task in SET_TASKS else text_loss(self, batch)
 
     def parameter_groups(self, lr: float, backbone_lr: float, weight_decay: float) -> list[dict]:
         """AdamW groups: the backbone at its own rate; vectors and the embeddings of text without decay."""

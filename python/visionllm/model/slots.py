@@ -22,8 +22,8 @@ from visionllm.model.position_encoding import sine_encoding
 from visionllm.ops import SlotPrediction, slot_head_cross_entropy, slot_head_predict
 from visionllm.ops.choice import autocast, uses_operators
 
-BINS_PER_UNIT = (LOCATION_BINS - 1) // 2  # a bin is 1/512 of the picture's height or width
-LOCATION_SIGMA = 1.5  # standard deviation, in bins, of the smoothed coordinate targets
+BINS_PER_UNIT = (LOCATION_BINS - 1) // 2  # usually a bin is 1/512 of the picture's height or width
+LOCATION_SIGMA = 1.5  # standard deviation, in 1/512, of the smoothed coordinate targets
 TURNS = 16  # frequencies of the encoding of a place along an outline: its length once, twice, …
 VISIBILITIES = 3  # COCO's: not labelled, labelled but hidden, visible
 
@@ -153,9 +153,12 @@ class SlotHead(nn.Module):
         self.class_query = nn.Linear(dim, dim, bias=False)
         if config.class_rows == "names":
             self.name_key = nn.Linear(dim, dim, bias=False)
-            self.text_key = nn.Linear(config.text_dim, dim, bias=False)
+            if config.text_guidance:
+                self.text_key = nn.Linear(config.text_dim, dim, bias=False)
+        self.guidance = config.text_guidance
+        self.bins_per_unit = units(config.location_bins)
         self.no_object = nn.Parameter(torch.empty(dim).normal_())
-        self.locations = nn.Parameter(torch.empty(LOCATION_BINS, dim).normal_(std=0.02))
+        self.locations = nn.Parameter(torch.empty(config.location_bins, dim).normal_(std=0.02))
         self.visibility = nn.Linear(dim, VISIBILITIES)  # of a keypoint, read at its x
         self.scale = dim**-0.5
 
@@ -169,7 +172,8 @@ class SlotHead(nn.Module):
         """
         if self.class_rows == "static":
             return class_tokens[: name_states.shape[1]].expand(len(name_states), -1, -1)
-        return self.name_key(name_states) + self.text_key(name_features)
+        rows = self.name_key(name_states)
+        return rows + self.text_key(name_features) if self.guidance else rows
 
     def class_logits(self, states: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
         """states [B, G, C] of the <cls> slots, rows [B, K, C], mask bool [B, K] → [B, G, K + 1] in fp32."""
@@ -216,25 +220,25 @@ class SlotReading:
         classes, locations = self.logits.classes[:, :groups], self.logits.locations[:, :groups]
         best = locations.argmax(-1)
         offsets = expected_offsets(locations, window, best)
-        return SlotAnswers(classes.softmax(-1), offsets, best - BINS_PER_UNIT)
+        return SlotAnswers(classes.softmax(-1), offsets, best - self.head.bins_per_unit)
 
     def _read(self, window: int, groups: int | None) -> SlotAnswers:
         states, rows, valid = self._class_operands(groups)
         classes: SlotPrediction = slot_head_predict(
             states, rows, valid=valid, scale=self.head.scale, probabilities=True
         )
+        half = self.head.bins_per_unit
         places: SlotPrediction = slot_head_predict(
-            autocast(self.states[:, :groups, 1:]), self.head.locations, window=window, offset=BINS_PER_UNIT
+            autocast(self.states[:, :groups, 1:]), self.head.locations, window=window, offset=half
         )
         assert classes.probabilities is not None and places.expectation is not None
-        return SlotAnswers(
-            classes.probabilities, places.expectation / BINS_PER_UNIT, places.best - BINS_PER_UNIT
-        )
+        return SlotAnswers(classes.probabilities, places.expectation / half, places.best - half)
 
     def spread(self) -> Tensor:
         """Standard deviation of every coordinate's location tokens, in picture sizes: fp32 [B, G, 2N]."""
         weights = self.logits.locations.softmax(-1)
-        bins = (torch.arange(LOCATION_BINS, device=weights.device) - BINS_PER_UNIT) / BINS_PER_UNIT
+        half = self.head.bins_per_unit
+        bins = (torch.arange(2 * half + 1, device=weights.device) - half) / half
         mean = weights @ bins
         return (weights @ bins.square() - mean.square()).clamp(min=0).sqrt()
 
@@ -261,9 +265,9 @@ class SlotReading:
         return slot_head_cross_entropy(
             autocast(self.states[:, :, 1:]),
             self.head.locations,
-            offsets + BINS_PER_UNIT,
+            offsets + self.head.bins_per_unit,
             weight=weight.to(offsets.dtype),
-            sigma=LOCATION_SIGMA,
+            sigma=LOCATION_SIGMA * self.head.bins_per_unit / BINS_PER_UNIT,
             reduction="sum",
         )
 
@@ -275,10 +279,12 @@ class SlotReading:
 
 
 def location_loss(logits: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
-    """As `SlotReading.location_loss`: logits [n, 1025]; offsets [n] in bins, −512…512; weight [n]."""
-    bins = torch.arange(LOCATION_BINS, device=logits.device) - BINS_PER_UNIT
-    centres = offsets.clamp(-BINS_PER_UNIT, BINS_PER_UNIT)[..., None]
-    wanted = (-((bins - centres) ** 2) / (2 * LOCATION_SIGMA**2)).softmax(-1)
+    """As `SlotReading.location_loss`: logits [n, bins]; offsets [n] in bins around 0; weight [n]."""
+    half = units(logits.shape[-1])
+    bins = torch.arange(2 * half + 1, device=logits.device) - half
+    centres = offsets.clamp(-half, half)[..., None]
+    sigma = LOCATION_SIGMA * half / BINS_PER_UNIT
+    wanted = (-((bins - centres) ** 2) / (2 * sigma**2)).softmax(-1)
     return -(weight * (wanted * logits.log_softmax(-1)).sum(-1)).sum()
 
 
@@ -289,20 +295,26 @@ def class_token_embedding(dim: int) -> nn.Embedding:
     return embedding
 
 
+def units(bins: int) -> int:
+    """How many of the location tokens one picture size is: the last one's offset."""
+    return (bins - 1) // 2
+
+
 def expected_offsets(logits: Tensor, window: int, best: Tensor | None = None) -> Tensor:
-    """Location logits [..., 1025] → offsets in picture sizes [...]: expectation near the argmax.
+    """Location logits [..., bins] → offsets in picture sizes [...]: expectation near the argmax.
 
     Args:
         window: how many bins on each side of the argmax count; 0 takes the argmax alone.
         best: int64 [...], the argmax where it is known.
     """
+    half = units(logits.shape[-1])
     best = (logits.argmax(-1) if best is None else best)[..., None]
     if window == 0:
-        return (best.squeeze(-1) - BINS_PER_UNIT).float() / BINS_PER_UNIT
+        return (best.squeeze(-1) - half).float() / half
     around = best + torch.arange(-window, window + 1, device=logits.device)
-    inside = (around >= 0) & (around < LOCATION_BINS)
-    near = logits.gather(-1, around.clamp(0, LOCATION_BINS - 1)).masked_fill(~inside, float("-inf"))
-    return (near.softmax(-1) * (around - BINS_PER_UNIT)).sum(-1) / BINS_PER_UNIT
+    inside = (around >= 0) & (around <= 2 * half)
+    near = logits.gather(-1, around.clamp(0, 2 * half)).masked_fill(~inside, float("-inf"))
+    return (near.softmax(-1) * (around - half)).sum(-1) / half
 
 
 def points_of(offsets: Tensor, boxes: Tensor) -> Tensor:

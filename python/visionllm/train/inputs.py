@@ -109,6 +109,9 @@ def fits(value: Any, kind: Any) -> bool:
     origin = get_origin(kind)
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in get_args(kind))
+    if origin is Mapping:
+        keys, values = get_args(kind)
+        return isinstance(value, Mapping) and all(fits(k, keys) and fits(v, values) for k, v in value.items())
     if origin is tuple:
         kinds = get_args(kind)
         if not isinstance(value, (list, tuple)):

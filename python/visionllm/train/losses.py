@@ -22,7 +22,7 @@ from torch import Tensor
 from visionllm.model.boxes import cxcywh_to_xyxy, overlap
 from visionllm.model.config import STRIDES
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokens, anchor_boxes
-from visionllm.model.slots import BINS_PER_UNIT, extent_of, points_of
+from visionllm.model.slots import extent_of, points_of, units
 from visionllm.tokenizer import MAX_NAME_TOKENS, PADDING, pad
 from visionllm.train.matcher import CLASS_COST, GIOU_COST, L1_COST, match, match_proposals, pair_costs
 
@@ -42,6 +42,14 @@ SPARE_GROUPS = 12
 # Denoising queries: at most this many per picture at listed and at unlisted objects; the centre moves by up
 # to half of NOISE sizes, a side changes by up to a share NOISE.
 MAX_DENOISING, MAX_UNLISTED, NOISE = 12, 6, 0.4
+
+
+@dataclass(frozen=True)
+class UnmatchedWeights:
+    """Weights in the class loss of groups of slots without a listed object; a group with one has 1."""
+
+    no_object: float = NO_OBJECT_WEIGHT
+    unlisted: float = UNLISTED_WEIGHT  # where an object stands whose class is not listed
 
 
 @dataclass
@@ -173,22 +181,28 @@ def noised(boxes: Tensor) -> Tensor:
     return torch.cat([boxes[..., :2] + shift, boxes[..., 2:] * scale], -1).clamp(1e-3, 1)
 
 
-def set_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
+def set_loss(
+    network: Network, batch: TrainBatch, unmatched: UnmatchedWeights | None = None
+) -> dict[str, Tensor]:
     """All terms of a task that is answered by a set of objects, weighted.
 
     "total" is their sum; "metric/…" entries are detached.
     """
+    unmatched = unmatched or UnmatchedWeights()
     device = network.device
     m = network.config.num_queries
     targets = Targets.from_batch(batch, device)
     prompts = network.tokenizer.prompts(batch.instructions, m).to(device)
     text = network.encode_text(prompts)
 
-    listed = min(targets.boxes.shape[1], MAX_DENOISING)
+    # Only queries can be placed near known boxes.
+    denoises = network.config.image_tokens == "queries"
+    listed = min(targets.boxes.shape[1], MAX_DENOISING) if denoises else 0
     unlisted, unlisted_valid = pad_boxes(batch.unlisted, device, MAX_UNLISTED)
     # [B, D, 4], what each denoising query stands at
-    denoised = torch.cat([targets.boxes[:, :listed], unlisted], 1)
-    denoised_valid = torch.cat([targets.valid[:, :listed], unlisted_valid], 1)
+    spare = unlisted.shape[1] if denoises else 0
+    denoised = torch.cat([targets.boxes[:, :listed], unlisted[:, :spare]], 1)
+    denoised_valid = torch.cat([targets.valid[:, :listed], unlisted_valid[:, :spare]], 1)
     extra = denoised.shape[1]
     queries = DenoisingQueries(noised(denoised)) if extra else None
     drawings = ~torch.tensor(batch.photo, device=device)
@@ -261,26 +275,30 @@ def set_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
         no_object = answers.probabilities.shape[-1] - 1
         labels = (
             torch.where(positive, gather_rows(targets.labels, of_group), no_object)
-            if listed
+            if targets.boxes.shape[1]
             else torch.full_like(of_group, no_object)
         )
-        silent = torch.full_like(answers.probabilities[..., 0], NO_OBJECT_WEIGHT)
-        silent[unlisted_at(corners, unlisted, unlisted_valid) >= 0] = UNLISTED_WEIGHT
-        weights = torch.cat([(gather_rows(weight, chosen) > 0) * silent, denoised_valid * UNLISTED_WEIGHT], 1)
+        silent = torch.full_like(answers.probabilities[..., 0], unmatched.no_object)
+        silent[unlisted_at(corners, unlisted, unlisted_valid) >= 0] = unmatched.unlisted
+        silence = [(gather_rows(weight, chosen) > 0) * silent, denoised_valid * unmatched.unlisted]
+        weights = torch.cat(silence, 1)
         weights = torch.where(positive, 1.0, weights)
     per_group = reading.class_loss(labels)
     losses["class"] = CLASS_WEIGHT * (per_group * weights).sum() / weights.sum().clamp(min=1e-6)
-    if listed:
+    if targets.boxes.shape[1]:
         offsets = gather_rows(targets.points, of_group) - reading.boxes[..., None, :2]  # [B, G, N, 2]
         counts = gather_rows(targets.point_weight, of_group) * positive[..., None]  # [B, G, N]
-        found = reading.location_loss((offsets * BINS_PER_UNIT).flatten(2), counts.repeat_interleave(2, -1))
+        found = reading.location_loss(
+            (offsets * units(network.config.location_bins)).flatten(2), counts.repeat_interleave(2, -1)
+        )
         losses["location"] = LOCATION_WEIGHT * found / (2 * counts.sum()).clamp(min=1)
         if targets.visibility is not None:
             logits = reading.visibility_logits()[positive]  # [n, N, 3]
             seen = gather_rows(targets.visibility, of_group)[positive]
             losses["visibility"] = VISIBILITY_WEIGHT * F.cross_entropy(logits.flatten(0, 1), seen.flatten())
 
-    if batch.task != "grounding":  # expressions are no names
+    # Expressions are no names; and without text there are none.
+    if batch.task != "grounding" and network.config.text_guidance:
         losses["alignment"] = alignment_loss(
             network, batch, text, tokens, targets, at_positions, of_token, astray, listed
         )
@@ -343,6 +361,7 @@ def alignment_loss(
     known_rows = [[row[name] for name in names_[:MAX_UNLISTED]] for names_ in batch.unlisted_names]
     unlisted = torch.full((len(known_rows), tokens.features.shape[1] - of_token.shape[1] - listed), -1)
     for b, rows in enumerate(known_rows):
+        rows = rows[: unlisted.shape[1]]
         unlisted[b, : len(rows)] = torch.tensor(rows, dtype=torch.int64)
     wanted, unlisted = wanted.to(device), unlisted.to(device)
     if wanted.shape[1] == 0:

@@ -107,8 +107,12 @@ def tokenizer_loss(
     # No denoising queries stand at unlisted objects.
     batch = dataclasses.replace(batch, unlisted_names=[[] for _ in batch.unlisted_names])
     nothing = torch.full_like(assigned, -1)
-    alignment = alignment_loss(network, batch, text, tokens, targets, at_positions, assigned, nothing, 0)
-    return {"proposals": proposals / objects, "tokens": total, "alignment": alignment}
+    losses = {"proposals": proposals / objects, "tokens": total}
+    if network.config.text_guidance:
+        losses["alignment"] = alignment_loss(
+            network, batch, text, tokens, targets, at_positions, assigned, nothing, 0
+        )
+    return losses
 
 
 def bins_per_unit(network: Network) -> int:
