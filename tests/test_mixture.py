@@ -288,7 +288,7 @@ def test_targets_of_clips_and_drops():
     )
     found = targets_of(sample, ("b", "a"), 5)
     boxes, labels, ignore = found.boxes, found.labels, found.ignore
-    unlisted, names = found.unlisted, found.unlisted_names
+    unlisted = found.unlisted
     np.testing.assert_allclose(boxes, [[0.25, 0.25, 0.5, 0.5]])
     assert labels.tolist() == [1]
     np.testing.assert_allclose(ignore, [[0.5, 0.5, 1, 1]])

@@ -9,11 +9,9 @@ from small_network import small_network
 
 from visionllm.instruction import Instruction, MalformedAnswer, parse_answer
 from visionllm.instruction.instruction import TASKS
-from visionllm.model.network import Network
 from visionllm.pipeline import VisionLLM
 from visionllm.text_options import TextOptions
 
-pytestmark = pytest.mark.skipif(not hasattr(Network, "find"), reason="this network only detects")
 UNKNOWN = (
     'Look at <image>. For every animal of {"dog": <c0>} give me its label followed by its top-left and '
     "bottom-right corner."

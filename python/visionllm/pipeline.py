@@ -264,10 +264,7 @@ class VisionLLM:
             asked_now = [requests[i].instructions[turn] for i in members]
             shown = pixels[members] if len(members) < len(pixels) else pixels
             with self._precision():
-                if hasattr(self.network, "find"):
-                    detections = self.network.find(shown, asked_now, top=MAX_BOXES, spread=spread)
-                else:
-                    detections = self.network.detect(shown, asked_now, top=MAX_BOXES)
+                detections = self.network.find(shown, asked_now, top=MAX_BOXES, spread=spread)
             for i, detection in zip(members, detections, strict=True):
                 found[i].append(detection)
         return found
@@ -295,11 +292,6 @@ class VisionLLM:
         return dict(zip(members, texts, strict=True))
 
     def _check_tasks(self, requests: Iterable[Request]) -> None:
-        if not hasattr(self.network, "find"):
-            for asked in requests:
-                if asked.task not in ("detection", "grounding"):
-                    raise ValueError(f"these weights were trained for detection, not for {asked.task}")
-            return
         for task in {asked.task for asked in requests}:
             self.network.check_task(task)
 

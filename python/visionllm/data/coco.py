@@ -110,6 +110,11 @@ class CocoDataset:
         return None
 
     @property
+    def has_captions(self) -> bool:
+        """Whether some picture has captions."""
+        return bool(self._captions)
+
+    @property
     def skipped(self) -> dict[str, int]:
         """How many images, categories and annotations were left out."""
         return self.report.skipped

@@ -19,15 +19,25 @@ class Format:
         dataset: "module:class"; its first two arguments are the annotation file and the pictures' folder.
         validator: "module:function" of the same two (no folder: None) and ``check_images``; gives a `Report`.
         files: which files it is for.
+        tasks: that its pictures can be trained for, in changed views.
+        whole_tasks: that need the pictures as they are: what is said of one need not hold for a part of it, or
+            its mirror image.
     """
 
     dataset: str
     validator: str
     files: str
+    tasks: tuple[str, ...] = ()
+    whole_tasks: tuple[str, ...] = ()
+
+    @property
+    def reader(self) -> Any:
+        """The data set's class."""
+        return _named(self.dataset)
 
     def open(self, annotations: str | Path, images: str | Path, **options: Any) -> Any:
         """The data set: samples by index. ``options`` and errors are those of its class."""
-        return _named(self.dataset)(annotations, images, **options)
+        return self.reader(annotations, images, **options)
 
     def validate(self, annotations: str | Path, images: str | Path | None, **options: Any) -> Report:
         """What is wrong with the files. ``options`` and errors are those of the validator."""
@@ -40,14 +50,38 @@ def _named(place: str) -> Callable[..., Any]:
 
 
 FORMATS: dict[str, Format] = {
-    "coco": Format("coco:CocoDataset", "validate:validate_coco", "COCO's instances and person_keypoints"),
+    "coco": Format(
+        "coco:CocoDataset",
+        "validate:validate_coco",
+        "COCO's instances and person_keypoints",
+        tasks=("detection", "segmentation", "grounding"),
+        whole_tasks=("keypoints", "captioning"),
+    ),
     "captions": Format(
-        "coco_captions:CocoCaptionDataset", "coco_captions:validate_captions", "COCO's captions"
+        "coco_captions:CocoCaptionDataset",
+        "coco_captions:validate_captions",
+        "COCO's captions",
+        whole_tasks=("captioning",),
     ),
     "karpathy": Format(
-        "karpathy:KarpathyDataset", "karpathy:validate_karpathy", "Karpathy's dataset_coco.json"
+        "karpathy:KarpathyDataset",
+        "karpathy:validate_karpathy",
+        "Karpathy's dataset_coco.json",
+        whole_tasks=("captioning",),
     ),
-    "refcoco": Format("refcoco:RefCocoDataset", "refcoco:validate_refcoco", "refs of RefCOCO, + and g"),
-    "lvis": Format("lvis:LvisDataset", "lvis:validate_lvis", "LVIS v1 and v0.5"),
-    "llava": Format("llava:LlavaDataset", "llava:validate_llava", "LLaVA-Instruct's conversations"),
+    "refcoco": Format(
+        "refcoco:RefCocoDataset",
+        "refcoco:validate_refcoco",
+        "refs of RefCOCO, + and g",
+        whole_tasks=("grounding",),
+    ),
+    "lvis": Format(
+        "lvis:LvisDataset", "lvis:validate_lvis", "LVIS v1 and v0.5", tasks=("detection", "segmentation")
+    ),
+    "llava": Format(
+        "llava:LlavaDataset",
+        "llava:validate_llava",
+        "LLaVA-Instruct's conversations",
+        whole_tasks=("captioning", "vqa"),
+    ),
 }

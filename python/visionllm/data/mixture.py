@@ -10,20 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from visionllm.data.class_set import PromptSettings, draw_class_set, draw_count, draw_range
+from visionllm.data.expressions import derived_expressions
 from visionllm.data.photo_augmentation import AugmentedPhotos, PhotoAugmentation, SampleSource, resize
 from visionllm.data.polygons import resample
 from visionllm.data.sample import Sample
 from visionllm.instruction import TRAIN_TEMPLATES, Instruction, Template
+from visionllm.instruction.format_phrasings import FormatPhrasing, training_phrasings
 from visionllm.instruction.instruction import MAX_CLASSES
 
 STEP_STREAM, SAMPLE_STREAM = 0, 1  # independent random streams
 CLASS_TASKS = ("detection", "segmentation", "keypoints")  # that list class names
 MOST_KEYPOINTS, MOST_EXPRESSIONS = 8, 6  # in a prompt
+FORMATS = 8  # instructions whose output format is asked for beside a batch of captions or answers
 DRAWS = 8  # attempts to find a picture that knows enough names for a long prompt
 
 
@@ -34,9 +38,11 @@ class Source:
     Attributes:
         dataset: samples by index.
         weight: share of the samples, relative to the other sources.
-        photo: a finite set of photos, drawn with augmentation; otherwise pictures are taken as they are.
+        photo: a finite set of photos; otherwise they are generated pictures.
         name: for logs.
         tasks: that its samples can be asked for.
+        whole: its photos are taken as they are; otherwise views of them are drawn with augmentation, and
+            expressions are made from what a view shows.
     """
 
     dataset: SampleSource
@@ -44,6 +50,7 @@ class Source:
     photo: bool = False
     name: str = ""
     tasks: tuple[str, ...] = ("detection",)
+    whole: bool = False
 
 
 @dataclass
@@ -159,12 +166,12 @@ class TrainingBatches:
             raise ValueError("templates: expected at least one for each task, got none for one")
         self._photos = [
             AugmentedPhotos(source.dataset, image_size, self.augmentation, cache_bytes)
-            if source.photo
+            if source.photo and not source.whole
             else None
             for source in self.sources
         ]
         self._weights = weights[weights > 0]
-        vocabularies = [tuple(dict.fromkeys(_vocabulary(source))) for source in self.sources]
+        vocabularies = [tuple(dict.fromkeys(vocabulary_of(source))) for source in self.sources]
         longest = max(map(len, vocabularies))
         if not self.prompts.random_classes and longest > MAX_CLASSES:
             raise ValueError(
@@ -200,7 +207,7 @@ class TrainingBatches:
             else:
                 count, kind = most, "all"
             if kind == "middle" and step_rng.random() < 0.5:
-                # Half of these batches keep the small vocabularies in, listed as a whole, half leave them out.
+                # Half of these batches keep the small vocabularies in, listed as a whole, half do not.
                 count = min(count, int(capacities.min()))
             eligible = np.flatnonzero(offers & (self._capacities >= count))
         else:
@@ -226,6 +233,10 @@ class TrainingBatches:
             points=[] if task in ("segmentation", "keypoints") else None,
             visibility=[] if task == "keypoints" else None,
         )
+        if task in ("captioning", "vqa"):
+            drawn = self._phrasings
+            chosen_formats = step_rng.integers(len(drawn), size=FORMATS)
+            batch.formats = [(drawn[k].text, drawn[k].format) for k in chosen_formats]
         keypoints = draw_keypoints(samples, step_rng) if task == "keypoints" else ()
         for index, sample, rng in zip(chosen, samples, rngs, strict=True):
             if task in ("captioning", "vqa"):
@@ -255,6 +266,10 @@ class TrainingBatches:
             )
         return batch
 
+    @cached_property
+    def _phrasings(self) -> list[FormatPhrasing]:
+        return training_phrasings()
+
     def _draw_task(self, rng: np.random.Generator) -> str:
         if len(self.tasks) == 1:
             return next(iter(self.tasks))
@@ -270,17 +285,20 @@ class TrainingBatches:
         A picture can know fewer names than its source: on a real background, or with a damaged annotation;
         and have nothing to describe.
         """
-        sample = self._draw(index, rng)
+        sample = self._draw(index, task, rng)
         for _ in range(DRAWS - 1):
             if _names_known(sample) >= 0.95 * count and _says_enough(sample, task):
                 break
-            sample = self._draw(index, rng)
+            sample = self._draw(index, task, rng)
         return sample
 
-    def _draw(self, index: int, rng: np.random.Generator) -> Sample:
+    def _draw(self, index: int, task: str, rng: np.random.Generator) -> Sample:
         photos = self._photos[index]
         if photos is not None:
-            return photos.draw(rng)
+            view = photos.draw(rng)
+            if task == "grounding":
+                view = replace(view, expressions=derived_expressions(view, rng))
+            return view
         dataset = self.sources[index].dataset
         return resize(dataset[int(rng.integers(len(dataset)))], self.image_size, self.image_size)
 
@@ -306,6 +324,7 @@ class TrainingBatches:
         size = np.array(sample.image.shape[1::-1], np.float32)
         if batch.task == "segmentation":
             rows = [resample(outlines[i], points) for i in objects.places]
+            assert batch.points is not None
             batch.points.append(_stack(rows, points, 2) / size)
         elif batch.task == "keypoints":
             known = sample.keypoints or [{}] * len(sample.names)
@@ -314,6 +333,7 @@ class TrainingBatches:
                 len(keypoints),
                 3,
             )
+            assert batch.points is not None and batch.visibility is not None
             batch.points.append(triples[..., :2] / size)
             batch.visibility.append(triples[..., 2].astype(np.int64))
 
@@ -424,6 +444,8 @@ def _says_enough(sample: Sample, task: str) -> bool:
         return bool(sample.captions)
     if task == "grounding":
         return bool(sample.expressions)
+    if task == "keypoints":
+        return any(sample.keypoints or ())
     return True
 
 
@@ -448,7 +470,9 @@ def _names_known(sample: Sample) -> int:
     return len({*sample.vocabulary, *sample.names})
 
 
-def _vocabulary(source: Source) -> tuple[str, ...]:
+def vocabulary_of(source: Source) -> tuple[str, ...]:
     """The names that a prompt for this source can list."""
-    dataset = source.dataset
+    dataset: Any = source.dataset
+    if not set(source.tasks).intersection(CLASS_TASKS):
+        return ()
     return getattr(dataset, "vocabulary", None) or getattr(dataset, "names", None) or dataset[0].vocabulary

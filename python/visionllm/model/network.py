@@ -1,4 +1,4 @@
-"""The network, wired: instructions and pictures → image tokens → prefix → slots → logits → detections, or text."""
+"""The network, wired: instructions and pictures → image tokens → prefix → slots → detections, or text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Detections:
             keypoints the image token's own.
         scores: fp32 [n]; labels: int64 [n], index into the instruction's classes.
         centers: fp32 [n, 2], l_i; bins: int64 [n, 2N], the offset tokens said, −512..512.
-        points: fp32 [n, N, 2]: the corners, the outline's points, or the keypoints in the instruction's order.
+        points: fp32 [n, N, 2]: corners, an outline's points, or keypoints in the instruction's order.
         visibility: fp32 [n, N, 3], of keypoints: probabilities of COCO's "not labelled", "hidden", "visible".
         spread: fp32 [n, 2N], standard deviation of every coordinate's location tokens; only where asked for.
         absent: fp32 [K], for grounding: the probability that nothing is what expression k describes.
@@ -315,14 +315,16 @@ class Network(nn.Module):
         answers, groups = reading.answers(self.config.coordinate_window), reading.boxes
         points = points_of(answers.offsets, groups)  # [B, M, N, 2]
         bins = answers.bins
+        spreads = reading.spread() if spread else None
         if wanted.kind == "boxes":
             # Corners said in the wrong order change places, and their tokens with them.
             turned = (points[:, :, 0] > points[:, :, 1])[:, :, None].expand_as(points)
             points = torch.where(turned, points.flip(2), points)
             bins = torch.where(turned.flatten(2), bins.roll(2, -1), bins)
+            if spreads is not None:
+                spreads = torch.where(turned.flatten(2), spreads.roll(2, -1), spreads)
         boxes = cxcywh_to_xyxy(groups) if wanted.kind == "keypoints" else extent_of(points)
         points, boxes = points.clamp(0, 1), boxes.clamp(0, 1)
-        spreads = reading.spread() if spread else None
         visibility = reading.visibility_logits().softmax(-1) if wanted.kind == "keypoints" else None
         scores = self.scores(prompts, text, tokens, instructions, answers.probabilities)
         results = []

@@ -318,7 +318,7 @@ def expected_offsets(logits: Tensor, window: int, best: Tensor | None = None) ->
 
 
 def points_of(offsets: Tensor, boxes: Tensor) -> Tensor:
-    """Offsets [B, G, 2N] from the centres of boxes [B, G, 4] → points [B, G, N, 2] in shares of the picture."""
+    """Offsets [B, G, 2N] from centres of boxes [B, G, 4] → points [B, G, N, 2], shares of the picture."""
     return offsets.unflatten(-1, (-1, 2)) + boxes[..., None, :2]
 
 

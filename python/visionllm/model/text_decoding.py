@@ -1,4 +1,4 @@
-"""Words one after the other: the head that reads them, and greedy, sampled, beam and grammar-bound decoding."""
+"""Words one after the other: the head that reads them; greedy, sampled, beam and grammar-bound decoding."""
 
 from __future__ import annotations
 

@@ -53,9 +53,11 @@ class TextEncoder(nn.Module):
         if ids.shape[1] > self.max_length:
             raise ValueError(f"TextEncoder: at most {self.max_length} tokens a text, got {ids.shape[1]}")
         present = ids >= 0
+        # A text without tokens looks at its first place: attention to nothing at all would be NaN.
+        seen = present | (torch.arange(ids.shape[1], device=ids.device) == 0)
         x = self.embedding(ids.clamp(min=0)) + self.position[: ids.shape[1]]
         for layer in self.layers:
-            x = layer(x, present[:, None, None])
+            x = layer(x, seen[:, None, None])
         return self.norm(x) * present[..., None]
 
 

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from visionllm.atomic_file import replacing
 from visionllm.data.coco import CocoDataset
-from visionllm.data.mixture import Source, TrainingBatches
+from visionllm.data.formats import FORMATS
+from visionllm.data.mixture import Source, TrainingBatches, vocabulary_of
 from visionllm.data.scenes import SceneDataset
 from visionllm.instruction.instruction import TASKS
 from visionllm.model.config import ModelConfig
@@ -26,6 +28,7 @@ from visionllm.train.inputs import model_config
 from visionllm.train.losses import UnmatchedWeights
 from visionllm.train.recognition import recognition_loss
 from visionllm.train.sequence import sequence_loss
+from visionllm.train.task_validation import MEASURED, TaskValidation
 from visionllm.train.validation import Validation, ValidationSet
 
 logger = logging.getLogger("visionllm.train")
@@ -59,7 +62,7 @@ def network_and_data(
     network = network.to(processes.device)
     tasks = dict.fromkeys([*network.config.tasks, *asked_tasks(config)])
     network.config = dataclasses.replace(network.config, tasks=tuple(tasks))
-    network.known_names = tuple(sorted({name for source in sources for name in all_names(source)}))
+    network.known_names = tuple(sorted({name for source in sources for name in vocabulary_of(source)}))
     freeze(network, config.frozen)
     unmatched = UnmatchedWeights(config.no_object_weight, config.unlisted_weight)
     network.loss = functools.partial(network.loss, unmatched=unmatched)  # type: ignore[method-assign]
@@ -161,10 +164,9 @@ def asked_tasks(config: TrainConfig) -> tuple[str, ...]:
     return tuple(task for task in TASKS if shares.get(task, 0) > 0)
 
 
-def scenes(config: TrainConfig, split: str) -> SceneDataset:
-    """The generated scenes of this split: the training ones, or others never trained on."""
+def scenes(config: TrainConfig, split: str, tasks: Sequence[str] = ()) -> SceneDataset:
+    """The generated scenes of this split, the training ones or others, with what these tasks need."""
     wanted, cutouts = config.scenes, None
-    tasks = set(asked_tasks(config)) if split == "train" else set()
     if wanted.cutouts is not None and split == "train":
         from visionllm.data.scenes.cutouts import load_cutouts
 
@@ -179,14 +181,14 @@ def scenes(config: TrainConfig, split: str) -> SceneDataset:
         cutouts=cutouts,
         outlines="segmentation" in tasks,
         keypoints="keypoints" in tasks,
-        language=not tasks.isdisjoint(("grounding", "captioning", "vqa")),
-        **wanted.options,
+        language=not {"grounding", "captioning", "vqa"}.isdisjoint(tasks),
+        **{"masks": split != "train" and "segmentation" in tasks, **wanted.options},
     )
 
 
-def photos(source: PhotosConfig, first: bool) -> CocoDataset:
+def photos(source: PhotosConfig, first: bool, **options: Any) -> Any:
     """A photo data set. What it leaves out is logged, by the first process alone."""
-    dataset = CocoDataset(source.annotations, source.images, **source.options)
+    dataset = FORMATS[source.format].open(source.annotations, source.images, **{**options, **source.options})
     if first and not dataset.report.ok:
         problems = [str(problem) for problem in dataset.report.problems]
         if len(problems) > SHOWN_PROBLEMS:
@@ -205,21 +207,41 @@ def training_sources(config: TrainConfig, first: bool) -> list[Source]:
     sources = []
     if config.scenes.weight > 0:
         tasks = asked_tasks(config)
-        sources.append(Source(scenes(config, "train"), config.scenes.weight, name="scenes", tasks=tasks))
+        sources.append(
+            Source(scenes(config, "train", tasks), config.scenes.weight, name="scenes", tasks=tasks)
+        )
     for entry in config.photos:
         if entry.weight > 0:
-            name = Path(entry.annotations).stem
-            sources.append(Source(photos(entry, first), entry.weight, photo=True, name=name))
+            sources += photo_sources(entry, asked_tasks(config), first)
     return sources
 
 
-def all_names(source: Source) -> tuple[str, ...]:
-    """Every class name of a source."""
-    dataset = source.dataset
-    if isinstance(dataset, SceneDataset):
-        return dataset.names
-    assert isinstance(dataset, CocoDataset)
-    return dataset.vocabulary
+def photo_sources(entry: PhotosConfig, asked: Sequence[str], first: bool) -> list[Source]:
+    """Sources of one data set: of changed views for some tasks, of its pictures as they are for others."""
+    kind = FORMATS[entry.format]
+    outlines = {"outlines": True} if "segmentation" in asked and "segmentation" in kind.tasks else {}
+    dataset = photos(entry, first, **outlines)
+    sources = []
+    for offered, whole in ((kind.tasks, False), (kind.whole_tasks, True)):
+        tasks = tuple(
+            task
+            for task in offered
+            if task in asked and task in (entry.tasks or offered) and has_answers(dataset, task)
+        )
+        if tasks:
+            name = Path(entry.annotations).stem
+            sources.append(Source(dataset, entry.weight, photo=True, name=name, tasks=tasks, whole=whole))
+    return sources
+
+
+def has_answers(dataset: Any, task: str) -> bool:
+    """Whether a data set has what a task is trained with; for what not every file of its format has."""
+    if isinstance(dataset, CocoDataset):
+        if task == "keypoints":
+            return bool(dataset.keypoint_names)
+        if task == "captioning":
+            return dataset.has_captions
+    return True
 
 
 def make_validation(config: TrainConfig, processes: Processes) -> Validation | None:
@@ -235,4 +257,11 @@ def make_validation(config: TrainConfig, processes: Processes) -> Validation | N
     if wanted.photos is not None and wanted.photo_limit > 0:
         pictures = photos(wanted.photos, processes.first)
         sets.append(ValidationSet("photos", pictures, wanted.photo_limit, None, config.image_size))
-    return Validation(sets, processes, wanted.batch_size, wanted.top) if sets else None
+    others = None
+    tasks = [task for task in asked_tasks(config) if task in MEASURED]
+    if wanted.tasks > 0 and tasks:
+        pictures = scenes(config, "val", tasks)
+        others = TaskValidation(pictures, wanted.tasks, tasks, wanted.names, wanted.batch_size)
+    if not sets and others is None:
+        return None
+    return Validation(sets, processes, wanted.batch_size, wanted.top, others)

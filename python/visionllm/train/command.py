@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from visionllm.train.config import (
+    STAGES,
     ConfigError,
     TrainConfig,
     load_config,
@@ -42,6 +43,12 @@ def parser() -> argparse.ArgumentParser:
         epilog="Example: visionllm train --preset tiny --processes 2 scenes.glyphs=glyphs max_minutes=100",
     )
     arguments.add_argument("--preset", choices=preset_names(), default="tiny", help="what to start from")
+    arguments.add_argument(
+        "--stage",
+        type=int,
+        choices=STAGES,
+        help="1: detection alone; 2: all tasks, the backbone frozen, from the weights in init=DIR",
+    )
     arguments.add_argument("--config", metavar="FILE", help="YAML file with changes to the preset")
     arguments.add_argument(
         "--resume",
@@ -91,8 +98,11 @@ def settle(arguments: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
         overrides.append(f"processes={arguments.processes}")
     if arguments.resume not in (None, "auto"):
         folder = Path(arguments.resume)
-        if arguments.config is not None:
-            raise ConfigError("--resume DIR brings its own configuration: use key=value instead of --config")
+        for name in ("config", "stage"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(
+                    f"--resume DIR brings its own configuration: use key=value instead of --{name}"
+                )
         if not (folder / "config.yaml").is_file():
             raise ConfigError(f"--resume {folder}: no config.yaml there, so no run to continue")
         # The folder may have been moved since.
@@ -100,7 +110,7 @@ def settle(arguments: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
         return config, _latest(folder, needed=True)
     if arguments.export is not None:
         raise ConfigError("--export needs --resume DIR")
-    config = load_config(arguments.preset, arguments.config, overrides)
+    config = load_config(arguments.preset, arguments.config, overrides, arguments.stage)
     checkpoint = _latest(Path(config.output), needed=False)
     if checkpoint is not None and arguments.resume is None and not launched():
         raise ConfigError(

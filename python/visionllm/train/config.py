@@ -16,6 +16,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+STAGES = (1, 2)  # detection alone; then all tasks, with the backbone frozen
+
 
 class ConfigError(ValueError):
     """A configuration file or override that cannot be used; the message names the key."""
@@ -44,12 +46,14 @@ class ScenesConfig:
 
 @dataclass(frozen=True)
 class PhotosConfig:
-    """A COCO-format data set as a training or validation source."""
+    """A data set of photos as a training or validation source."""
 
-    annotations: str = "???"  # COCO JSON
+    annotations: str = "???"  # file of the format
     images: str = "???"  # folder that its file names are relative to
-    weight: float = 1.0  # share of the samples, relative to the other sources
-    options: dict[str, Any] = field(default_factory=dict)  # further arguments of CocoDataset
+    weight: float = 1.0  # share of the samples of a task, relative to the other sources that have it
+    format: str = "coco"  # one of visionllm.data.formats.FORMATS; validation reads coco alone
+    tasks: list[str] = field(default_factory=list)  # to take from it; empty: all that it has
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the format's data set
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class ValidationConfig:
     photo_limit: int = 100  # at most this many of them
     batch_size: int = 8  # pictures per forward pass, per process
     top: int = 100  # boxes kept per picture
+    tasks: int = 40  # generated scenes that the tasks beside detection are measured on; 0 = none
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,9 @@ LEAST: dict[str, int] = {
     **dict.fromkeys(("seed", "lr", "backbone_lr", "weight_decay", "clip_norm", "warmup", "workers"), 0),
     **dict.fromkeys(("processes", "steps", "max_minutes", "scenes.weight", "photos.weight"), 0),
     "scenes.cutouts.per_class": 1,
-    **dict.fromkeys((f"validation.{key}" for key in ("every", "scenes", "heldout", "photo_limit")), 0),
+    **dict.fromkeys(
+        (f"validation.{key}" for key in ("every", "scenes", "heldout", "photo_limit", "tasks")), 0
+    ),
     **dict.fromkeys((f"validation.{key}" for key in ("names", "batch_size", "top")), 1),
     **dict.fromkeys(("no_object_weight", "unlisted_weight"), 0),
     **dict.fromkeys(("checkpoint.minutes", "checkpoint.steps"), 0),
@@ -148,16 +155,31 @@ def preset_names() -> list[str]:
 
 
 def load_config(
-    preset: str = "tiny", file: str | Path | None = None, overrides: Sequence[str] = ()
+    preset: str = "tiny",
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    stage: int | None = None,
 ) -> TrainConfig:
     """Merge a preset, a YAML file and ``key=value`` overrides (``scenes.weight=2``), later ones winning.
+
+    Args:
+        stage: one of STAGES, for what differs between them; it stands over the preset and under the file.
 
     Raises ConfigError naming the file or override and the key for anything unknown, mistyped or out of range.
     """
     if preset not in preset_names():
         raise ConfigError(f"unknown preset {preset!r}; there are {', '.join(preset_names())}")
-    preset_text = (resources.files("visionllm.train") / "presets" / f"{preset}.yaml").read_text()
-    return _merge(OmegaConf.create(preset_text), f"preset {preset}", file, overrides)
+    folder = resources.files("visionllm.train")
+    first: Any = OmegaConf.create((folder / "presets" / f"{preset}.yaml").read_text())
+    if stage is not None:
+        if stage not in STAGES:
+            raise ConfigError(f"unknown stage {stage}; there are {', '.join(map(str, STAGES))}")
+        text = (folder / "stages" / f"{stage}.yaml").read_text()
+        first = OmegaConf.merge(first, OmegaConf.create(text))
+    config = _merge(first, f"preset {preset}", file, overrides)
+    if stage == STAGES[-1] and config.init is None:
+        raise ConfigError(f"stage {stage} goes on from weights of stage {STAGES[0]}: name them with init=DIR")
+    return config
 
 
 def read_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from visionllm.data.class_set import PromptSettings
-from visionllm.data.coco import CocoDataset
+from visionllm.data.formats import FORMATS
 from visionllm.data.mixture import TrainingBatches
 from visionllm.data.photo_augmentation import PhotoAugmentation
 from visionllm.data.scenes import SceneDataset
@@ -30,9 +30,18 @@ def check_inputs(config: TrainConfig, resuming: bool) -> None:
     Args:
         resuming: weights, tokenizer and sizes come from the run's own folder.
     """
-    check_options("scenes.options", config.scenes.options, option_types(SceneDataset.__init__))
+    check_options("scenes.options", config.scenes.options, option_types(SceneDataset.__init__, FROM_TASKS))
     for place, source in _photos(config):
-        check_options(f"{place}.options", source.options, option_types(CocoDataset.__init__))
+        if source.format not in FORMATS:
+            raise ConfigError(f"{place}.format: expected one of {', '.join(FORMATS)}, got {source.format!r}")
+        kind = FORMATS[source.format]
+        known = option_types(kind.reader.__init__, without=("outlines",))
+        check_options(f"{place}.options", source.options, known)
+        offered = [*kind.tasks, *kind.whole_tasks]
+        for task in source.tasks:
+            if task not in offered:
+                has = f"{place}.tasks: {source.format} has {', '.join(offered)}"
+                raise ConfigError(f"{has}, got {task!r}{_closest(task, offered)}")
     nested = {"prompts": PromptSettings, "augmentation": PhotoAugmentation}
     others = {key: value for key, value in config.mixture.items() if key not in nested}
     check_options("mixture", others, option_types(TrainingBatches.__init__), also=nested)
@@ -75,15 +84,18 @@ def model_config(config: TrainConfig) -> ModelConfig:
 # Arguments that the configuration gives by keys of its own, or that cannot be written in YAML.
 GIVEN_ELSEWHERE = frozenset(
     "split seed size glyphs backgrounds background_annotations cutouts augment annotations images sources "
-    "batch_size image_size rank world_size templates prompts augmentation return".split()
+    "batch_size image_size rank world_size templates prompts augmentation refs return".split()
 )
 
 
-def option_types(function: Any) -> dict[str, Any]:
+FROM_TASKS = frozenset(("outlines", "keypoints", "language"))  # of scenes; of photos the first alone
+
+
+def option_types(function: Any, without: Collection[str] = ()) -> dict[str, Any]:
     """The arguments of a constructor that a configuration's options may give, with their types."""
     hints = get_type_hints(function)
     names = [name for name in inspect.signature(function).parameters if name != "self"]
-    return {name: hints[name] for name in names if name not in GIVEN_ELSEWHERE}
+    return {name: hints[name] for name in names if name not in GIVEN_ELSEWHERE and name not in without}
 
 
 def check_options(

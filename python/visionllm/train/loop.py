@@ -281,7 +281,7 @@ class TrainingRun:
         self.step += 1
         if good_everywhere:
             self.bad_steps = 0
-            interval.losses(numbers, norm, factor)
+            interval.losses(numbers, getattr(batch, "task", "detection"), norm, factor)
         else:
             self.bad_steps += 1
             terms = {name: value for name, value in numbers.items() if not np.isfinite(value)}
@@ -385,7 +385,12 @@ class _Interval:
         yield
         self._add(f"seconds_{name}", time.perf_counter() - started)
 
-    def losses(self, numbers: dict[str, float], norm: float, factor: float) -> None:
+    def losses(self, numbers: dict[str, float], task: str, norm: float, factor: float) -> None:
+        """Of a step: each term by its name, those of a task beside detection as ``task/name``."""
+        if task != "detection":
+            numbers = {name if name == "total" else f"{task}/{name}": x for name, x in numbers.items()} | {
+                f"{task}/total": numbers["total"]
+            }
         for name, value in {**numbers, "gradient_norm": norm, "lr_factor": factor}.items():
             self._add(name, value)
 

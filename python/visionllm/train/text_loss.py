@@ -1,4 +1,4 @@
-"""Next-token cross-entropy of what the model writes: captions, answers and output formats (VisionLLM, App. B)."""
+"""Next-token cross-entropy of captions, answers and output formats (VisionLLM, App. B)."""
 
 from __future__ import annotations
 

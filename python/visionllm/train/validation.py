@@ -15,6 +15,7 @@ from visionllm.evaluate.coco import coco_metrics
 from visionllm.image import resize_square
 from visionllm.pipeline import Request, class_request
 from visionllm.train.distributed import Processes
+from visionllm.train.task_validation import TaskValidation
 
 REPORTED = ("AP", "AP50", "AP75")
 
@@ -137,12 +138,22 @@ class ValidationSet:
 
 
 class Validation:
-    """Callable for the training loop: metrics of several sets, their pictures divided among the processes."""
+    """Callable for the training loop: metrics of several sets, their pictures divided among the processes.
+
+    Args:
+        others: measures the tasks beside detection, divided among the processes.
+    """
 
     def __init__(
-        self, sets: Sequence[ValidationSet], processes: Processes, batch_size: int, top: int
+        self,
+        sets: Sequence[ValidationSet],
+        processes: Processes,
+        batch_size: int,
+        top: int,
+        others: TaskValidation | None = None,
     ) -> None:
         self.sets = list(sets)
+        self.others = others
         self.processes = processes
         self.batch_size = batch_size
         self.top = top
@@ -155,6 +166,11 @@ class Validation:
             if self.processes.first:
                 numbers = coco_metrics(one.ground_truth, [entry for part in parts for entry in part])
                 metrics.update({f"{one.name}/{key}": 100.0 * numbers[key] for key in REPORTED})
+        if self.others is not None:
+            # A task is measured by one process: what has to be gathered is numbers.
+            tasks = self.others.tasks[self.processes.rank :: self.processes.size]
+            for found in self.processes.gather(self.others(network, tasks)):
+                metrics.update(found)
         return metrics
 
 
