@@ -307,7 +307,9 @@ def test_targets_of_clips_and_drops():
         ({"rank": 2, "world_size": 2}, "rank: expected"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"prompts": {"mx_objects": 3}}, "prompts: expected one of .* got 'mx_objects'"),
-        ({"templates": []}, "templates: expected at least one"),
+        ({"templates": {"detection": []}}, "templates: expected at least one"),
+        ({"tasks": {"vqa": 1.0}}, "tasks: expected some of detection, got 'vqa'"),
+        ({"tasks": {"detection": 0.0}}, "tasks: expected finite shares >= 0, not all 0"),
     ],
 )
 def test_arguments(changes, message):

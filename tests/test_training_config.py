@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from visionllm.instruction.instruction import TASKS
 from visionllm.model.config import PRESETS
 from visionllm.train.command import parser, settle
 from visionllm.train.config import (
@@ -52,6 +53,28 @@ def test_every_limit_is_of_a_key():
 @pytest.mark.parametrize("preset", preset_names())
 def test_presets_are_valid(preset):
     assert load_config(preset).preset in PRESETS
+
+
+def test_the_second_stage_trains_all_tasks_but_not_the_backbone():
+    first = load_config(overrides=["steps=5"], stage=1)
+    assert first.mixture["tasks"] == {"detection": 1} and first.frozen == []
+    assert first.mixture["prompts"] == load_config().mixture["prompts"]  # the preset's stay
+    second = load_config(overrides=["steps=5", "init=stage1", "mixture.tasks.vqa=7"], stage=2)
+    assert set(second.mixture["tasks"]) == set(TASKS)
+    assert second.mixture["tasks"]["vqa"] == 7 and second.frozen == ["image_tokenizer.backbone.*"]
+    with pytest.raises(ConfigError, match="stage 2 goes on from weights of stage 1: name them with init=DIR"):
+        load_config(stage=2)
+    with pytest.raises(ConfigError, match="unknown stage 3; there are 1, 2"):
+        load_config(stage=3)
+
+
+def test_the_stage_is_an_argument_of_a_new_run(tmp_path):
+    arguments = ["--stage", "2", f"output={tmp_path}", "init=stage1", "steps=5"]
+    config, _ = settle(parser().parse_intermixed_args(arguments))
+    assert config.frozen == ["image_tokenizer.backbone.*"]
+    write_config(config, tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="brings its own configuration: .* instead of --stage"):
+        settle(parser().parse_intermixed_args(["--resume", str(tmp_path), "--stage", "2"]))
 
 
 def test_photos_are_typed():

@@ -43,7 +43,15 @@ def check(*overrides, resuming=False):
             ["photos=[{annotations: /, images: /, options: {shown: 1.5}}]"],
             ["photos[0].options.shown: expected int, got 1.5"],
         ),
-        (["mixture.foo=1"], ["mixture.foo: expected one of cache_bytes, prompts, augmentation"]),
+        (
+            ["photos=[{annotations: /, images: /, format: voc}]"],
+            ["photos[0].format: expected one of coco, captions, karpathy, refcoco, lvis, llava, got 'voc'"],
+        ),
+        (
+            ["photos=[{annotations: /, images: /, format: lvis, tasks: [vqa]}]"],
+            ["photos[0].tasks: lvis has detection, segmentation, got 'vqa'"],
+        ),
+        (["mixture.foo=1"], ["mixture.foo: expected one of descriptions, tasks, cache_bytes, prompts"]),
         (["mixture.seed=1"], ["mixture.seed: expected one of"]),
         (["mixture.prompts=1"], ["mixture.prompts: expected key: value pairs, got 1"]),
         (["mixture.prompts.large_shar=1"], ["mixture.prompts.large_shar", "did you mean 'large_share'?"]),
@@ -111,6 +119,7 @@ def test_usable_configurations_pass(tmp_path):
     check(
         "scenes.options={length: 50, held_out: twemoji, masks: false}",
         "mixture={cache_bytes: 1000, prompts: {usual_count: [4, 8, 12.5]}, augmentation: {hue: 0}}",
+        "mixture.tasks={detection: 1, vqa: 0.5}",
         "photos=[{annotations: /nonexistent, images: /nonexistent, weight: 0}]",
         "validation.photos={annotations: /nonexistent, images: /nonexistent}",
         "validation.photo_limit=0",

@@ -20,8 +20,8 @@ class Format:
         validator: "module:function" of the same two (no folder: None) and ``check_images``; gives a `Report`.
         files: which files it is for.
         tasks: that its pictures can be trained for, in changed views.
-        whole_tasks: that need the pictures as they are: what is said of one need not hold for a part of it, or
-            its mirror image.
+        whole_tasks: that need the pictures as they are: what is said of one need not hold for a part
+            of it, or its mirror image.
     """
 
     dataset: str

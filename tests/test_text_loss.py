@@ -1,0 +1,76 @@
+"""Losses of captions, answers and output formats: finite, felt by what writes, from the texts alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from small_network import small_network, train_batch
+
+from visionllm.instruction import Instruction
+from visionllm.instruction.instruction import TASKS
+from visionllm.train.text_loss import FORMAT_WEIGHT
+
+
+def text_batch(task="vqa", answers=("no", "two dogs"), formats=()):
+    batch = train_batch([[], []], [[], []])
+    question = "How many dogs?" if task == "vqa" else None
+    instruction = Instruction(task, question=question) if question else Instruction(task)
+    instruction = dataclasses.replace(instruction, text=instruction.render())
+    return dataclasses.replace(
+        batch, task=task, instructions=[instruction] * 2, answers=list(answers), formats=list(formats)
+    )
+
+
+@pytest.fixture(scope="module")
+def network():
+    return small_network(tasks=TASKS).train()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_what_writes_learns(network, task, autocast):
+    """No names are listed: their places in the text features must not carry anything into the gradients."""
+    network.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = network.loss(text_batch(task))
+    losses["total"].backward()
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    for name, gradient in gradients.items():
+        assert gradient.isfinite().all(), name
+    for name in ("text_head.query.weight", "embedding.weight", "text_encoder.position"):
+        assert gradients[name].abs().max() > 0, name
+
+
+@torch.no_grad()
+def test_formats_count_beside_the_answers(network):
+    alone = network.loss(text_batch())
+    pairs = [
+        ("Give me the corners.", "(c, x1, y1, x2, y2)"),
+        ("Three points each.", "(c, x1, y1, x2, y2, x3, y3)"),
+    ]
+    both = network.loss(text_batch(formats=pairs))
+    torch.testing.assert_close(both["text"], alone["text"])
+    torch.testing.assert_close(both["total"], both["text"] + both["format"])
+    one = [network.loss(text_batch(formats=[pair]))["format"] for pair in pairs]
+    pieces = [len(network.tokenizer.answer_ids(format)) - 1 for _, format in pairs]
+    mean = (one[0] * pieces[0] + one[1] * pieces[1]) / sum(pieces)
+    torch.testing.assert_close(both["format"], mean, rtol=1e-4, atol=1e-5)
+    assert 0 < FORMAT_WEIGHT <= 1
+
+
+def test_it_can_be_learned():
+    """Two pictures, two answers: a few steps drive the loss down."""
+    torch.manual_seed(0)
+    network = small_network(tasks=TASKS).train()
+    batch = text_batch()
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = network.loss(batch)["total"]
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.3 * losses[0]
