@@ -97,3 +97,49 @@ def two_pictures() -> TrainBatch:
         ignore=[[], [[0.8, 0.2, 0.3, 0.3]]],
         unlisted=[[[0.8, 0.1, 0.2, 0.2]], []],
     )
+
+
+def asking(batch: TrainBatch, instruction: Instruction, **changes: Any) -> TrainBatch:
+    """The batch with another instruction for all its pictures."""
+    instruction = dataclasses.replace(instruction, text=instruction.render())
+    return dataclasses.replace(
+        batch, task=instruction.task, instructions=[instruction] * len(batch.images), **changes
+    )
+
+
+def outlines_batch(points: int = 6) -> TrainBatch:
+    """`two_pictures` asked for outlines: ellipses in the boxes."""
+    batch = two_pictures()
+    angle = 2 * np.pi * np.arange(points) / points
+    circle = np.stack([np.sin(angle), -np.cos(angle)], -1) / 2  # clockwise from the top
+    outlines = [(box[:, None, :2] + circle * box[:, None, 2:]).astype(np.float32) for box in batch.boxes]
+    return asking(batch, Instruction("segmentation", classes=NAMES[:3], points=points), points=outlines)
+
+
+def keypoints_batch(names: Sequence[str] = ("left eye", "tail")) -> TrainBatch:
+    """`two_pictures` asked for keypoints: visible, hidden and not labelled ones."""
+    batch, rng = two_pictures(), np.random.default_rng(0)
+    flags = [rng.integers(0, 3, (len(box), len(names))) for box in batch.boxes]
+    flags[0][0, 0], flags[1][0, 0] = 2, 1
+    places = [
+        ((box[:, None, :2] + rng.uniform(-0.5, 0.5, (len(box), len(names), 2)) * box[:, None, 2:])
+         * (flag > 0)[..., None]).astype(np.float32)
+        for box, flag in zip(batch.boxes, flags, strict=True)
+    ]  # fmt: skip
+    asked = Instruction("keypoints", classes=NAMES[:3], keypoints=tuple(names), points=len(names))
+    return asking(batch, asked, points=places, visibility=flags)
+
+
+def text_batch(
+    task: str = "vqa",
+    answers: Sequence[str] = ("no", "two dogs"),
+    formats: Sequence[tuple[str, str]] = (),
+) -> TrainBatch:
+    """Two pictures of noise with a question or to be described."""
+    question = {"question": "How many dogs?"} if task == "vqa" else {}
+    return asking(
+        train_batch([[], []], [[], []]),
+        Instruction(task, **question),
+        answers=list(answers),
+        formats=list(formats),
+    )

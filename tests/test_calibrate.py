@@ -62,7 +62,8 @@ class Weighing:
         scores = torch.tensor([0.9**a * 0.3 ** (1 - a), 0.1**a * 0.8 ** (1 - a)])
         order = scores.argsort(descending=True)
         labels, bins = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64)
-        one = Detections(boxes[order], scores[order], labels, boxes[order, :2], bins)
+        points = boxes[order].unflatten(1, (2, 2))
+        one = Detections(boxes[order], scores[order], labels, boxes[order, :2], bins, points)
         return [one] * len(images)
 
 

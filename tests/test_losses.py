@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from small_network import SMALL, small_network, train_batch, two_pictures
+from small_network import (
+    SMALL,
+    keypoints_batch,
+    outlines_batch,
+    small_network,
+    text_batch,
+    train_batch,
+    two_pictures,
+)
 
+from visionllm.instruction.instruction import TASKS
 from visionllm.model.boxes import cxcywh_to_xyxy, overlap
 from visionllm.model.image_tokenizer import ImageTokens, anchor_boxes
 from visionllm.model.slots import (
@@ -330,7 +340,15 @@ BATCHES = {
     "whole picture": lambda: train_batch([[[0.5, 0.5, 1.0, 1.0]]], [[0]]),
     "a point": lambda: train_batch([[[1.0, 1.0, 0.0, 0.0]]], [[0]]),
     "twice the same": lambda: train_batch([[[0.5, 0.5, 0.3, 0.3]] * 2], [[0, 1]]),
+    "outlines": outlines_batch,
+    "long outlines": lambda: outlines_batch(64),
+    "keypoints": keypoints_batch,
+    "no keypoint is labelled": lambda: without_points(keypoints_batch()),
 }
+
+
+def without_points(batch):
+    return replace(batch, visibility=[np.zeros_like(flags) for flags in batch.visibility])
 
 
 @pytest.mark.parametrize("case", BATCHES)
@@ -355,11 +373,54 @@ def test_losses_are_finite(network, case, autocast):
         assert (found["tokens"] > 0) == asked and (found["class"] > 0) == asked
 
 
+def test_a_keypoint_that_is_not_labelled_costs_nothing():
+    """Wherever it is said to be, the location loss is that of the labelled ones."""
+    network = small_network(tasks=TASKS)
+    batch = keypoints_batch()
+    moved = replace(
+        batch,
+        points=[
+            np.where((flags > 0)[..., None], places, np.float32(0.9))
+            for places, flags in zip(batch.points, batch.visibility, strict=True)
+        ],
+    )
+    assert not all(map(np.array_equal, batch.points, moved.points))
+    with torch.no_grad():
+        found = []
+        for one in (batch, moved, without_points(batch)):
+            torch.manual_seed(0)
+            found.append(network.loss(one))
+    assert found[0]["location"] == found[1]["location"] > 0
+    assert found[0]["visibility"] == found[1]["visibility"] > 0
+    assert found[2]["location"] == 0 and found[2]["visibility"] > 0  # that nothing is labelled is learned too
+
+
+def test_other_places_cost_more():
+    """Steps on one batch bring the points of outlines and keypoints to where they are."""
+    for batch in (outlines_batch(), keypoints_batch()):
+        torch.manual_seed(0)
+        network = small_network(tasks=TASKS).train()
+        optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-2)
+        losses_ = []
+        for _ in range(30):
+            torch.manual_seed(0)
+            optimizer.zero_grad()
+            found = network.loss(batch)
+            found["total"].backward()
+            optimizer.step()
+            losses_.append(float(found["location"].detach()))
+        assert losses_[-1] < 0.8 * losses_[0], batch.task
+
+
 @pytest.mark.parametrize("class_rows", ["names", "static"])
 def test_every_trained_value_gets_a_gradient(class_rows):
     torch.manual_seed(0)
-    network = small_network(class_rows=class_rows, lora_targets=("q", "k", "v", "o", "gate", "up", "down"))
-    network.loss(two_pictures())["total"].backward()
+    network = small_network(
+        tasks=TASKS, class_rows=class_rows, lora_targets=("q", "k", "v", "o", "gate", "up", "down")
+    )
+    format = [("Give me the corners.", "(c, x1, y1, x2, y2)")]
+    for batch in (two_pictures(), outlines_batch(), keypoints_batch(), text_batch(formats=format)):
+        network.loss(batch)["total"].backward()
     without = [
         name
         for name, parameter in network.named_parameters()

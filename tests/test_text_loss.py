@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from small_network import small_network, train_batch
+from small_network import small_network, text_batch
 
-from visionllm.instruction import Instruction
 from visionllm.instruction.instruction import TASKS
 from visionllm.train.text_loss import FORMAT_WEIGHT
-
-
-def text_batch(task="vqa", answers=("no", "two dogs"), formats=()):
-    batch = train_batch([[], []], [[], []])
-    question = "How many dogs?" if task == "vqa" else None
-    instruction = Instruction(task, question=question) if question else Instruction(task)
-    instruction = dataclasses.replace(instruction, text=instruction.render())
-    return dataclasses.replace(
-        batch, task=task, instructions=[instruction] * 2, answers=list(answers), formats=list(formats)
-    )
 
 
 @pytest.fixture(scope="module")
