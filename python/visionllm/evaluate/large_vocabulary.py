@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from visionllm.evaluate.coco import indexed
-from visionllm.evaluate.dataset import EvaluationSet
+from visionllm.evaluate.evaluation import ObjectSet
 from visionllm.evaluate.prediction import PicturePrediction, coco_results
 from visionllm.evaluate.prompts import ClassListing
-from visionllm.evaluate.samples import SampleSet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +131,7 @@ def detect_in_groups(
 
 def evaluate_large_vocabulary(
     model: VisionLLM,
-    dataset: EvaluationSet | SampleSet,
+    dataset: ObjectSet,
     names: Sequence[str] | None = None,
     group_size: int = GROUP_SIZE,
     seed: int | None = None,
@@ -158,17 +157,35 @@ def evaluate_large_vocabulary(
     Raises:
         ValueError: names lacks one of the data set's.
     """
+    names = dataset.names if names is None else list(names)
+    missing = sorted(set(dataset.names) - set(names))
+    if missing:
+        raise ValueError(f"names: expected all of the data set's, got none of {missing[:5]}")
+    groups = grouped_names(names, group_size, seed)
+    predictions = predict_in_groups(model, dataset, groups, template, batch_size, done)
+    results = coco_results(predictions, dataset.category_ids)
+    metrics = federated_metrics(dataset.content, results, frequencies_of(dataset, frequency))
+    return VocabularyEvaluation(metrics, results, groups)
+
+
+def predict_in_groups(
+    model: VisionLLM,
+    dataset: ObjectSet,
+    groups: Sequence[Sequence[str]],
+    template: Template | None = None,
+    batch_size: int = 8,
+    done: Callable[[int], object] = lambda count: None,
+) -> list[PicturePrediction]:
+    """Every picture asked for every group; of the best boxes of all names, those with the data set's.
+
+    Args: as for `evaluate_large_vocabulary`.
+    """
     import torch
 
     from visionllm.image import resize_square
     from visionllm.model.groups import read_names
     from visionllm.request import class_request
 
-    names = dataset.names if names is None else list(names)
-    missing = sorted(set(dataset.names) - set(names))
-    if missing:
-        raise ValueError(f"names: expected all of the data set's, got none of {missing[:5]}")
-    groups = grouped_names(names, group_size, seed)
     asked = read_names(model.network, [class_request(group, template).instructions[0] for group in groups])
     position = {name: index for index, name in enumerate(dataset.names)}
     places = np.array([position.get(name, -1) for group in groups for name in group], np.int64)
@@ -188,14 +205,10 @@ def evaluate_large_vocabulary(
                 PicturePrediction(entry["id"], listing, xyxy[own], scores[own], places[labels[own]])
             )
         done(len(entries))
-    results = coco_results(predictions, dataset.category_ids)
-    metrics = federated_metrics(dataset.content, results, frequencies_of(dataset, frequency))
-    return VocabularyEvaluation(metrics, results, groups)
+    return predictions
 
 
-def frequencies_of(
-    dataset: EvaluationSet | SampleSet, frequency: Mapping[str, str] | None = None
-) -> dict[int, str]:
+def frequencies_of(dataset: ObjectSet, frequency: Mapping[str, str] | None = None) -> dict[int, str]:
     """ "r", "c" or "f" by category id: those given by name, else the ``frequency`` of the categories."""
     if frequency is None:
         entries = dataset.content["categories"]

@@ -6,25 +6,18 @@ with LVIS's to as many, and the AP of the same 80 classes is compared: alone in 
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from visionllm.evaluate.coco import evaluate_objects
 from visionllm.evaluate.evaluation import ObjectSet, listed_ground_truth
-from visionllm.evaluate.prediction import PicturePrediction, coco_results
+from visionllm.evaluate.large_vocabulary import grouped_names, predict_in_groups
+from visionllm.evaluate.prediction import coco_results
 from visionllm.evaluate.prompts import ClassListing
 from visionllm.reproduce import paper
 from visionllm.reproduce.data import CLASSES, evaluation_set, usual_classes
 from visionllm.reproduce.detection import NOISE, box_numbers, evaluate_classes, evaluated, load_model
 from visionllm.reproduce.settings import Settings, say
 from visionllm.reproduce.table import Row, Table, ordering
-
-if TYPE_CHECKING:
-    from visionllm.pipeline import VisionLLM
 
 NAMES = 1203  # LVIS v1
 GROUP = CLASSES  # names in a prompt, at most
@@ -35,7 +28,7 @@ def large_vocabulary(settings: Settings) -> Table:
     model, dataset = load_model(settings), evaluation_set(settings)
     classes = usual_classes(dataset)
     names = vocabulary(dataset, settings)
-    groups = grouped(names, settings.seeds[0])
+    groups = grouped_names(names, GROUP, settings.seeds[0])
     truth = listed_ground_truth(dataset, [ClassListing(classes)] * len(dataset.images))
     say(f"T4e: {len(classes)} names")
     began = time.perf_counter()
@@ -43,7 +36,7 @@ def large_vocabulary(settings: Settings) -> Table:
     seconds = [time.perf_counter() - began]
     say(f"T4e: {len(names)} names in {len(groups)} groups")
     began = time.perf_counter()
-    predictions = predict_groups(model, dataset, names, groups, settings.batch_size)
+    predictions = predict_in_groups(model, dataset, groups, batch_size=settings.batch_size)
     seconds.append(time.perf_counter() - began)
     among = evaluate_objects("boxes", truth, coco_results(predictions, dataset.category_ids))
     per_picture = [1000 * value / len(dataset.images) for value in seconds]
@@ -67,7 +60,8 @@ def large_vocabulary(settings: Settings) -> Table:
         verdict=ordering(rows, "AP", NOISE),
         notes=[
             f"AP of the same {len(classes)} classes in both rows; the paper's rows are of COCO and of LVIS. "
-            "The best 100 boxes of all groups are kept, whichever of the names they bear.",
+            "The best 300 boxes of all groups are kept, whichever of the names they bear; a name is weighed "
+            'against "no object" alone. What the groups share is computed once for a picture.',
             f"Names: {len(dataset.names)} of the pictures' own kind"
             + (
                 f", {len(names) - len(dataset.names)} more of LVIS."
@@ -96,50 +90,3 @@ def vocabulary(dataset: ObjectSet, settings: Settings) -> list[str]:
             known.add(category["name"].lower())
             names.append(category["name"])
     return names
-
-
-def grouped(names: Sequence[str], seed: int) -> list[list[str]]:
-    """The names in as few groups of at most `GROUP` as can be, of nearly equal size, in random order."""
-    order = list(names)
-    random.Random(f"groups {seed}").shuffle(order)
-    count = -(-len(order) // GROUP)
-    bounds = [len(order) * group // count for group in range(count + 1)]
-    return [order[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
-
-
-def predict_groups(
-    model: VisionLLM,
-    dataset: ObjectSet,
-    names: Sequence[str],
-    groups: Sequence[Sequence[str]],
-    batch_size: int,
-) -> list[PicturePrediction]:
-    """Every picture asked for the groups in turn; of the best boxes of all, those with the data set's names.
-
-    Args:
-        model: the weights.
-        dataset: its names are the first of ``names``.
-        names: all of them.
-        groups: their division.
-        batch_size: pictures in one pass.
-    """
-    from visionllm.instruction import Instruction
-    from visionllm.request import Request
-
-    order = tuple(name for group in groups for name in group)
-    asked = Request(order, tuple(Instruction(classes=tuple(group)) for group in groups))
-    position = {name: index for index, name in enumerate(names)}
-    places = np.array([position[name] for name in order], np.int64)
-    listing = ClassListing(tuple(range(len(dataset.names))))
-    predictions = []
-    for start in range(0, len(dataset.images), batch_size):
-        entries = dataset.images[start : start + batch_size]
-        pixels = [dataset.read(entry) for entry in entries]
-        for entry, result in zip(entries, model.run(pixels, [asked] * len(entries), 0.0), strict=True):
-            boxes = result.all_boxes
-            categories = places[boxes.labels]
-            own = categories < len(dataset.names)
-            predictions.append(
-                PicturePrediction(entry["id"], listing, boxes.xyxy[own], boxes.scores[own], categories[own])
-            )
-    return predictions
