@@ -28,7 +28,7 @@ from visionllm.pipeline import model_folder
 
 PHOTOS = "photos, all names listed"
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-LANGUAGE = ("grounding", "captioning", "vqa")
+LANGUAGE = ("grounding", "captioning", "vqa", "formats")
 EXAMPLES = 8  # of captions, answers and expressions, kept with the numbers
 
 
@@ -109,6 +109,9 @@ def other_tasks(options: argparse.Namespace) -> dict[str, list[str]]:
         "captioning": {"captions": scenes},
         "vqa": {"questions": scenes},
     }
+    if "vqa" in trained or "captioning" in trained:  # formats are taught beside words
+        lines["formats"] = {"output formats in words": []}
+        trained = [*trained, "formats"]
     if options.photos:
         annotations = options.photos / "annotations" / "instances_val.json"
         photos = ["--annotations", str(annotations), "--images", str(options.photos / "val")]
@@ -160,6 +163,8 @@ def shown(row: dict[str, object]) -> str:
     if row["task"] == "captioning":
         lengths = {key: value for key, value in row.items() if isinstance(value, dict)}
         return "  ".join(f"CIDEr {length} {100 * found['CIDEr']:.1f}" for length, found in lengths.items())
+    if row["task"] == "formats":
+        return f"exact {100 * float(str(row['exact'])):.1f}"
     names = ("P@0.5", "accuracy") if row["task"] == "grounding" else ("exact_match", "f1")
     return "  ".join(f"{name} {100 * float(str(row[name])):.1f}" for name in names)
 

@@ -110,6 +110,9 @@ def tasks() -> str:
                 for kind, numbers in row["by_kind"].items()
             )
             lines.append([row["name"], f"exact match {percent(row['exact_match'])} ({kinds})"])
+        elif task == "formats":
+            text = f"{percent(row['exact'])} % of {row['phrasings']} read as they are meant"
+            lines.append([f"{row['name']}, written by the model", text])
     return table(["task (`python bench/accuracy.py`)", "in points"], lines)
 
 

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from visionllm.atomic_file import write_json
 from visionllm.cli.arguments import folder, positive
-from visionllm.cli.evaluate_language import LANGUAGE_TASKS, evaluate_language
+from visionllm.cli.evaluate_language import (
+    FORMATS,
+    LANGUAGE_TASKS,
+    evaluate_language,
+    evaluate_written_formats,
+)
 from visionllm.cli.evaluate_sources import add_sources, described_source, open_samples, source_problem
 from visionllm.instruction.instruction import LENGTHS, TASKS
 
@@ -26,6 +31,12 @@ def main(argv: Sequence[str]) -> int:
     problem = source_problem(options) or option_problem(options)
     if problem is not None:
         parser.error(problem)
+
+    if options.task == FORMATS:
+        from visionllm.pipeline import load
+
+        evaluate_written_formats(load(options.model, options.device), options)
+        return 0
 
     from visionllm.instruction import EVAL_TEMPLATES
 
@@ -165,7 +176,12 @@ def build_parser() -> argparse.ArgumentParser:
         "expressions (P@0.5), captions (BLEU, CIDEr) or answers (exact match, F1). The category names of the "
         "data are the class set.",
     )
-    parser.add_argument("--task", choices=TASKS, default="detection", help="what is asked (detection)")
+    parser.add_argument(
+        "--task",
+        choices=[*TASKS, FORMATS],
+        default="detection",
+        help="what is asked (detection); formats: reserved descriptions of output formats, without pictures",
+    )
     add_sources(parser)
     parser.add_argument(
         "--output", type=folder, required=True, metavar="DIR", help="folder for metrics.json and the rest"

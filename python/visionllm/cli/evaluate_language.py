@@ -1,4 +1,4 @@
-"""``visionllm evaluate`` for the tasks whose answers are about words: grounding, captioning, vqa."""
+"""``visionllm evaluate`` for what is about words: grounding, captioning, vqa, and formats in words."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from visionllm.pipeline import VisionLLM
 
 LANGUAGE_TASKS = ("grounding", "captioning", "vqa")
+FORMATS = "formats"  # beside the tasks: what instructions in words mean, without pictures
 EXAMPLES = 5  # printed
 
 
@@ -41,6 +42,20 @@ def evaluate_language(
         print(numbers_text({name: value for name, value in numbers.items() if name != "by_kind"}))
     for row in rows[:: max(1, len(rows) // EXAMPLES)][:EXAMPLES]:
         print(f"  {example_text(row)}")
+    print(f"written to {options.output}")
+
+
+def evaluate_written_formats(model: VisionLLM, options: argparse.Namespace) -> None:
+    """Output formats in words; writes metrics.json and predictions.json, prints the numbers and mistakes."""
+    from visionllm.evaluate.formats import evaluate_formats
+
+    found = evaluate_formats(model, batch_size=options.batch_size)
+    metrics = {**found.to_dict(), "task": FORMATS, "model": str(options.model)}
+    write_json(options.output / "metrics.json", metrics)
+    write_json(options.output / "predictions.json", [asdict(one) for one in found.formats], indent=None)
+    print(numbers_text(found.to_dict()))
+    for one in [one for one in found.formats if one.said != one.right][:EXAMPLES]:
+        print(f"  {one.text!r}: {one.said or one.error!r}; right: {one.right!r}")
     print(f"written to {options.output}")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from visionllm.cli.arguments import positive
+from visionllm.cli.evaluate_language import FORMATS
 from visionllm.data.scenes import SPLITS
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def source_problem(options: argparse.Namespace) -> str | None:
     given = [name for name in ("scenes", "refs", "karpathy", "conversations") if getattr(options, name)]
     if not given and options.annotations is not None:
         given = ["annotations"]
+    if options.task == FORMATS:
+        return f"--task {FORMATS} takes no pictures, got --{given[0]}" if given else None
     if len(given) != 1:
         shown = " and ".join(f"--{name}" for name in given) or "none"
         return f"expected one of --scenes, --{', --'.join(FILES)}, got {shown}"

@@ -39,6 +39,8 @@ NO_OBJECT_WEIGHT = 0.2
 UNLISTED_WEIGHT = 2.0
 # Unmatched image tokens that get a group of slots in training, beside the matched ones: the most object-like.
 SPARE_GROUPS = 12
+# The same for outlines and keypoints, whose groups are many times as long: boxes teach silence often enough.
+SPARE_LONG_GROUPS = 4
 # Denoising queries: at most this many per picture at listed and at unlisted objects; the centre moves by up
 # to half of NOISE sizes, a side changes by up to a share NOISE.
 MAX_DENOISING, MAX_UNLISTED, NOISE = 12, 6, 0.4
@@ -239,7 +241,8 @@ def set_loss(
         boxes, objectness = tokens.boxes[-1][:, :m], tokens.objectness[-1][:, :m]
         cost = pair_costs(boxes, objectness, targets.boxes)
         priority = objectness.sigmoid() + (match(cost, targets.valid) >= 0)
-        count = min(m, targets.boxes.shape[1] + SPARE_GROUPS)
+        spare_groups = SPARE_GROUPS if targets.points.shape[2] <= 2 else SPARE_LONG_GROUPS
+        count = min(m, targets.boxes.shape[1] + spare_groups)
         chosen = priority.topk(count, dim=1).indices
         groups = torch.cat([chosen, m + own], 1)
     wanted = network.slot_format(batch.instructions)
