@@ -395,6 +395,30 @@ def test_a_keypoint_that_is_not_labelled_costs_nothing():
     assert found[2]["location"] == 0 and found[2]["visibility"] > 0  # that nothing is labelled is learned too
 
 
+def test_naming_by_hand():
+    """The mean over known objects of the mean over their names' pieces of minus the log-probability."""
+    network = small_network(tasks=TASKS)
+    batch = two_pictures()
+    with torch.no_grad():
+        prompts = network.tokenizer.prompts(batch.instructions, SMALL.num_queries)
+        tokens = network.image_tokens(torch.from_numpy(batch.images), network.encode_text(prompts))
+        of_query = torch.full((2, SMALL.num_queries), -1)
+        of_query[0, 3], of_query[1, 0] = 1, 0
+        names = ["dog", "teddy bear"]
+        given = network.slot_queries.image_tokens(tokens.features, tokens.boxes[-1], tokens.objectness[-1])
+        pieces = network.embedding.weight[: network.tokenizer.vocab_size]
+        expected = 0.0
+        for (b, m), name in (((0, 3), "teddy bear"), ((1, 0), "dog")):
+            x = given[b, m] / (given[b, m].pow(2).mean() + torch.finfo(torch.float32).eps).sqrt()
+            chances = network.text_head(x, pieces).log_softmax(-1)
+            expected -= float(chances[torch.tensor(network.tokenizer.encode_name(name))].mean()) / 2
+        found = losses.naming_loss(network, tokens, of_query, names)
+        assert float(found) == pytest.approx(losses.NAMING_WEIGHT * expected, rel=1e-4)
+        assert losses.naming_loss(network, tokens, torch.full_like(of_query, -1), names) == 0
+    assert "naming" in network.loss(batch)
+    assert "naming" not in small_network().loss(batch)  # where nothing is written
+
+
 def test_other_places_cost_more():
     """Steps on one batch bring the points of outlines and keypoints to where they are."""
     for batch in (outlines_batch(), keypoints_batch()):

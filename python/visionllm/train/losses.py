@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 OBJECTNESS_WEIGHT, CENTRE_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 1.0, 2.5, 2.5, 2.0
 CLASS_WEIGHT, LOCATION_WEIGHT, ALIGNMENT_WEIGHT, VISIBILITY_WEIGHT = 2.0, 1.0, 1.0, 0.2
+NAMING_WEIGHT = 0.5
+WRITTEN = frozenset(("captioning", "vqa"))  # tasks that are answered in words
 # An unmatched group's weight in the class loss.
 NO_OBJECT_WEIGHT = 0.2
 # The same where an object stands whose class is not listed, and the factor on the objectness loss there:
@@ -302,9 +304,11 @@ def set_loss(
 
     # Expressions are no names; and without text there are none.
     if batch.task != "grounding" and network.config.text_guidance:
-        losses["alignment"] = alignment_loss(
+        losses["alignment"], of_query, names = alignment_loss(
             network, batch, text, tokens, targets, at_positions, of_token, astray, listed
         )
+        if not WRITTEN.isdisjoint(network.config.tasks):
+            losses["naming"] = naming_loss(network, tokens, of_query, names)
     if tokens.drawing is not None:
         losses["router"] = router_loss(tokens.drawing, drawings)
     result = dict(losses)
@@ -335,7 +339,7 @@ def alignment_loss(
     of_token: Tensor,
     astray: Tensor,
     listed: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, list[str]]:
     """Cross-entropy of the encoder's and decoder's features at known objects over all names.
 
     It asks for more than the slots do: every object, listed or not, against every name of the training data
@@ -346,6 +350,10 @@ def alignment_loss(
         at_positions, of_token: [B, S], [B, M], the object that a position or image token stands for, or −1.
         astray: [B, M], the unlisted object that an image token of no listed object lies on, or −1.
         listed: how many denoising queries stand at listed objects; those at unlisted ones follow.
+
+    Returns:
+        the loss; the name of every image token and denoising query, [B, M + D], a position in the names or
+        −1; the names.
     """
     device = network.device
     # The same order as in Prompts.names, which text.distinct follows.
@@ -383,7 +391,29 @@ def alignment_loss(
         if known.any():
             logits = network.alignment[part](features[known]) @ names.to(features.dtype).T
             total = total + ALIGNMENT_WEIGHT * F.cross_entropy(logits.float() * scale, rows_[known])
-    return total
+    return total, of_query, list(row)
+
+
+def naming_loss(network: Network, tokens: ImageTokens, of_query: Tensor, names: list[str]) -> Tensor:
+    """Cross-entropy of what the LLM gets in an object's place, read as its words are, over the name's pieces.
+
+    Then attention has but to copy what captions and answers name. Without it, 160 steps of captions taught
+    the language and nothing of the pictures.
+
+    Args:
+        of_query: [B, M + D], positions in the names or −1.
+    """
+    known = of_query >= 0
+    if not known.any():
+        return torch.zeros((), device=of_query.device)
+    boxes, objectness = tokens.boxes[-1].detach(), tokens.objectness[-1]
+    given = network.slot_queries.image_tokens(tokens.features, boxes, objectness)[known]  # [n, C]
+    pieces = network.embedding.weight[: network.tokenizer.vocab_size]
+    chances = F.log_softmax(network.text_head(F.rms_norm(given, given.shape[-1:]), pieces), -1)  # [n, V]
+    spelled = network.name_ids(names)[of_query[known]]  # [n, T]
+    is_piece = spelled != PADDING
+    found = chances.gather(1, spelled.clamp(min=0)) * is_piece
+    return -NAMING_WEIGHT * (found.sum(1) / is_piece.sum(1).clamp(min=1)).mean()
 
 
 def row_of(wanted: Tensor, assigned: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def tokenizer_loss(
     nothing = torch.full_like(assigned, -1)
     losses = {"proposals": proposals / objects, "tokens": total}
     if network.config.text_guidance:
-        losses["alignment"] = alignment_loss(
+        losses["alignment"], _, _ = alignment_loss(
             network, batch, text, tokens, targets, at_positions, assigned, nothing, 0
         )
     return losses
