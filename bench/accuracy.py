@@ -86,7 +86,7 @@ def evaluations(options: argparse.Namespace, work: Path) -> dict[str, list[str]]
         "scenes, 20 names listed": scenes("val", "--list-classes", "20"),
         "scenes, all names listed": scenes("val", *fewer),
         "unseen glyph style, 20 names listed": scenes("heldout_style", "--list-classes", "20"),
-        "8 descriptions, 2 class orders": scenes("val", "--list-classes", "20", *fewer, "--robustness"),
+        "8 descriptions, 2 class orders": scenes("val", "--list-classes", "20", "--robustness"),
     }
     if options.photos:
         annotations = options.photos / "annotations" / "instances_val.json"

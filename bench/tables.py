@@ -65,7 +65,7 @@ def accuracy() -> str:
         f"{percent(rejection['unlisted_boxed_rate'])} % of the objects whose class is not listed get a box, "
         f"and {percent(rejection['absent_shown_rate'])} % of the pictures whose prompt lists absent classes "
         "only show one. Under eight wordings that training never saw and two more class orders, AP is "
-        f"{percent(min(averages))} to {percent(max(averages))} (half of the scenes; spread "
+        f"{percent(min(averages))} to {percent(max(averages))} (spread "
         f"{robust['AP_spread']:.2f}). Of the {large['pictures']} photos with an object that covers a quarter "
         f"of them, it is found in {large['found']} and called by its name in {large['named']}."
     )

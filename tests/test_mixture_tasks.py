@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from visionllm.data.mixture import (
+    CAPTION_TURNS,
     CLASS_TASKS,
     FORMATS,
+    MORE_QUESTIONS,
     MOST_EXPRESSIONS,
     MOST_KEYPOINTS,
     Source,
@@ -198,6 +200,12 @@ def test_answers_are_those_of_the_pictures():
             else:
                 references = sample.captions.get(asked.length) or next(iter(sample.captions.values()))
                 assert batch.answers[b] in references
+            said = {(q.text, q.answer) for q in sample.questions} | {
+                (CAPTION_TURNS[length], text) for length, texts in sample.captions.items() for text in texts
+            }
+            turns = batch.turns[b]
+            assert 1 < len(turns) <= MORE_QUESTIONS + 1 and len(set(turns)) == len(turns)
+            assert set(turns) <= said - {(asked.question, batch.answers[b])}
     assert len(seen) == 2
 
 

@@ -89,6 +89,28 @@ def test_the_loss_is_the_mean_over_the_pieces_of_every_text(network, prompts):
 
 
 @torch.no_grad()
+def test_further_turns_teach_their_answers_alone(network, prompts):
+    """A question is read, not learned; its answer is learned behind everything before it."""
+    tokenizer = network.tokenizer
+    turns = [[], [("Where?", "on the left"), ("How many?", "2")], [("Why?", "")]]
+    texts = ["a dog", "two red cats", "no"]
+    total, count = 0.0, 0
+    for row, text in enumerate(texts):
+        before: list[int] = []  # behind the first <bos>
+        for question, answer in [(None, text), *turns[row]]:
+            if question is not None:
+                before += [EOS, *tokenizer.encode(question), BOS]
+            for piece in tokenizer.answer_ids(answer)[1:]:
+                logits = step_logits(network, prompts, row, before)
+                total += float(F.cross_entropy(logits[None], torch.tensor([piece])))
+                count += 1
+                if piece != EOS:
+                    before.append(piece)
+    loss, _ = written_loss(network, prompts[0], prompts[1].sum(1), texts, turns)
+    assert float(loss) == pytest.approx(total / count, abs=SAME)
+
+
+@torch.no_grad()
 def test_padding_beside_shorter_prompts_changes_nothing(network, prompts):
     options = TextOptions(max_tokens=8)
     together = decode_text(network, cache_of(network, prompts), options)

@@ -26,6 +26,13 @@ from visionllm.instruction.instruction import MAX_CLASSES
 
 STEP_STREAM, SAMPLE_STREAM = 0, 1  # independent random streams
 CLASS_TASKS = ("detection", "segmentation", "keypoints")  # that list class names
+# What is asked of a picture behind the first answer: a pass over it teaches several times as much.
+MORE_QUESTIONS = 6
+CAPTION_TURNS = {
+    "short": "Write a short caption.",
+    "long": "Write a long caption.",
+    "detailed": "Write a detailed description.",
+}
 MOST_KEYPOINTS, MOST_EXPRESSIONS = 8, 6  # in a prompt
 FORMATS = 8  # instructions whose output format is asked for beside a batch of captions or answers
 DRAWS = 8  # attempts to find a picture that knows enough names for a long prompt
@@ -76,6 +83,8 @@ class TrainBatch:
             in the order of ``boxes``; None for boxes, whose corners say it.
         visibility: for keypoints, B arrays int64 ``[n, N]`` as in COCO: 0 not labelled, 1 hidden, 2 visible.
         answers: for captioning and vqa, the B right texts; there are no objects then.
+        turns: beside those, further questions about the B pictures with their answers, in the order in which
+            they are asked after the first answer; [] for none.
         formats: beside those, pairs of an instruction in words and the output format it asks for.
     """
 
@@ -92,6 +101,7 @@ class TrainBatch:
     points: list[np.ndarray] | None = None
     visibility: list[np.ndarray] | None = None
     answers: list[str] = field(default_factory=list)
+    turns: list[list[tuple[str, str]]] = field(default_factory=list)
     formats: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -340,14 +350,23 @@ class TrainingBatches:
     def _add_words(
         self, batch: TrainBatch, sample: Sample, template: Template, rng: np.random.Generator
     ) -> None:
+        questions = [sample.questions[k] for k in rng.permutation(len(sample.questions))]
         if batch.task == "vqa":
-            question = sample.questions[int(rng.integers(len(sample.questions)))]
+            question = questions.pop()
             batch.instructions.append(template.instruction((), question=question.text))
             batch.answers.append(question.answer)
         else:
             references = sample.captions.get(template.length) or next(iter(sample.captions.values()))
             batch.instructions.append(template.instruction(()))
             batch.answers.append(references[int(rng.integers(len(references)))])
+        turns = [(question.text, question.answer) for question in questions[:MORE_QUESTIONS]]
+        others = [length for length in sample.captions if batch.task == "vqa" or length != template.length]
+        if others:
+            length = others[int(rng.integers(len(others)))]
+            references = sample.captions[length]
+            caption = CAPTION_TURNS[length], references[int(rng.integers(len(references)))]
+            turns.insert(int(rng.integers(len(turns) + 1)), caption)
+        batch.turns.append(turns)
 
 
 def draw_points(rng: np.random.Generator) -> int:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from visionllm.tokenizer import PADDING, pad
+from visionllm.tokenizer import EOS, PADDING, pad
 
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
     from visionllm.model.network import Network
+    from visionllm.tokenizer import Tokenizer
 
 FORMAT_WEIGHT = 0.3  # of the output formats that are written beside captions and answers
 
@@ -25,7 +26,7 @@ def text_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     tokens = network.image_tokens(torch.from_numpy(batch.images).to(device), text, drawings=drawings)
     prefix = network.embed(prompts, tokens)
     lengths = (prompts.ids != PADDING).sum(1)
-    loss, right = written_loss(network, prefix, lengths, batch.answers)
+    loss, right = written_loss(network, prefix, lengths, batch.answers, batch.turns)
     losses = {"text": loss}
     if batch.formats:
         ids = network.tokenizer.text_ids([words for words, _ in batch.formats]).to(device)
@@ -40,19 +41,24 @@ def text_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
 
 
 def written_loss(
-    network: Network, prefix: Tensor, lengths: Tensor, texts: list[str]
+    network: Network,
+    prefix: Tensor,
+    lengths: Tensor,
+    texts: list[str],
+    turns: list[list[tuple[str, str]]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of texts behind their prompts.
 
     Args:
         prefix: [B, P, C], prompts with their padding last; lengths: int64 [B], their tokens.
+        turns: as `TrainBatch.turns`.
 
     Returns:
         the mean cross-entropy of a piece, and the share of pieces that are the likeliest (detached).
     """
     device, b = prefix.device, len(prefix)
-    answers = pad([network.tokenizer.answer_ids(text) for text in texts], PADDING).to(device)  # [B, T]
-    given, wanted = answers[:, :-1], answers[:, 1:]
+    rows = [written_ids(network.tokenizer, *row) for row in zip(texts, turns or [[]] * b, strict=True)]
+    given, wanted = (pad(part, PADDING).to(device) for part in zip(*rows, strict=True))  # [B, T]
     # The answer stands directly behind its prompt, where decoding puts it: rows are shifted together.
     p, t = prefix.shape[1], given.shape[1]
     order = torch.arange(p + t, device=device)
@@ -73,3 +79,17 @@ def written_loss(
     with torch.no_grad():
         likeliest = network.text_head(chosen, pieces).argmax(-1)
     return loss, (likeliest == wanted[known]).float().mean()
+
+
+def written_ids(
+    tokenizer: Tokenizer, text: str, turns: list[tuple[str, str]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Pieces that are read, [T], and what follows each where that is learned, [T]: answers, not questions."""
+    ids = tokenizer.answer_ids(text)
+    given, wanted = ids[:-1], ids[1:]
+    for question, answer in turns:
+        asked, ids = tokenizer.encode(question), tokenizer.answer_ids(answer)
+        # <eos> is read too; then the question, whose pieces nobody has to guess.
+        given += (EOS, *asked, *ids[:-1])
+        wanted += (PADDING,) * (1 + len(asked)) + ids[1:]
+    return given, wanted
