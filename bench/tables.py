@@ -113,7 +113,7 @@ def tasks() -> str:
         elif task == "formats":
             text = f"{percent(row['exact'])} % of {row['phrasings']} read as they are meant"
             lines.append([f"{row['name']}, written by the model", text])
-    return table(["task (`python bench/accuracy.py`)", "in points"], lines)
+    return table(["task (`python bench/accuracy.py`)", "in points"], lines) if lines else ""
 
 
 def large_vocabulary() -> str:
