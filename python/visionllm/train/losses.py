@@ -397,8 +397,7 @@ def alignment_loss(
 def naming_loss(network: Network, tokens: ImageTokens, of_query: Tensor, names: list[str]) -> Tensor:
     """Cross-entropy of what the LLM gets in an object's place, read as its words are, over the name's pieces.
 
-    Then attention has but to copy what captions and answers name. Without it, 160 steps of captions taught
-    the language and nothing of the pictures.
+    Attention then has but to copy what captions and answers name.
 
     Args:
         of_query: [B, M + D], positions in the names or −1.
