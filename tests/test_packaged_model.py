@@ -47,7 +47,6 @@ def test_a_photo_of_a_cat_shows_a_cat(model, names):
     assert x1 < 50 and y1 < 30 and x2 > 350 and y2 > 270  # it fills the 451 x 300 pixels
 
 
-@pytest.mark.xfail(strict=True, reason="the box ends above her waist: photos are tiny's weak side")
 def test_a_photo_of_a_person_shows_a_person(model):
     names = ["person", "dog", "pizza"]
     result = model.detect(EXAMPLES / "astronaut.jpg", names)
