@@ -29,6 +29,7 @@ from visionllm.pipeline import model_folder
 PHOTOS = "photos, all names listed"
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 LANGUAGE = ("grounding", "captioning", "vqa", "formats")
+IN_COMMAND = ("model", "seed", "template", "annotations", "limit", "scenes", "scene_seed")  # of metrics.json
 EXAMPLES = 8  # of captions, answers and expressions, kept with the numbers
 
 
@@ -141,7 +142,7 @@ def measure(name: str, arguments: list[str], options: argparse.Namespace, work: 
     task = metrics["task"]
     row["task"] = task
     if task in LANGUAGE:
-        row |= {key: value for key, value in metrics.items() if key not in ("model", "seed", "template")}
+        row |= {key: value for key, value in metrics.items() if key not in IN_COMMAND}
         said = json.loads((output / "predictions.json").read_text())
         row["examples"] = said[:: max(1, len(said) // EXAMPLES)][:EXAMPLES]
         print(f"{name:<38} {shown(row)}", flush=True)
