@@ -11,7 +11,7 @@ import pytest
 from visionllm.data.mixture import (
     CAPTION_TURNS,
     CLASS_TASKS,
-    FORMATS,
+    MORE_FORMATS,
     MORE_QUESTIONS,
     MOST_EXPRESSIONS,
     MOST_KEYPOINTS,
@@ -198,8 +198,7 @@ def test_answers_are_those_of_the_pictures():
             if batch.task == "vqa":
                 assert (asked.question, batch.answers[b]) in {(q.text, q.answer) for q in sample.questions}
             else:
-                references = sample.captions.get(asked.length) or next(iter(sample.captions.values()))
-                assert batch.answers[b] in references
+                assert batch.answers[b] in sample.captions[asked.length]
             said = {(q.text, q.answer) for q in sample.questions} | {
                 (CAPTION_TURNS[length], text) for length, texts in sample.captions.items() for text in texts
             }
@@ -209,10 +208,27 @@ def test_answers_are_those_of_the_pictures():
     assert len(seen) == 2
 
 
+def test_only_lengths_that_there_are_captions_of_are_asked_for():
+    scenes = SceneDataset("train", seed=1, size=SIZE, language=True, length=2)
+
+    class Short:
+        """As COCO's captions."""
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return replace(scenes[index], captions={"short": scenes[index].captions["short"]})
+
+    source = Source(Short(), tasks=("captioning",))
+    made = TrainingBatches([source], seed=0, batch_size=2, image_size=SIZE, tasks={"captioning": 1})
+    assert {one.length for step in range(12) for one in made[step].instructions} == {"short"}
+
+
 def test_formats_come_beside_words(batches):
     pairs = [pair for batch in batches for pair in batch.formats]
     assert all(
-        len(batch.formats) == (0 if batch.task in (*CLASS_TASKS, "grounding") else FORMATS)
+        len(batch.formats) == (0 if batch.task in (*CLASS_TASKS, "grounding") else MORE_FORMATS)
         for batch in batches
     )
     assert len(set(pairs)) > len(pairs) / 2

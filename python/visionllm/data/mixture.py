@@ -1,8 +1,9 @@
 """Training batches from several data sets, with random prompts: a pure function of (seed, step, rank).
 
 Nothing depends on which batches were made before, so that a run resumes anywhere and processes share no
-state. The task, the template and the number of listed names are the same for all samples of a step, on all
-ranks: nothing is padded for want of names, and no rank waits for another's longer prompt.
+state. The task, the template (but for captions of a length that a picture lacks) and the number of listed
+names are the same for all samples of a step, on all ranks: nothing is padded for want of names, and no rank
+waits for another's longer prompt.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CAPTION_TURNS = {
     "detailed": "Write a detailed description.",
 }
 MOST_KEYPOINTS, MOST_EXPRESSIONS = 8, 6  # in a prompt
-FORMATS = 8  # instructions whose output format is asked for beside a batch of captions or answers
+MORE_FORMATS = 8  # instructions whose output format is asked for beside a batch of captions or answers
 DRAWS = 8  # attempts to find a picture that knows enough names for a long prompt
 
 
@@ -245,7 +246,7 @@ class TrainingBatches:
         )
         if task in ("captioning", "vqa"):
             drawn = self._phrasings
-            chosen_formats = step_rng.integers(len(drawn), size=FORMATS)
+            chosen_formats = step_rng.integers(len(drawn), size=MORE_FORMATS)
             batch.formats = [(drawn[k].text, drawn[k].format) for k in chosen_formats]
         keypoints = draw_keypoints(samples, step_rng) if task == "keypoints" else ()
         for index, sample, rng in zip(chosen, samples, rngs, strict=True):
@@ -356,7 +357,15 @@ class TrainingBatches:
             batch.instructions.append(template.instruction((), question=question.text))
             batch.answers.append(question.answer)
         else:
-            references = sample.captions.get(template.length) or next(iter(sample.captions.values()))
+            if (
+                template.length not in sample.captions
+            ):  # a length that there is no caption of is not asked for
+                fitting = [one for one in self.templates["captioning"] if one.length in sample.captions]
+                if not fitting:
+                    has = ", ".join(sample.captions) or "none"
+                    raise ValueError(f"templates: expected one for captions that are {has}, got none")
+                template = fitting[int(rng.integers(len(fitting)))]
+            references = sample.captions[template.length]
             batch.instructions.append(template.instruction(()))
             batch.answers.append(references[int(rng.integers(len(references)))])
         turns = [(question.text, question.answer) for question in questions[:MORE_QUESTIONS]]

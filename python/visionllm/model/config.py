@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from visionllm.instruction.instruction import TASKS
 
-LOCATION_BINS = (
-    1025  # usually: <p-512> … <p512>, an offset in units of 1/512 of the picture's height or width
-)
+# Usually <p-512> … <p512>, an offset in units of 1/512 of the picture's height or width.
+LOCATION_BINS = 1025
 STRIDES = (8, 16, 32, 64)  # of the four scales, in pixels
 GROUPS = 16  # of the group norms behind the scales' convolutions
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")

@@ -409,7 +409,8 @@ def naming_loss(network: Network, tokens: ImageTokens, of_query: Tensor, names: 
     given = network.slot_queries.image_tokens(tokens.features, boxes, objectness)[known]  # [n, C]
     pieces = network.embedding.weight[: network.tokenizer.vocab_size]
     chances = F.log_softmax(network.text_head(F.rms_norm(given, given.shape[-1:]), pieces), -1)  # [n, V]
-    spelled = network.name_ids(names)[of_query[known]]  # [n, T]
+    used, place = of_query[known].unique(return_inverse=True)
+    spelled = network.name_ids([names[k] for k in used.tolist()])[place]  # [n, T]
     is_piece = spelled != PADDING
     found = chances.gather(1, spelled.clamp(min=0)) * is_piece
     return -NAMING_WEIGHT * (found.sum(1) / is_piece.sum(1).clamp(min=1)).mean()
