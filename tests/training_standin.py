@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from visionllm.train.command import parser, settle, train
-from visionllm.train.launch import launch, launched
+from visionllm.train.launch import end, launch, launched
 
 
 class Network(nn.Module):
@@ -98,4 +98,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))

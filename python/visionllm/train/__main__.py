@@ -1,7 +1,6 @@
 """``python -m visionllm.train``: what ``visionllm train`` and torchrun start as training processes."""
 
-import sys
-
 from visionllm.train import main
+from visionllm.train.launch import end
 
-sys.exit(main())
+end(main())

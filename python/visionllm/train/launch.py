@@ -5,13 +5,16 @@ For several machines use torchrun; the training processes read the same environm
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import NoReturn
 
 LAUNCHER_VARIABLE = "VISIONLLM_TRAIN_LAUNCHER"  # process id of the launcher, for its training processes
 INTERRUPTED = 130  # exit code of a run that was interrupted and saved
@@ -26,6 +29,20 @@ def launcher_lost() -> bool:
     """Whether the launcher that started this process is gone (killed): nobody waits for it any more."""
     launcher = os.environ.get(LAUNCHER_VARIABLE)
     return launcher is not None and os.getppid() != int(launcher)
+
+
+def end(code: int) -> NoReturn:
+    """End this training process with an exit code; one of several without tearing the interpreter down.
+
+    The threads of the collectives may still let go of tensors, which takes the interpreter's lock: during the
+    interpreter's teardown that aborts the process, although everything is saved.
+    """
+    if launched():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def launch(processes: int, command: Sequence[str]) -> int:
