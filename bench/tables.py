@@ -210,6 +210,14 @@ def two_processes() -> str:
     return table(["case", "threads of each", "both, over one alone"], lines)
 
 
+def behind_torch() -> str:
+    kinds = ("one_thread", "in_a_row", "behind_torch")
+    lines = [
+        [row["case"], *(f"{1e3 * row[kind]:.2f}" for kind in kinds)] for row in read("behind_torch")["rows"]
+    ]
+    return table(["ms of", "one thread", "two, call after call", "two, behind torch"], lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "tasks": tasks,
@@ -219,6 +227,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "parallel_boxes": parallel_boxes,
     "binding_cost": binding_cost,
     "two_processes": two_processes,
+    "behind_torch": behind_torch,
     **{name: lambda name=name: operator_table(name) for name in (*OPERATORS, "model")},  # type: ignore[misc]
 }
 

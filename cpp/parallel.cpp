@@ -28,19 +28,19 @@ namespace {
 constexpr int kYields = 50;
 
 struct Job {
-  void (*function)(const void*, int, int);
+  void (*function)(const void*, int);
   const void* context;
-  int parts, threads;
+  int parts;
   std::atomic<int> next{0};     // part to be taken
   std::atomic<int> running{0};  // helpers at work; falls under the pool's mutex
   int joined = 1;               // runners so far, the caller first
   Job* following = nullptr;
   std::condition_variable done;
 
-  void run(int runner) {
-    for (int part = next++; part < parts; part = next++) function(context, part, runner);
+  void run() {
+    for (int part = next++; part < parts; part = next++) function(context, part);
   }
-  bool wants_helper() const { return joined < threads && next < parts; }
+  bool wants_helper() const { return joined < parts && next < parts; }
 };
 
 class Pool {
@@ -50,10 +50,10 @@ class Pool {
       const std::lock_guard<std::mutex> lock(mutex_);
       job->following = jobs_;
       jobs_ = job;
-      start_helpers(job->threads - 1);
+      start_helpers(job->parts - 1);
     }
-    for (int i = 1; i < job->threads; ++i) work_.notify_one();
-    job->run(0);
+    for (int i = 1; i < job->parts; ++i) work_.notify_one();
+    job->run();
     for (int i = 0; i < kYields && job->running > 0; ++i) std::this_thread::yield();
     std::unique_lock<std::mutex> lock(mutex_);
     Job** link = &jobs_;
@@ -80,10 +80,10 @@ class Pool {
         work_.wait(lock);
         continue;
       }
-      const int runner = job->joined++;
+      ++job->joined;
       ++job->running;
       lock.unlock();
-      job->run(runner);
+      job->run();
       lock.lock();
       if (--job->running == 0) job->done.notify_one();
     }
@@ -124,14 +124,10 @@ Pool& pool() {
 
 }  // namespace
 
-void run_parts(int parts, int threads, void (*function)(const void* context, int part, int runner),
-               const void* context) {
-  if (parts == 1 || threads == 1) {
-    for (int part = 0; part < parts; ++part) function(context, part, 0);
-    return;
-  }
+void run_parts(int parts, void (*function)(const void* context, int part), const void* context) {
+  if (parts == 1) return function(context, 0);
   Job job;
-  job.function = function, job.context = context, job.parts = parts, job.threads = threads;
+  job.function = function, job.context = context, job.parts = parts;
   pool().run(&job);
 }
 

@@ -1,10 +1,7 @@
 // Splits [0, count) in contiguous parts and runs body(begin, end, worker) on each, on at most `threads`
-// threads. The parts depend on `count`, `threads` and `pieces` alone. With threads == 1 the caller's thread does
-// it all and nothing is started.
-//
-// There are threads * pieces parts, fewer where `count` is. More pieces even out threads that come late or share
-// their core with others. `worker` numbers the memory a part may use: it is less than `threads`, and no two parts
-// that run at the same time have the same. With one piece it is the part's number, and no two parts share it.
+// threads. The parts depend on `count` and `threads` alone: as many as threads, fewer where `count` is. (Smaller ones
+// do not help where cores are shared: measured beside two busy processes, and behind torch's spinning threads.)
+// `worker` is the part's number. With threads == 1 the caller's thread does it all and nothing is started.
 #pragma once
 
 #include <algorithm>
@@ -12,16 +9,14 @@
 
 namespace visionllm {
 
-// Runs function(context, part, runner) for each part in [0, parts), on up to `threads` threads, the caller's being
-// runner 0; returns when all are done.
-void run_parts(int parts, int threads, void (*function)(const void* context, int part, int runner),
-               const void* context);
+// Runs function(context, part) for each part in [0, parts), on up to as many threads, the caller's one of them;
+// returns when all are done.
+void run_parts(int parts, void (*function)(const void* context, int part), const void* context);
 
 template <typename Body>
-void parallel_for(std::int64_t count, int threads, const Body& body, int pieces = 1) {
+void parallel_for(std::int64_t count, int threads, const Body& body) {
   struct Context {
     std::int64_t count, parts;
-    bool by_part;
     const Body& body;
 
     std::int64_t bound(std::int64_t part) const {
@@ -29,14 +24,13 @@ void parallel_for(std::int64_t count, int threads, const Body& body, int pieces 
     }
   };
   const std::int64_t most = std::max<std::int64_t>(count, 1);
-  const std::int64_t runners = std::clamp<std::int64_t>(threads, 1, most);
-  const std::int64_t parts = runners == 1 ? 1 : std::min(runners * pieces, most);
-  const Context context{count, parts, parts == runners, body};
+  const std::int64_t parts = std::clamp<std::int64_t>(threads, 1, most);
+  const Context context{count, parts, body};
   run_parts(
-      static_cast<int>(parts), static_cast<int>(runners),
-      [](const void* opaque, int part, int runner) {
+      static_cast<int>(parts),
+      [](const void* opaque, int part) {
         const Context& c = *static_cast<const Context*>(opaque);
-        c.body(c.bound(part), c.bound(part + 1), c.by_part ? part : runner);
+        c.body(c.bound(part), c.bound(part + 1), part);
       },
       &context);
 }
