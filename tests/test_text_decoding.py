@@ -14,7 +14,7 @@ from visionllm.instruction.instruction import TASKS
 from visionllm.model.llm import KVCache
 from visionllm.model.text_decoding import decode_text
 from visionllm.text_options import TextOptions
-from visionllm.tokenizer import BOS, EOS, PADDING
+from visionllm.tokenizer import BOS, EOS, IMAGE, PADDING
 from visionllm.train.text_loss import written_loss
 
 INSTRUCTIONS = [
@@ -40,6 +40,39 @@ def prompts(network):
         ids = network.tokenizer.prompts(INSTRUCTIONS, network.config.num_queries)
         tokens = network.image_tokens(pictures(3), network.encode_text(ids))
         return network.embed(ids, tokens), ids.ids != PADDING
+
+
+@torch.no_grad()
+def test_likely_names_are_weighted_words():
+    """Word by word as their description says; they reach what is written, and nothing that is found."""
+    network = small_network(tasks=TASKS, named_tokens=True)
+    network.known_names = ("cat", "fire extinguisher", "red heart")
+    ids = network.tokenizer.prompts(INSTRUCTIONS, network.config.num_queries)
+    tokens = network.image_tokens(pictures(3), network.encode_text(ids))
+    m = network.config.num_queries
+    features = tokens.features[:, :m]
+    names = network.encode_names(network.name_ids(network.known_names)).double()
+    expected = torch.zeros(3, m, network.config.llm_dim, dtype=torch.float64)
+    for b in range(3):
+        for i in range(m):
+            seen = network.alignment["decoder"](features[b, i]).double()
+            chances = (names @ seen / names.shape[-1] ** 0.5).softmax(0)
+            for name, chance in zip(network.known_names, chances, strict=True):
+                pieces = network.tokenizer.encode_name(name)
+                words = network.embedding.weight[list(pieces)].double().sum(0) / len(pieces) ** 0.5
+                expected[b, i] += chance * (network.name_words.weight.double() @ words)
+    torch.testing.assert_close(network.likely_names(features).double(), expected, rtol=1e-4, atol=1e-4)
+
+    plain, named = network.embed(ids, tokens), network.embed(ids, tokens, named=True)
+    is_image = ids.ids == IMAGE
+    assert torch.equal(plain[~is_image], named[~is_image])
+    torch.testing.assert_close(
+        named[is_image] - plain[is_image], expected.flatten(0, 1).float(), rtol=1e-3, atol=1e-3
+    )
+    network.known_names = ("dog",)  # what was kept of the others is not used for it
+    assert not torch.allclose(network.likely_names(features).double(), expected, atol=1e-3)
+    network.known_names = ()
+    assert torch.equal(network.embed(ids, tokens, named=True), plain)
 
 
 def cache_of(network, prompts, rows=slice(None), room=40):

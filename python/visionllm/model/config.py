@@ -55,6 +55,8 @@ class ModelConfig:
     lora_rank: int = 8  # 0 removes the LoRA modules
     lora_alpha: float = 16.0
     lora_targets: tuple[str, ...] = ("q", "v")  # of LORA_TARGETS
+    # Captions and answers read image tokens with the names that these look like (Network.likely_names).
+    named_tokens: bool = False
     # Slot head
     class_rows: str = "names"  # "names": the prompt's own states at each name; "static": rows of <c0>…<c511>
     location_bins: int = LOCATION_BINS  # location tokens, odd; the last is an offset of one picture size

@@ -110,8 +110,12 @@ class Network(nn.Module):
         self.alignment = nn.ModuleDict(
             {part: nn.Linear(config.dim, config.text_dim) for part in ("encoder", "decoder")}
         )
+        if config.named_tokens:
+            self.name_words = nn.Linear(config.llm_dim, config.llm_dim, bias=False)
+            nn.init.eye_(self.name_words.weight)  # words as they are
         self.known_names: tuple[str, ...] = ()  # that training knew
         self._known_features: Tensor | None = None  # of those, kept while nothing trains
+        self._spelled: tuple[tuple[str, ...], Tensor] | None = None  # those and their pieces
         self._asked: dict[Any, tuple[Prompts, Text]] = {}  # the last instructions, for `asked`
 
     @property
@@ -150,12 +154,20 @@ class Network(nn.Module):
 
     def known_features(self) -> Tensor:
         """[V, C], the text features of `known_names`."""
+        ids = self._known_ids()
         if self.training or self._known_features is None or self._known_features.device != self.device:
-            features = self.encode_names(self.name_ids(self.known_names))
+            features = self.encode_names(ids)
             if self.training:
                 return features
             self._known_features = features
         return self._known_features
+
+    def _known_ids(self) -> Tensor:
+        """Their pieces, padded [V, T]."""
+        if self._spelled is None or self._spelled[0] != self.known_names:
+            self._spelled = self.known_names, self.name_ids(self.known_names)
+            self._known_features = None
+        return self._spelled[1].to(self.device)
 
     def train(self, mode: bool = True) -> Network:
         self._known_features = None  # weights may change from here on
@@ -191,12 +203,32 @@ class Network(nn.Module):
         ids = [self.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in names]
         return pad(ids, PADDING).to(self.device)
 
-    def embed(self, prompts: Prompts, tokens: ImageTokens) -> Tensor:
-        """The prefix [B, P, C_llm]: words, class tokens, and the image tokens in their places."""
+    def likely_names(self, features: Tensor) -> Tensor:
+        """The words of the names that image tokens look like: features [B, M, C] → [B, M, C_llm].
+
+        An object's name can be told from its feature (`alignment`) long before an LLM of this size has
+        learned to: so the known names' words are added up, each as likely as its name.
+        """
+        names = self.known_features()
+        likeness = self.alignment["decoder"](features) @ names.to(features.dtype).T  # [B, M, V]
+        probability = (likeness.float() * names.shape[-1] ** -0.5).softmax(-1)
+        ids = self._known_ids()  # [V, T]
+        is_piece = ids != PADDING
+        words = self.embedding(ids.clamp(min=0)) * is_piece[..., None]
+        return self.name_words(probability @ (words.sum(1) / is_piece.sum(1, keepdim=True).sqrt()))
+
+    def embed(self, prompts: Prompts, tokens: ImageTokens, named: bool = False) -> Tensor:
+        """The prefix [B, P, C_llm]: words, class tokens, and the image tokens in their places.
+
+        named: for captions and answers, with `likely_names` where the network has them.
+        """
         m = self.config.num_queries
+        features = tokens.features[:, :m]
         image = self.slot_queries.image_tokens(
-            tokens.features[:, :m], tokens.boxes[-1][:, :m].detach(), tokens.objectness[-1][:, :m]
+            features, tokens.boxes[-1][:, :m].detach(), tokens.objectness[-1][:, :m]
         )
+        if named and self.config.named_tokens and self.known_names:
+            image = image + self.likely_names(features).to(image.dtype)
         is_image = prompts.ids == IMAGE
         is_class = prompts.ids >= self.tokenizer.vocab_size
         words = self.embedding(prompts.ids.masked_fill(is_class, 0).clamp(min=0))
@@ -390,7 +422,7 @@ class Network(nn.Module):
         options = options or TextOptions()
         prompts, _, tokens = self.see("write", images, instructions, ("captioning", "vqa"))
         cache = KVCache(len(instructions), prompts.ids.shape[1] + 1 + options.max_tokens, self.device)
-        self.llm.read(self.embed(prompts, tokens), prompts.ids != PADDING, cache)
+        self.llm.read(self.embed(prompts, tokens, named=True), prompts.ids != PADDING, cache)
         return decode_text(self, cache, options, on_text)
 
     @torch.inference_mode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
@@ -24,7 +24,7 @@ from visionllm.model.network import Network, build_network
 from visionllm.tokenizer import Tokenizer
 from visionllm.train.config import PhotosConfig, TrainConfig
 from visionllm.train.distributed import Processes
-from visionllm.train.inputs import model_config
+from visionllm.train.inputs import ADDED_PARTS, model_config
 from visionllm.train.losses import UnmatchedWeights
 from visionllm.train.recognition import recognition_loss
 from visionllm.train.sequence import sequence_loss
@@ -101,9 +101,10 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
         network = Network.from_pretrained(config.init)
         # Nothing in the network depends on the pictures' side: a run may start from smaller pictures.
         network.config = dataclasses.replace(network.config, image_size=config.image_size)
-        if config.model.get("keep_pretrained") and not network.config.keep_pretrained:
-            assert config.init_backbone is not None
-            network = with_pretrained_stages(network, _backbone_weights(config.init_backbone))
+        added = {key for key in ADDED_PARTS if config.model.get(key) and not getattr(network.config, key)}
+        if added:
+            needed = config.init_backbone if "keep_pretrained" in added else None
+            network = with_parts(network, added, None if needed is None else _backbone_weights(needed))
     else:
         network = _new_network(config, resuming)
     if write and not resuming:
@@ -114,16 +115,19 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
     return network
 
 
-def with_pretrained_stages(network: Network, backbone: dict[str, torch.Tensor]) -> Network:
-    """The network with the pretrained late stages beside its own; it gives the same results as before.
+def with_parts(network: Network, parts: Iterable[str], backbone: dict[str, torch.Tensor] | None) -> Network:
+    """The network with parts that it has not had; it finds the same objects as before.
 
     Args:
-        backbone: EfficientNet-Lite0 state dict, for these stages alone.
+        parts: of `ADDED_PARTS`.
+        backbone: EfficientNet-Lite0 state dict, of which keep_pretrained takes its stages.
     """
-    config = dataclasses.replace(network.config, keep_pretrained=True)
-    wider = Network(config, network.tokenizer)
+    switched: dict[str, Any] = dict.fromkeys(parts, True)
+    wider = Network(dataclasses.replace(network.config, **switched), network.tokenizer)
     wider.load_state_dict(network.state_dict(), strict=False)
-    wider.image_tokenizer.backbone.load_imagenet(backbone, pretrained_only=True)
+    wider.known_names = network.known_names
+    if backbone is not None:
+        wider.image_tokenizer.backbone.load_imagenet(backbone, pretrained_only=True)
     return wider
 
 

@@ -182,10 +182,14 @@ def _check_files(config: TrainConfig) -> None:
         raise ConfigError(f"output: {config.output} is not a folder")
 
 
+# Keys of the model that a run from other weights may switch on.
+ADDED_PARTS = {"keep_pretrained", "named_tokens"}
+
+
 def _check_start(config: TrainConfig) -> None:
     """Where the first weights come from."""
     if config.init is not None:
-        for key in config.model.keys() - {"keep_pretrained"}:
+        for key in config.model.keys() - ADDED_PARTS:
             raise ConfigError(f"model.{key}: the model comes from init={config.init}")
         sizes = Path(config.init) / "config.json"
         if not sizes.is_file():

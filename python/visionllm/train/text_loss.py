@@ -24,7 +24,7 @@ def text_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     text = network.encode_text(prompts)
     drawings = ~torch.tensor(batch.photo, device=device)
     tokens = network.image_tokens(torch.from_numpy(batch.images).to(device), text, drawings=drawings)
-    prefix = network.embed(prompts, tokens)
+    prefix = network.embed(prompts, tokens, named=True)
     lengths = (prompts.ids != PADDING).sum(1)
     loss, right = written_loss(network, prefix, lengths, batch.answers, batch.turns)
     losses = {"text": loss}
