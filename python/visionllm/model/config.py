@@ -14,27 +14,49 @@ LOCATION_BINS = 1025
 STRIDES = (8, 16, 32, 64)  # of the four scales, in pixels
 GROUPS = 16  # of the group norms behind the scales' convolutions
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-MAY_BE_ZERO = ("frozen_stages", "text_layers", "encoder_layers", "lora_rank", "coordinate_window")
+MAY_BE_ZERO = (
+    *("frozen_stages", "text_layers", "encoder_layers", "lora_rank", "coordinate_window"),
+    *("longest_side", "text_vocab_size", "text_ffn_dim"),
+)
+BASE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+# What fields that name a variant may say.
+VARIANTS = {
+    "backbone": ("efficientnet-lite0", "resnet50"),
+    "text_encoder": ("own", "bert"),
+    "detector": ("two-stage", "deformable-detr"),
+    "image_tokens": ("queries", "pooling"),
+    "llm_head": ("query", "tied", "linear"),
+    "base_dtype": BASE_DTYPES,
+    "class_rows": ("names", "static"),
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of a VisionLLM network."""
 
-    image_size: int = 224  # pictures are resized to this square
+    image_size: int = 224  # pictures are resized to this square, or with longest_side to this shorter side
+    longest_side: int = 0  # the longer side's most pixels where pictures keep their shape; 0: squares
     # Backbone
+    backbone: str = "efficientnet-lite0"  # or "resnet50"
     frozen_stages: int = 3  # EfficientNet-Lite0 stages (after the stem) that are never trained
     freeze_depthwise: bool = True  # depthwise kernels keep their pretrained values
     # The stages that training changes stand there twice: the pretrained ones' C4 and C5 are added to theirs.
     keep_pretrained: bool = False
     # Text
-    vocab_size: int = 2048  # SentencePiece pieces; the added tokens follow
+    vocab_size: int = 2048  # the LLM's pieces; the added tokens follow
+    text_encoder: str = "own"  # or "bert", with a tokenizer of its own
+    text_vocab_size: int = 0  # pieces of the text encoder's own tokenizer; 0: it reads the LLM's pieces
     text_dim: int = 160  # text encoder width
     text_layers: int = 2
     text_heads: int = 4
+    text_ffn_dim: int = 0  # 0: twice the width
     # False: no text reaches the image tokenizer (nor the rows of the slot head but through the LLM).
     text_guidance: bool = True
-    # Image tokenizer
+    # Image tokenizer: "two-stage" (pre-norm; queries look first where the encoder saw something) or
+    # "deformable-detr" (the published one's layers, so that its weights fit)
+    detector: str = "two-stage"
+    box_refine: bool = False  # "deformable-detr": boxes refined from layer to layer
     dim: int = 128  # pyramid, fusion, encoder and decoder width
     heads: int = 8
     points: int = 4  # sampling points per head and level
@@ -52,8 +74,14 @@ class ModelConfig:
     llm_kv_heads: int = 3
     llm_ffn_dim: int = 448
     rope_theta: float = 10000.0
+    rms_epsilon: float = 1e-5
+    # Logits of words: "query" (a learned projection against the embeddings), "tied" (the embeddings as they
+    # are) or "linear" (rows of their own), the last two as published LLaMAs have them
+    llm_head: str = "query"
+    base_dtype: str = "float32"  # how frozen weights of the LLM are held: one of BASE_DTYPES
     lora_rank: int = 8  # 0 removes the LoRA modules
     lora_alpha: float = 16.0
+    lora_dropout: float = 0.0  # of what an adapter reads, in training
     lora_targets: tuple[str, ...] = ("q", "v")  # of LORA_TARGETS
     # Captions and answers read image tokens with the names that these look like (Network.likely_names).
     named_tokens: bool = False
@@ -70,12 +98,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             self._check_field(field.name, getattr(self, field.name), field.default)
-        if self.class_rows not in ("names", "static"):
-            raise ValueError(f"ModelConfig: class_rows must be 'names' or 'static', got {self.class_rows!r}")
-        if self.image_tokens not in ("queries", "pooling"):
+        for name, variants in VARIANTS.items():
+            if getattr(self, name) not in variants:
+                raise ValueError(
+                    f"ModelConfig: {name} must be {' or '.join(map(repr, variants))}, got {getattr(self, name)!r}"
+                )
+        if 0 < self.longest_side < self.image_size:
             raise ValueError(
-                f"ModelConfig: image_tokens must be 'queries' or 'pooling', got {self.image_tokens!r}"
+                f"ModelConfig: longest_side must be 0 or at least image_size, got {self.longest_side} and "
+                f"{self.image_size}"
             )
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"ModelConfig: lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.image_tokens == "pooling" and math.isqrt(self.num_queries) ** 2 != self.num_queries:
             raise ValueError(
                 f"ModelConfig: num_queries must be a square with pooling, got {self.num_queries}"
