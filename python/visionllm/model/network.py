@@ -30,7 +30,7 @@ from visionllm.model.slots import (
 from visionllm.model.text_decoding import TextHead, decode_text
 from visionllm.model.text_encoder import TextEncoder, mean_pool
 from visionllm.text_options import TextOptions
-from visionllm.tokenizer import IMAGE, MAX_NAME_TOKENS, PADDING, Prompts, Tokenizer, pad
+from visionllm.tokenizer import IMAGE, PADDING, Prompts, Tokenizer
 
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
@@ -154,18 +154,18 @@ class Network(nn.Module):
 
     def known_features(self) -> Tensor:
         """[V, C], the text features of `known_names`."""
-        ids = self._known_ids()
+        self._known_ids()  # forgets the features of other names
         if self.training or self._known_features is None or self._known_features.device != self.device:
-            features = self.encode_names(ids)
+            features = self.encode_names(self.name_ids(self.known_names))
             if self.training:
                 return features
             self._known_features = features
         return self._known_features
 
     def _known_ids(self) -> Tensor:
-        """Their pieces, padded [V, T]."""
+        """Their pieces for the LLM, padded [V, T]."""
         if self._spelled is None or self._spelled[0] != self.known_names:
-            self._spelled = self.known_names, self.name_ids(self.known_names)
+            self._spelled = self.known_names, self.tokenizer.word_ids(self.known_names)
             self._known_features = None
         return self._spelled[1].to(self.device)
 
@@ -199,9 +199,8 @@ class Network(nn.Module):
         return SlotFormat("outlines" if task == "segmentation" else "boxes", points)
 
     def name_ids(self, names: Iterable[str]) -> Tensor:
-        """Padded token ids [U, N]."""
-        ids = [self.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in names]
-        return pad(ids, PADDING).to(self.device)
+        """Padded token ids of the text encoder's [U, N]."""
+        return self.tokenizer.name_ids(names).to(self.device)
 
     def likely_names(self, features: Tensor) -> Tensor:
         """The words of the names that image tokens look like: features [B, M, C] → [B, M, C_llm].

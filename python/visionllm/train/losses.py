@@ -23,7 +23,7 @@ from visionllm.model.boxes import cxcywh_to_xyxy, overlap
 from visionllm.model.config import STRIDES
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokens, anchor_boxes
 from visionllm.model.slots import extent_of, points_of, units
-from visionllm.tokenizer import MAX_NAME_TOKENS, PADDING, pad
+from visionllm.tokenizer import PADDING
 from visionllm.train.matcher import CLASS_COST, GIOU_COST, L1_COST, match, match_proposals, pair_costs
 
 if TYPE_CHECKING:
@@ -363,7 +363,7 @@ def alignment_loss(
     names = text.distinct
     if more:
         row.update((name, len(row)) for name in more)
-        ids = pad([network.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in more], PADDING)
+        ids = network.tokenizer.name_ids(more)
         names = torch.cat([names, network.encode_names(ids.to(device))])
     wanted = torch.full(targets.valid.shape, -1)  # [B, N], rows of the listed objects' names
     for b, (labels, instruction) in enumerate(zip(batch.labels, batch.instructions, strict=True)):
@@ -410,7 +410,7 @@ def naming_loss(network: Network, tokens: ImageTokens, of_query: Tensor, names: 
     pieces = network.embedding.weight[: network.tokenizer.vocab_size]
     chances = F.log_softmax(network.text_head(F.rms_norm(given, given.shape[-1:]), pieces), -1)  # [n, V]
     used, place = of_query[known].unique(return_inverse=True)
-    spelled = network.name_ids([names[k] for k in used.tolist()])[place]  # [n, T]
+    spelled = network.tokenizer.word_ids([names[k] for k in used.tolist()]).to(place.device)[place]  # [n, T]
     is_piece = spelled != PADDING
     found = chances.gather(1, spelled.clamp(min=0)) * is_piece
     return -NAMING_WEIGHT * (found.sum(1) / is_piece.sum(1).clamp(min=1)).mean()

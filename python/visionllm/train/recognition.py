@@ -16,7 +16,6 @@ from torch import Tensor
 
 from visionllm.ops import ms_deform_attn, ms_deform_attn_reference
 from visionllm.ops.choice import uses_operators
-from visionllm.tokenizer import MAX_NAME_TOKENS, PADDING, pad
 from visionllm.train.losses import pad_boxes, router_loss
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def recognition_loss(network: Network, batch: TrainBatch, names: tuple[str, ...]
     at_objects = attend(value, shapes, starts, locations.contiguous(), weights)  # [B, N, C]
 
     features = network.alignment["encoder"](tokenizer.encoder_norm(at_objects[valid]))
-    ids = pad([network.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in names], PADDING)
+    ids = network.tokenizer.name_ids(names)
     text = network.encode_names(ids.to(device))
     logits = (features @ text.to(features.dtype).T).float() * text.shape[-1] ** -0.5
     rows = torch.tensor([i for rows in wanted for i in rows], device=device)

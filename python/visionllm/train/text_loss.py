@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from visionllm.tokenizer import EOS, PADDING, pad
+from visionllm.tokenizer import PADDING, pad
 
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
@@ -90,6 +90,6 @@ def written_ids(
     for question, answer in turns:
         asked, ids = tokenizer.encode(question), tokenizer.answer_ids(answer)
         # <eos> is read too; then the question, whose pieces nobody has to guess.
-        given += (EOS, *asked, *ids[:-1])
+        given += (tokenizer.eos, *asked, *ids[:-1])
         wanted += (PADDING,) * (1 + len(asked)) + ids[1:]
     return given, wanted
