@@ -29,7 +29,10 @@ from visionllm.tensor_file import NoChecksumsError, TensorFile, is_sealed, seale
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "config.json"
 # Files that a new model in the same folder replaces or, where it has none, removes; others stay.
-MODEL_FILES = (CONFIG, "tokenizer.model", "tokenizer.json", "text_tokenizer.json", "known_names.txt")
+MODEL_FILES = (
+    *(CONFIG, "tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+    *("text_tokenizer.model", "text_tokenizer.json", "text_tokenizer_config.json", "known_names.txt"),
+)
 SHARD = re.compile(r"model-\d{5}(-of-\d{5})?\.safetensors")
 SHARD_BYTES = 2_000_000_000  # what a writer holds in memory at most
 ATTEMPTS = 5  # to open a folder that is being replaced
@@ -166,22 +169,31 @@ class WeightsReader:
         self.folder = Path(folder)
         self.unchecked = unchecked
         for _ in range(ATTEMPTS):
-            identity = self.folder.stat().st_ino if self.folder.is_dir() else None
+            self._identity = self._now()
             self._stack = ExitStack()
             try:
                 self._open()
             except BaseException as error:
                 self._stack.close()
-                if isinstance(error, (ValueError, OSError)) and self._is_another(identity):
+                if isinstance(error, (ValueError, OSError)) and self.replaced:
                     continue
                 raise
-            if not self._is_another(identity):
+            if not self.replaced:
                 return
             self._stack.close()
         raise OSError(f"{self.folder}: replaced again and again while it was being read")
 
-    def _is_another(self, identity: int | None) -> bool:
-        return (self.folder.stat().st_ino if self.folder.is_dir() else None) != identity
+    def _now(self) -> tuple[int, int] | None:
+        """What tells this folder from others that were or will be at its path."""
+        if not self.folder.is_dir():
+            return None
+        status = self.folder.stat()
+        return status.st_dev, status.st_ino
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another folder stands at the path by now."""
+        return self._now() != self._identity
 
     def _open(self) -> None:
         self._shard_of: dict[str, TensorFile] = {}
@@ -282,7 +294,8 @@ class WeightsReader:
             problem = f"{path}: is not what was written with the weights"
             if not editable:
                 raise ValueError(f"{problem}: damaged, or of another model")
-            warnings.warn(f"{problem}: it was edited, or is damaged", stacklevel=3)
+            accept = f"python -m visionllm.model.weight_files {self.folder}"
+            warnings.warn(f"{problem}: edited, or damaged. If it is as it should be: {accept}", stacklevel=3)
         return self._data[name]
 
 
