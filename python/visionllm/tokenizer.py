@@ -26,7 +26,6 @@ from visionllm.words import CONFIG_FILE, JSON_FILE, SENTENCEPIECE_FILE, Sentence
 
 IMAGE = -2  # stands where an image token goes
 PADDING = -1
-BOS, EOS = 1, 2
 TEXT_PREFIX = "text_"  # before the file names of the text encoder's own words in a model folder
 # What stands around every class name, the tuple of a box, and digits: one piece each.
 SYMBOLS = ['":▁', ',▁"', '{"', '"}', "(c,▁x1,▁y1,▁x2,▁y2)", *"0123456789"]
@@ -155,11 +154,13 @@ class Tokenizer:
         """Names as the LLM reads them, cut and padded: int64 [U, N]."""
         return pad([self.encode_name(name)[:MAX_NAME_TOKENS] for name in names], PADDING)
 
-    def _text_name(self, name: str) -> tuple[int, ...]:
+    def _text_name(self, name: str) -> Sequence[int]:
         return self._whole(self._text_encode(" " + name), MAX_NAME_TOKENS)
 
-    def _whole(self, pieces: Sequence[int], most: int) -> tuple[int, ...]:
+    def _whole(self, pieces: Sequence[int], most: int) -> Sequence[int]:
         """Pieces as a whole text of the text encoder's, of at most so many tokens."""
+        if self.text_words is None:
+            return pieces[:most]
         before, after = self._around
         return (*before, *pieces[: most - len(before) - len(after)], *after)
 
@@ -183,7 +184,7 @@ class Tokenizer:
         image = (IMAGE,) * num_queries
         ids: list[list[int]] = []
         name_index: list[list[int]] = []
-        descriptions: list[tuple[int, ...]] = []
+        descriptions: list[Sequence[int]] = []
         rows: dict[str, int] = {}
         name_rows: list[list[int]] = []
         for instruction in instructions:

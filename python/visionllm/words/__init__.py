@@ -62,7 +62,7 @@ class Words(Protocol):
 
 
 def open_words(path: str | Path, prefix: str = "") -> Words:
-    """The vocabulary of a file, or of a folder in the layout of Hugging Face.
+    """The vocabulary of a file (GGUF too), or of a folder in the layout of Hugging Face.
 
     Of a folder: tokenizer.model, else tokenizer.json, else vocab.txt. Names of the begin and end tokens come
     from tokenizer_config.json beside it.
@@ -73,7 +73,7 @@ def open_words(path: str | Path, prefix: str = "") -> Words:
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is not what its name says.
-        ImportError: tokenizer.json and vocab.txt need the package `tokenizers`.
+        ImportError: all but tokenizer.model needs the package `tokenizers`.
     """
     path = Path(path)
     if path.is_dir():
@@ -84,8 +84,13 @@ def open_words(path: str | Path, prefix: str = "") -> Words:
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer: no SentencePiece model or tokenizer.json at {path}")
-    if path.suffix not in (".json", ".txt"):
+    if path.suffix not in (".json", ".txt", ".gguf"):
         return SentencePieceWords(path.read_bytes(), str(path))
+    if path.suffix == ".gguf":
+        from visionllm.convert.gguf_file import GGUFFile
+        from visionllm.words.gguf_words import gguf_words
+
+        return gguf_words(GGUFFile(path).metadata, str(path))
     from visionllm.words.json_words import json_words_of_file
 
     return json_words_of_file(path, prefix)

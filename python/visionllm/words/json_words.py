@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from visionllm.words import CONFIG_FILE
-from visionllm.words.sentencepiece_words import split_at
+from visionllm.words.sentencepiece_words import encode_marked
 
 
 class JsonWords:
@@ -45,7 +45,7 @@ class JsonWords:
         self.bos, self.eos = self._id(bos, "bos", where), self._id(eos, "eos", where)
         self.before, self.after = self._around()
         added = self.tokenizer.get_added_tokens_decoder()
-        self._control = {token.content: i for i, token in added.items() if token.special}
+        self.control_tokens = {token.content: i for i, token in added.items() if token.special}
 
     def _id(self, token: str | None, role: str, where: str) -> int | None:
         if token is None:
@@ -79,13 +79,7 @@ class JsonWords:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_marked(self, text: str) -> tuple[int, ...]:
-        ids: list[int] = []
-        for place, part in enumerate(split_at(text, self._control)):
-            if part in self._control:
-                ids.append(self._control[part])
-            elif part:
-                ids += self.encode(part) if place else self.encode_first(part)
-        return tuple(ids)
+        return encode_marked(self, text, self.control_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)

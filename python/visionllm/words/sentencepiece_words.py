@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import sentencepiece
+
+if TYPE_CHECKING:
+    from visionllm.words import Words
 
 # ModelProto.normalizer_spec.add_dummy_prefix = false, as it stands in a serialised model. What is appended to
 # one is merged into it and wins; not every version of the package can switch the rule by a call.
@@ -35,18 +40,17 @@ class SentencePieceWords:
             raise ValueError(f"{problem}the SentencePiece model is empty")
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            bare = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
         except RuntimeError as error:
             raise ValueError(f"{problem}not a SentencePiece model: {error}") from error
-        self.has_dummy_prefix = self.processor.encode("a", out_type=str) != bare.encode("a", out_type=str)
-        self._inner = bare if self.has_dummy_prefix else self.processor
+        self.has_dummy_prefix = self.processor.encode("a", out_type=str)[0].startswith("▁")
+        self._inner = self.processor
+        if self.has_dummy_prefix:
+            self._inner = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
         self.vocab_size: int = self.processor.vocab_size()
         self.bos = _id_or_none(self.processor.bos_id())
         self.eos = _id_or_none(self.processor.eos_id())
         self.before = (self.bos,) if self.has_dummy_prefix and self.bos is not None else ()
         self.after: tuple[int, ...] = ()
-        controls = [i for i in range(self.vocab_size) if self.processor.is_control(i)]
-        self._control = {self.processor.id_to_piece(i): i for i in controls}
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -59,13 +63,13 @@ class SentencePieceWords:
         return tuple(self.processor.encode(text))
 
     def encode_marked(self, text: str) -> tuple[int, ...]:
-        ids: list[int] = []
-        for place, part in enumerate(split_at(text, self._control)):
-            if part in self._control:
-                ids.append(self._control[part])
-            elif part:
-                ids += self.encode(part) if place else self.encode_first(part)
-        return tuple(ids)
+        return encode_marked(self, text, self.control_tokens)
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Name → id."""
+        ids = [i for i in range(self.vocab_size) if self.processor.is_control(i)]
+        return {self.processor.id_to_piece(i): i for i in ids}
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode(list(ids))
@@ -75,8 +79,13 @@ def _id_or_none(i: int) -> int | None:
     return i if i >= 0 else None
 
 
-def split_at(text: str, marks: Sequence[str] | dict[str, int]) -> list[str]:
-    """The text in parts, of which every second is one of the marks; the longest that fits counts."""
-    if not marks:
-        return [text]
-    return re.split("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")", text)
+def encode_marked(words: Words, text: str, marks: dict[str, int]) -> tuple[int, ...]:
+    """The ids of the marks where they stand in a text, the longest that fits, and of what is between them."""
+    pattern = "(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")"
+    ids: list[int] = []
+    for place, part in enumerate(re.split(pattern, text) if marks else [text]):  # every second is a mark
+        if place % 2:
+            ids.append(marks[part])
+        elif part:
+            ids += words.encode(part) if place else words.encode_first(part)
+    return tuple(ids)
