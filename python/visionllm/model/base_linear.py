@@ -112,7 +112,8 @@ class BaseLinear(Linear):
         with _without_autocast(x) if not self.int8 else nullcontext():
             x = self.entering(x)
             y = self.adapted(x, chosen) if adapted else self.product(x)
-        return finish(y, activation, shortcut)
+        # Autocast knows no mixture of bf16 and fp16.
+        return finish(autocast(y), activation, shortcut)
 
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ + b, the base alone."""
