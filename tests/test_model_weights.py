@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_network import NAMES, SMALL, pictures, small_network
+from small_network import NAMES, SMALL, TOKENIZER_FILE, pictures, small_network
 
 from visionllm.instruction import Instruction
 from visionllm.model.config import PRESETS, ModelConfig
 from visionllm.model.network import Network, build_network
 from visionllm.model.weight_files import rewrite
+from visionllm.model.weights import NoRandomNumbers
 from visionllm.tensor_file import TensorFile, write_tensors
+from visionllm.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
 WEIGHT = "llm.layers.0.q.weight"
@@ -288,24 +290,35 @@ def test_a_tokenizer_that_is_too_large_is_refused(tokenizer):
 
 
 MEMORY = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from small_network import small_network
 from visionllm.model.network import Network
 
+def peak():  # bytes; ru_maxrss counts the parent's memory too
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
 torch.set_num_threads(1)
 small_network(llm_layers=1)  # what the first network imports
-before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 network = Network.from_pretrained(sys.argv[1])
-peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(peak - before, sum(t.numel() * t.element_size() for t in network.state_dict().values()))
+print(peak() - before, sum(t.numel() * t.element_size() for t in network.state_dict().values()))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss in kilobytes")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loading_takes_the_memory_of_the_weights(tmp_path, dtype):
-    sizes = {"llm_dim": 1024, "llm_layers": 6, "llm_heads": 16, "llm_kv_heads": 16, "llm_ffn_dim": 2816}
-    network = small_network(**sizes)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@pytest.mark.parametrize(
+    ("base", "layers", "dtype"),
+    [("float32", 6, None), ("float32", 6, torch.bfloat16), ("bfloat16", 12, None), ("int8", 24, None)],
+)
+def test_loading_takes_the_memory_of_the_weights(tmp_path, base, layers, dtype):
+    sizes = {"llm_dim": 1024, "llm_layers": layers, "llm_heads": 16, "llm_kv_heads": 16, "llm_ffn_dim": 2816}
+    config = dataclasses.replace(SMALL, base_dtype=base, **sizes)
+    with NoRandomNumbers():
+        network = Network(config, Tokenizer.from_file(TOKENIZER_FILE))
+    for tensor in network.state_dict().values():
+        tensor.zero_()
     network.save_pretrained(tmp_path, dtype)
     del network
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]

@@ -143,6 +143,7 @@ class TensorFile:
     Attributes:
         shapes, dtypes, checksums: by tensor name.
         metadata: what the writer gave.
+        checked: whether there are checksums.
 
     Args:
         unchecked: accept a file without checksums; whatever other library wrote it.
@@ -242,7 +243,8 @@ class TensorFile:
             self.metadata: dict[str, str] = metadata
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(f"{self.path}: not a safetensors file: its header is none: {error!r}") from error
-        if checksum is None and not self.checksums:
+        self.checked = checksum is not None or bool(self.checksums)
+        if not self.checked:
             if not unchecked:
                 raise NoChecksumsError(f"{self.path}: has no checksums")
         elif not is_sealed(text.rstrip(b" "), checksum):
@@ -265,6 +267,14 @@ class TensorFile:
             )
         self._starts = {name: data + start for name, (start, _) in spans.items()}
         self._ends = {name: data + stop for name, (_, stop) in spans.items()}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or an infinity."""
+    if not tensor.is_floating_point():
+        return True
+    # A sum is four times as fast as looking at every value; a sum that overflows decides nothing.
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
 def _count(value: object) -> int:

@@ -20,11 +20,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from visionllm.atomic_file import replacing_folder
-from visionllm.tensor_file import NoChecksumsError, TensorFile, is_sealed, sealed, write_tensors
+from visionllm.tensor_file import NoChecksumsError, TensorFile, is_finite, is_sealed, sealed, write_tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -297,14 +296,6 @@ class WeightsReader:
             accept = f"python -m visionllm.model.weight_files {self.folder}"
             warnings.warn(f"{problem}: edited, or damaged. If it is as it should be: {accept}", stacklevel=3)
         return self._data[name]
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or an infinity."""
-    if not tensor.is_floating_point():
-        return True
-    # A sum is four times as fast as looking at every value; a sum that overflows decides nothing.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
 def _checksum(data: bytes) -> str:

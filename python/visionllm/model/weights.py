@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from visionllm.model import known_names
 from visionllm.model.config import ModelConfig
-from visionllm.model.weight_files import ATTEMPTS, CONFIG, WeightsReader, WeightsWriter, is_finite
+from visionllm.model.weight_files import ATTEMPTS, CONFIG, WeightsReader, WeightsWriter
+from visionllm.tensor_file import is_finite
 from visionllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 RANDOM_FILLS = {
     torch.Tensor.normal_,
     torch.Tensor.uniform_,
+    torch.Tensor.random_,
     init.normal_,
     init.uniform_,
     init.kaiming_normal_,
@@ -36,7 +38,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_network(network: Network, directory: Path, dtype: torch.dtype | None) -> None:
-    """Writes the folder, whole or not at all; floating-point weights in the given type.
+    """Writes the folder, whole or not at all; floating-point weights in the given type, int8 as they are.
 
     Raises:
         ValueError: a weight is not finite; after the cast: fp16 turns what it cannot hold into infinity.
@@ -49,8 +51,9 @@ def save_network(network: Network, directory: Path, dtype: torch.dtype | None) -
         if network.known_names:
             writer.add_file(known_names.FILE, known_names.text_of(network.known_names).encode())
         for name, tensor in network.state_dict().items():
-            wanted = dtype if tensor.is_floating_point() else None
-            writer.add(name, tensor.detach().to("cpu", wanted or tensor.dtype))
+            # The scales of int8 rows are few, and carry the error of every value of theirs.
+            casts = tensor.is_floating_point() and not name.endswith(".weight_scale")
+            writer.add(name, tensor.detach().to("cpu", dtype if dtype and casts else tensor.dtype))
 
 
 class NoRandomNumbers(TorchFunctionMode):
