@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionllm.model.image_tokenizer import two_stage
 from visionllm.ops import ms_deform_attn, ms_deform_attn_reference
 from visionllm.ops.choice import uses_operators
 from visionllm.train.losses import pad_boxes, router_loss
@@ -51,7 +52,7 @@ def recognition_loss(network: Network, batch: TrainBatch, names: tuple[str, ...]
         wanted.append([row[name] for name in found])
     objects, valid = pad_boxes(boxes, device)  # [B, N, 4], [B, N]
 
-    tokenizer = network.image_tokenizer
+    tokenizer = two_stage(network.image_tokenizer, "recognition")
     drawings = ~torch.tensor(batch.photo, device=device)
     scales, drawing = tokenizer.pyramid(torch.from_numpy(batch.images).to(device), drawings)
     shapes, starts, positions = tokenizer.flatten(scales)

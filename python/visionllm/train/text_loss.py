@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from visionllm.tokenizer import PADDING, pad
+from visionllm.train.losses import seen_in_training
 
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
@@ -22,8 +23,7 @@ def text_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     device = network.device
     prompts = network.tokenizer.prompts(batch.instructions, network.config.num_queries).to(device)
     text = network.encode_text(prompts)
-    drawings = ~torch.tensor(batch.photo, device=device)
-    tokens = network.image_tokens(torch.from_numpy(batch.images).to(device), text, drawings=drawings)
+    tokens = seen_in_training(network, batch, text)
     prefix = network.embed(prompts, tokens, named=True)
     lengths = (prompts.ids != PADDING).sum(1)
     loss, right = written_loss(network, prefix, lengths, batch.answers, batch.turns)
