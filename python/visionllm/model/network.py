@@ -93,7 +93,7 @@ class Network(nn.Module):
     """VisionLLM. Build it with `build_network`, or load it with `Network.from_pretrained`.
 
     Args:
-        base_device: of the LLM with its embeddings and its head; "meta": without memory, for what comes later.
+        base_device: of the LLM with its embeddings and its head; "meta": without memory, to be filled later.
 
     Raises:
         ValueError: the configuration and the tokenizer do not fit.
@@ -250,6 +250,10 @@ class Network(nn.Module):
         is_piece = ids != PADDING
         words = self.embedding(ids.clamp(min=0)) * is_piece[..., None]
         return self.name_words(probability @ (words.sum(1) / is_piece.sum(1, keepdim=True).sqrt()))
+
+    def word_embeddings(self, ids: Tensor) -> Tensor:
+        """Padded ids [B, T] → [B, T, C_llm], in fp32 whatever their rows are held in: so are states."""
+        return self.embedding(ids.clamp(min=0)).float()
 
     def embed(self, prompts: Prompts, tokens: ImageTokens, named: bool = False) -> Tensor:
         """The prefix [B, P, C_llm]: words, class tokens, and the image tokens in their places.
@@ -529,7 +533,7 @@ class Network(nn.Module):
         ids = pad([row[:-1] for row in rows], PADDING).to(self.device)
         last = torch.tensor([row[-1] for row in rows], device=self.device)
         cache = KVCache(len(rows), ids.shape[1] + 1 + options.max_tokens, self.device)
-        self.llm.read(self.embedding(ids.clamp(min=0)), ids != PADDING, cache)
+        self.llm.read(self.word_embeddings(ids), ids != PADDING, cache)
         return decode_text(self, cache, options, on_text, first=last)
 
     def _written_before(self, text: str, chat: bool) -> tuple[int, ...]:
@@ -552,7 +556,7 @@ class Network(nn.Module):
         ids = self.tokenizer.text_ids(texts).to(self.device)
         options = TextOptions(max_tokens=FormatGrammar.MOST_CHARACTERS)
         cache = KVCache(len(texts), ids.shape[1] + 1 + options.max_tokens, self.device)
-        self.llm.read(self.embedding(ids.clamp(min=0)), ids != PADDING, cache)
+        self.llm.read(self.word_embeddings(ids), ids != PADDING, cache)
         return decode_text(self, cache, options, grammar=FormatGrammar())
 
     def loss(self, batch: TrainBatch, unmatched: UnmatchedWeights | None = None) -> dict[str, Tensor]:
@@ -585,14 +589,26 @@ class Network(nn.Module):
         weights.save_network(self, Path(directory), dtype)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, device: torch.device | str = "cpu") -> Network:
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        device: torch.device | str = "cpu",
+        adapter: str | Path | None = None,
+    ) -> Network:
         """Reads a folder written by `save_pretrained`.
+
+        Args:
+            adapter: folder of `visionllm.model.adapter_folder`, whose tensors stand over the directory's.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is broken, or its names, shapes or types are not this network's.
         """
-        return weights.load_network(cls, Path(directory)).to(device)
+        if adapter is None:
+            return weights.load_network(cls, Path(directory)).to(device)
+        from visionllm.model.adapter_folder import load_adapted
+
+        return load_adapted(cls, Path(directory), Path(adapter)).to(device)
 
 
 def pool_names(states: Tensor, name_index: Tensor, classes: int) -> Tensor:
