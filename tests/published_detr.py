@@ -43,7 +43,7 @@ def randomise(module: nn.Module, seed: int) -> None:
 
 def published(config: ModelConfig, seed: int = 0, **changes: Any) -> DeformableDetrForObjectDetection:
     """Of a model's sizes. With box refinement every layer has a head of its own."""
-    gc.collect()  # layers and their packed weights refer to each other: the last test's models are still there
+    gc.collect()  # layers and their packed weights refer to each other, so the last test's are still there
     sizes = {
         "d_model": config.dim,
         "encoder_layers": config.encoder_layers,

@@ -21,7 +21,7 @@ SMALL_SIZES = torch.tensor([[64, 64], [40, 51]])
 
 
 def detector(**changes):
-    gc.collect()  # layers and their packed weights refer to each other: the last test's models are still there
+    gc.collect()  # layers and their packed weights refer to each other, so the last test's are still there
     torch.manual_seed(0)
     model = DeformableDetr(dataclasses.replace(DETR, **changes)).eval()
     randomise(model, 0)
