@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 # Deformable DETR's: where queries look is learned at a tenth of the rate.
 PLACES, PLACES_RATE = re.compile(r"\.(sampling_offsets|reference)\."), 0.1
+BERT_RATE = 0.1  # of a published text encoder's: it is fine-tuned, not learned
 KEPT_INSTRUCTIONS = 4  # batches of instructions whose text features are kept
 
 
@@ -130,6 +131,11 @@ class Network(nn.Module):
         self.slot_head = SlotHead(config)
         with base:
             self.text_head = TextHead(config)
+        if config.llm_head != "query":
+            # A published LLM is changed by its adapter alone.
+            for part in (self.embedding, self.llm, self.text_head):
+                for name, parameter in part.named_parameters():
+                    parameter.requires_grad_(parameter.requires_grad and ".lora_" in name)
         # The encoder's and the decoder's features against the names' text features: for training, and the
         # decoder's for the scores too (model/known_names.py). An encoder that proposes nothing is not asked.
         parts = ("encoder", "decoder") if config.detector == "two-stage" else ("decoder",)
@@ -567,7 +573,9 @@ class Network(nn.Module):
         return set_loss(self, batch, unmatched) if batch.task in SET_TASKS else text_loss(self, batch)
 
     def parameter_groups(self, lr: float, backbone_lr: float, weight_decay: float) -> list[dict]:
-        """AdamW groups: the backbone at its own rate; vectors and the embeddings of text without decay."""
+        """AdamW groups: the backbone at its own rate, published parts that look or read at a tenth of the
+        others'; vectors and the embeddings of text without decay.
+        """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
@@ -575,6 +583,8 @@ class Network(nn.Module):
             rate = backbone_lr if ".backbone." in name else lr
             if self.config.detector == "deformable-detr" and PLACES.search(name):
                 rate *= PLACES_RATE
+            if self.config.text_encoder == "bert" and name.startswith("text_encoder."):
+                rate *= BERT_RATE
             decay = (
                 0.0 if parameter.ndim < 2 or "embedding" in name or "class_tokens" in name else weight_decay
             )
