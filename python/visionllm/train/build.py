@@ -22,7 +22,7 @@ from visionllm.instruction.instruction import TASKS
 from visionllm.model.config import ModelConfig
 from visionllm.model.network import Network, build_network
 from visionllm.tokenizer import Tokenizer
-from visionllm.train.config import PhotosConfig, TrainConfig
+from visionllm.train.config import PhotosConfig, TrainConfig, accumulation
 from visionllm.train.distributed import Processes
 from visionllm.train.inputs import ADDED_PARTS, model_config
 from visionllm.train.losses import UnmatchedWeights
@@ -57,6 +57,7 @@ def network_and_data(
         image_size=config.image_size,
         rank=processes.rank,
         world_size=processes.size,
+        accumulate=accumulation(config, processes.size),
         **config.mixture,
     )
     network = network.to(processes.device)
