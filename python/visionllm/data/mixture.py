@@ -19,9 +19,16 @@ import numpy as np
 
 from visionllm.data.class_set import PromptSettings, draw_class_set, draw_count, draw_range
 from visionllm.data.expressions import derived_expressions
-from visionllm.data.photo_augmentation import AugmentedPhotos, PhotoAugmentation, SampleSource, resize
+from visionllm.data.photo_augmentation import (
+    AugmentedPhotos,
+    PhotoAugmentation,
+    SampleSource,
+    resize,
+    view_size,
+)
 from visionllm.data.polygons import resample
 from visionllm.data.sample import Sample
+from visionllm.image import padded_pictures
 from visionllm.instruction import TRAIN_TEMPLATES, Instruction, Template
 from visionllm.instruction.format_phrasings import FormatPhrasing, training_phrasings
 from visionllm.instruction.instruction import MAX_CLASSES
@@ -129,6 +136,7 @@ class TrainingBatches:
         descriptions: of the templates of each task only so many, the first ones; 0: all.
         tasks: each with its share of the steps; detection alone by default. Every task needs a source.
         cache_bytes: memory for decoded photos, per source.
+        longest_side: of the network; with it photos keep their shape, and batches are padded.
 
     Raises:
         ValueError: an argument is out of range; it is named.
@@ -150,6 +158,7 @@ class TrainingBatches:
         descriptions: int = 0,
         tasks: Mapping[str, float] | None = None,
         cache_bytes: int = 1 << 30,
+        longest_side: int = 0,
     ) -> None:
         if not sources:
             raise ValueError("sources: expected at least one, got none")
@@ -171,6 +180,7 @@ class TrainingBatches:
             if len(source.dataset) == 0:
                 raise ValueError(f"sources: expected samples in {source.name or source.dataset!r}, got none")
         self.seed, self.batch_size, self.image_size = seed, batch_size, image_size
+        self.longest_side = longest_side
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.prompts = _settings(PromptSettings, prompts, "prompts")
         self.augmentation = _settings(PhotoAugmentation, augmentation, "augmentation")
@@ -186,7 +196,7 @@ class TrainingBatches:
         if not all(self.templates.values()):
             raise ValueError("templates: expected at least one for each task, got none for one")
         self._photos = [
-            AugmentedPhotos(source.dataset, image_size, self.augmentation, cache_bytes)
+            AugmentedPhotos(source.dataset, image_size, self.augmentation, cache_bytes, longest_side)
             if source.photo and not source.whole
             else None
             for source in self.sources
@@ -242,8 +252,10 @@ class TrainingBatches:
         chosen = [int(eligible[np.searchsorted(shares[:-1], rng.random(), "right")]) for rng in rngs]
         samples = [self._sample(index, task, count, rng) for index, rng in zip(chosen, rngs, strict=True)]
         count = min([count, *map(_names_known, samples)])
+        images, sizes = padded_pictures([sample.image for sample in samples], self.longest_side)
         batch = TrainBatch(
-            images=np.stack([sample.image for sample in samples]),
+            images=images,
+            sizes=sizes,
             boxes=[],
             labels=[],
             instructions=[],
@@ -323,7 +335,9 @@ class TrainingBatches:
                 view = replace(view, expressions=derived_expressions(view, rng))
             return view
         dataset = self.sources[index].dataset
-        return resize(dataset[int(rng.integers(len(dataset)))], self.image_size, self.image_size)
+        sample = dataset[int(rng.integers(len(dataset)))]
+        height, width = view_size(sample, self.image_size, self.longest_side)
+        return resize(sample, width, height)
 
     def _add_objects(
         self,

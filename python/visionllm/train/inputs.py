@@ -84,7 +84,8 @@ def model_config(config: TrainConfig) -> ModelConfig:
 # Arguments that the configuration gives by keys of its own, or that cannot be written in YAML.
 GIVEN_ELSEWHERE = frozenset(
     "split seed size glyphs backgrounds background_annotations cutouts augment annotations images sources "
-    "batch_size image_size rank world_size accumulate templates prompts augmentation refs return".split()
+    "batch_size image_size longest_side rank world_size accumulate templates prompts augmentation refs "
+    "return".split()
 )
 
 
