@@ -53,6 +53,7 @@ from visionllm.words import open_words
 TOKENIZER = Path(visionllm.__file__).parent / "weights" / "tiny" / "tokenizer.model"
 SAMPLE_SECONDS = 0.02
 BLOCK = 1 << 22  # random values that weights are made of
+CONSTANT = ("weight", "gate", "weight_scale")  # vectors that do not start at random
 OBJECTS = 7  # of the training picture: COCO has 7.3 a picture
 # Parts by the modules that they are, in the order of the pass. "slots" are their queries, rows and head.
 PARTS = {
@@ -152,15 +153,16 @@ def fill(network: nn.Module) -> None:
     for name, tensor in network.named_parameters():
         if tensor.dtype == torch.int8:
             flat, values = tensor.view(-1), (block.clamp(-3, 3) * 42).to(torch.int8)
-        elif tensor.ndim < 2:
-            if name.endswith("bias"):
-                tensor.zero_()
+        elif name.endswith("bias"):
+            tensor.zero_()
+            continue
+        elif tensor.ndim < 2 and name.endswith(CONSTANT):
             continue
         elif name.endswith("lora_b"):
             tensor.zero_()
             continue
         else:
-            scale = 0.5 if "embedding" in name else tensor[0].numel() ** -0.5
+            scale = 0.5 if "embedding" in name or tensor.ndim < 2 else tensor[0].numel() ** -0.5
             flat, values = (
                 tensor.view(-1) if tensor.is_contiguous() else None,
                 (block * scale).to(tensor.dtype),
@@ -242,12 +244,15 @@ def training(network: Network, options: argparse.Namespace, meter: Meter) -> dic
         with meter.part("optimizer"):
             norm = nn.utils.clip_grad_norm_(trained, 0.1)
             optimizer.step()
-    assert torch.isfinite(norm)
+    if not torch.isfinite(norm):
+        found = [name for name, p in network.named_parameters() if p.grad is not None]
+        broken = [name for name in found if not torch.isfinite(network.get_parameter(name).grad).all()]
+        raise ValueError(f"training: expected finite gradients, got others in {broken[:10]}")
     assert any(not torch.equal(p, old) for p, old in zip(trained[-2:], before, strict=True))
     return {
         "trained_parameters": sum(p.numel() for p in trained),
         "checkpointed_blocks": blocks,
-        "loss": float(losses["total"]),
+        "loss": float(losses["total"].detach()),
         "gradient_norm": float(norm),
     }
 
