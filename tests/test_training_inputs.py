@@ -90,7 +90,7 @@ def test_pretrained_stages_for_a_model_that_has_none(tmp_path):
     small_network(keep_pretrained=True).save_pretrained(tmp_path / "with")
     check(f"init={tmp_path / 'without'}", "model.keep_pretrained=false")
     check(f"init={tmp_path / 'with'}", "model.keep_pretrained=true")
-    check(f"init={tmp_path / 'with'}", "model.named_tokens=true")
+    check(f"init={tmp_path / 'with'}", "model.word_layers=2")
     with pytest.raises(ConfigError, match="model.keep_pretrained with init=.* needs init_backbone"):
         check(f"init={tmp_path / 'without'}", "model.keep_pretrained=true")
     (tmp_path / "with" / "config.json").write_text("{}")
