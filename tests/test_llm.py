@@ -39,7 +39,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def weight_of(linear: torch.nn.Linear) -> torch.Tensor:
     """W, with the adapter folded in."""
     weight = linear.weight.double()
-    if hasattr(linear, "lora_a"):
+    if linear.lora_a is not None:
         weight = weight + linear.scale * linear.lora_b.double() @ linear.lora_a.double()
     return weight
 

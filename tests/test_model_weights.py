@@ -9,16 +9,21 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_network import NAMES, SMALL, pictures, small_network
+from small_network import NAMES, SMALL, TOKENIZER_FILE, pictures, small_network
 
 from visionllm.instruction import Instruction
 from visionllm.model.config import PRESETS, ModelConfig
 from visionllm.model.network import Network, build_network
+from visionllm.model.weight_files import rewrite
+from visionllm.model.weights import NoRandomNumbers
+from visionllm.tensor_file import TensorFile, write_tensors
+from visionllm.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
 WEIGHT = "llm.layers.0.q.weight"
@@ -38,9 +43,11 @@ def folder(saved, tmp_path) -> Path:
 
 
 def change_weights(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Replaces tensors of the file, or removes them (None)."""
-    state = {name: t.clone() for name, t in load_file(folder / WEIGHTS).items()} | changes
-    save_file({name: t for name, t in state.items() if t is not None}, folder / WEIGHTS)
+    """Replaces tensors of the file, or removes them (None); the file says nothing about that."""
+    with TensorFile(folder / WEIGHTS) as file:
+        state = {name: file.read(name) for name in file.shapes} | changes
+        metadata = file.metadata
+    write_tensors(folder / WEIGHTS, {name: t for name, t in state.items() if t is not None}, metadata)
 
 
 def change_config(folder: Path, **changes: object) -> None:
@@ -49,7 +56,7 @@ def change_config(folder: Path, **changes: object) -> None:
 
 def test_round_trip_is_exact(network, saved):
     loaded = Network.from_pretrained(saved)
-    assert loaded.config == network.config and loaded.tokenizer.model == network.tokenizer.model
+    assert loaded.config == network.config and loaded.tokenizer.files == network.tokenizer.files
     assert not loaded.training
     expected, found = network.state_dict(), loaded.state_dict()
     assert expected.keys() == found.keys()
@@ -130,7 +137,7 @@ def test_all_differences_are_listed(folder):
     with pytest.raises(ValueError) as error:
         Network.from_pretrained(folder)
     for part in (
-        WEIGHTS,
+        str(folder),
         "5 differences",
         f"missing {WEIGHT}",
         "unexpected llm.layers.9.q.weight",
@@ -197,6 +204,7 @@ def test_a_broken_tokenizer_is_refused(folder):
         Network.from_pretrained(folder)
 
 
+@pytest.mark.filterwarnings("ignore:.*edited")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -229,6 +237,7 @@ def test_a_configuration_that_does_not_fit_is_refused(folder, changes, message):
     assert message in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*edited")
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe{}", b"null"])
 def test_a_configuration_that_is_no_json_object_is_refused(folder, text):
     (folder / CONFIG).write_bytes(text)
@@ -244,7 +253,7 @@ def test_a_configuration_comes_back():
         config.dim = 64
 
 
-@pytest.mark.parametrize("fails", ["fsync", "replace"])
+@pytest.mark.parametrize("fails", ["os.fsync", "visionllm.atomic_file._exchange"])
 @pytest.mark.parametrize("before", [False, True])
 def test_when_writing_fails_nothing_changes(network, tmp_path, monkeypatch, fails, before):
     if before:
@@ -254,7 +263,7 @@ def test_when_writing_fails_nothing_changes(network, tmp_path, monkeypatch, fail
     def full(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, fails, full)
+    monkeypatch.setattr(fails, full)
     with pytest.raises(OSError, match="No space left"):
         network.save_pretrained(tmp_path)
     monkeypatch.undo()
@@ -278,3 +287,82 @@ def test_the_same_seed_gives_the_same_weights(tokenizer):
 def test_a_tokenizer_that_is_too_large_is_refused(tokenizer):
     with pytest.raises(ValueError, match="vocab_size must be at least 2048, .* got 2047"):
         build_network(dataclasses.replace(SMALL, vocab_size=2047), tokenizer)
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from small_network import small_network
+from visionllm.model.network import Network
+
+def peak():  # bytes; ru_maxrss counts the parent's memory too
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+torch.set_num_threads(1)
+small_network(llm_layers=1)  # what the first network imports
+before = peak()
+network = Network.from_pretrained(sys.argv[1])
+print(peak() - before, sum(t.numel() * t.element_size() for t in network.state_dict().values()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@pytest.mark.parametrize(
+    ("base", "layers", "dtype"),
+    [("float32", 6, None), ("float32", 6, torch.bfloat16), ("bfloat16", 12, None), ("int8", 24, None)],
+)
+def test_loading_takes_the_memory_of_the_weights(tmp_path, base, layers, dtype):
+    sizes = {"llm_dim": 1024, "llm_layers": layers, "llm_heads": 16, "llm_kv_heads": 16, "llm_ffn_dim": 2816}
+    config = dataclasses.replace(SMALL, base_dtype=base, **sizes)
+    with NoRandomNumbers():
+        network = Network(config, Tokenizer.from_file(TOKENIZER_FILE))
+    for tensor in network.state_dict().values():
+        tensor.zero_()
+    network.save_pretrained(tmp_path, dtype)
+    del network
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    grown, weights = map(int, answer.stdout.split())
+    assert weights > 300e6
+    assert 0.9 * weights < grown < 1.1 * weights
+
+
+def test_a_damaged_weight_is_named(folder):
+    """Also where the file still describes a network that fits."""
+    with TensorFile(folder / WEIGHTS) as file:
+        place = file._starts[WEIGHT] + 3
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[place] ^= 1  # a sign or an exponent: finite all the same
+    (folder / WEIGHTS).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{WEIGHT}: damaged"):
+        Network.from_pretrained(folder)
+
+
+def test_a_folder_without_checksums_is_refused_and_rewritten(network, folder):
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)
+    with pytest.raises(ValueError, match="has no checksums"):
+        Network.from_pretrained(folder)
+    rewrite(folder)
+    found = Network.from_pretrained(folder).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_known_names_and_tokenizer_belong_to_the_weights(folder):
+    data = (folder / TOKENIZER).read_bytes()
+    (folder / TOKENIZER).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match=f"{TOKENIZER}: is not what was written with the weights"):
+        Network.from_pretrained(folder)
+
+
+def test_an_edited_configuration_is_taken_with_a_warning(folder):
+    change_config(folder, score_threshold=0.75)
+    with pytest.warns(UserWarning, match="edited"):
+        network = Network.from_pretrained(folder)
+    assert network.config.score_threshold == 0.75
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network.save_pretrained(folder)
+        Network.from_pretrained(folder)

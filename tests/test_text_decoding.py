@@ -14,7 +14,7 @@ from visionllm.instruction.instruction import TASKS
 from visionllm.model.llm import KVCache
 from visionllm.model.text_decoding import decode_text
 from visionllm.text_options import TextOptions
-from visionllm.tokenizer import BOS, EOS, PADDING
+from visionllm.tokenizer import PADDING
 from visionllm.train.text_loss import written_loss
 
 INSTRUCTIONS = [
@@ -22,6 +22,7 @@ INSTRUCTIONS = [
     Instruction("captioning"),
     Instruction("vqa", question="How many red things are there in this picture?"),
 ]
+BOS, EOS = 1, 2  # of the tokenizer that comes with the package
 SAME = 2e-5  # of logits of size 1 to 10 in fp32: sums in another order
 
 

@@ -168,7 +168,7 @@ def test_the_text_encoder_reads_a_bounded_part(tokenizer):
 def test_any_text_comes_back_from_its_ids(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert all(0 <= i < tokenizer.vocab_size for i in ids) and tokenizer.processor.unk_id() not in ids
+    assert all(0 <= i < tokenizer.vocab_size for i in ids) and tokenizer.words.processor.unk_id() not in ids
 
 
 def test_digits_are_read_one_by_one(tokenizer):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -114,6 +116,72 @@ def test_other_files_are_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
         read_checkpoint(file)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Two checkpoints; the newer one is to be spoilt."""
+    tensors = {f"model.{name}": torch.randn(40, 30) for name in "abc"} | {
+        "optimizer.step.a": torch.tensor(3.0)
+    }
+    write_checkpoint(tmp_path, 3, tensors, {"step": 3}, keep=2)
+    return write_checkpoint(tmp_path, 7, tensors, {"step": 7, "clock": {"seconds": 1.5}}, keep=2)
+
+
+def test_a_flipped_bit_is_found_anywhere(written):
+    data = written.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    for place in [*range(0, 8 * header, 37), *range(8 * header, 8 * len(data), 4001)]:
+        damaged = bytearray(data)
+        damaged[place // 8] ^= 1 << place % 8
+        written.write_bytes(damaged)
+        with pytest.raises(CheckpointError) as raised:
+            read_checkpoint(written)
+        assert "checkpoint-00000007.safetensors" in str(raised.value)
+    written.write_bytes(data)
+    assert read_checkpoint(written)[1]["step"] == 7
+
+
+def test_the_damaged_tensor_and_the_older_checkpoint_are_named(written):
+    data = bytearray(written.read_bytes())
+    data[-10] ^= 8  # behind it comes the step, of 4 bytes
+    written.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.c: damaged.* continues from checkpoint-00000003"):
+        read_checkpoint(written)
+
+
+def test_checkpoints_without_checksums_are_read_with_a_warning(tmp_path, caplog):
+    metadata = {"format": "visionllm training checkpoint 1", "state": '{"step": 2}'}
+    save_file({"model.a": torch.ones(3)}, tmp_path / "checkpoint-00000002.safetensors", metadata)
+    tensors, state = read_checkpoint(tmp_path / "checkpoint-00000002.safetensors")
+    assert state == {"step": 2} and torch.equal(tensors["model.a"], torch.ones(3))
+    assert "from before checkpoints had checksums" in caplog.text
+    metadata["format"] = "visionllm training checkpoint 2"
+    save_file({"model.a": torch.ones(3)}, tmp_path / "checkpoint-00000002.safetensors", metadata)
+    with pytest.raises(CheckpointError, match="expected format"):
+        read_checkpoint(tmp_path / "checkpoint-00000002.safetensors")
+
+
+@contextmanager
+def room(size):
+    """The kernel refuses what makes a file larger than so many bytes, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    write_checkpoint(tmp_path, 1, {"model.a": torch.ones(3)}, {"step": 1}, keep=1)
+    with room(100_000), pytest.raises(OSError, match="too large"):
+        write_checkpoint(tmp_path, 2, {"model.a": torch.ones(100_000)}, {"step": 2}, keep=1)
+    assert names(tmp_path) == ["checkpoint-00000001.safetensors"]
+    assert read_checkpoint(checkpoints(tmp_path)[-1])[1] == {"step": 1}
 
 
 def test_differences_are_listed():

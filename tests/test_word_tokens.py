@@ -174,3 +174,13 @@ def test_what_is_trained_is_not_kept():
     network.loss(batch)["total"].backward()
     assert batch.seen is None
     assert network.image_tokenizer.queries.grad.abs().max() > 0
+
+
+def test_colours_beside_padding_are_those_without():
+    images = pictures(2, size=24)
+    boxes = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(1)) * 0.3 + 0.3
+    sizes = torch.tensor([[16, 24], [24, 10]])
+    found = colours_at(images, boxes, sizes)
+    for b, (height, width) in enumerate(sizes.tolist()):
+        alone = colours_at(images[b : b + 1, :height, :width], boxes[b : b + 1])
+        torch.testing.assert_close(found[b : b + 1], alone, rtol=1e-5, atol=1e-5)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,20 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing_folder(
+    path: str | os.PathLike[str], keep: Callable[[str], bool] | None = None
+) -> Iterator[Path]:
     """Like :func:`replacing`, for a folder: a path to make one at.
 
-    Folders cannot be exchanged in one step: a process that is killed between the two leaves no ``path``, and
-    :func:`recover_folder` puts it back. Only one process may write to ``path``.
+    Where the system can exchange two names (Linux), ``path`` is the old folder or the new one always.
+    Elsewhere a process that is killed between two renames leaves no ``path``, and :func:`recover_folder` puts
+    it back. Only one process may write to ``path``.
+
+    Args:
+        keep: which of the old folder's files and folders, by name, the new one takes over where it has none
+            of that name (as hard links, where the file system has them); None: none.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
     fresh, old = _beside(path)
@@ -66,23 +75,75 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         yield fresh
+        _sync_tree(fresh)
+        for entry in sorted(path.iterdir()) if keep is not None and path.is_dir() else ():
+            if keep is not None and keep(entry.name) and not (fresh / entry.name).exists():
+                _take_over(entry, fresh / entry.name)
+        exchanged = path.exists() and _exchange(fresh, path)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    if path.exists():
-        path.rename(old)
-    fresh.rename(path)
+    if not exchanged:
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
     sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for leftover in (fresh, old):  # either has the old folder
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def recover_folder(path: str | os.PathLike[str]) -> None:
     """Put ``path`` in place if a process was killed while :func:`replacing_folder` exchanged it."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     fresh, old = _beside(path)
     if not path.exists() and old.is_dir():
         # The old folder moves away only when the new one is whole.
         (fresh if fresh.is_dir() else old).rename(path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Both names change places in one step; False where this system or file system cannot do that."""
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # glibc before 2.28, musl before 1.2.6
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    problem = "cannot be replaced in one step; write to a new folder, also inside it"  # a mount point's EBUSY
+    raise OSError(number, f"{os.strerror(number)}: {problem}", str(other))
+
+
+def _take_over(source: Path, target: Path) -> None:
+    def link(a: str, b: str) -> None:
+        try:
+            os.link(a, b, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(a, b, follow_symlinks=False)
+
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=link)
+    else:
+        link(str(source), str(target))
+
+
+def _sync_tree(folder: Path) -> None:
+    """Have all that is in a folder written to the disk."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            file = Path(parent, name)
+            if file.is_symlink():
+                continue
+            with open(file, "r+b") as opened:
+                os.fsync(opened.fileno())
+        sync_folder(Path(parent))
 
 
 def _beside(path: Path) -> tuple[Path, Path]:

@@ -11,7 +11,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, Union
 
 import numpy as np
@@ -126,6 +126,48 @@ def resize_square(image: np.ndarray, size: int) -> np.ndarray:
         return image
     # Pillow's bilinear filter widens with the reduction, so it is antialiased.
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def fitted_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
+    """Height and width whose shorter side is ``shorter`` pixels, or less where the longer one would exceed
+    ``longest``: Deformable DETR's, rounded as its published pictures are.
+    """
+    side = min(float(shorter), longest * min(height, width) / max(height, width))
+    other = int(side * max(height, width) / min(height, width))
+    side = max(1, round(side))
+    other = min(max(other, side), longest)
+    return (side, other) if height <= width else (other, side)
+
+
+def resize_to_fit(image: np.ndarray, shorter: int, longest: int) -> np.ndarray:
+    """A picture of `fitted_size`, antialiased bilinear: uint8 ``[H, W, 3]`` both."""
+    height, width = fitted_size(image.shape[0], image.shape[1], shorter, longest)
+    if image.shape[:2] == (height, width):
+        return image
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def network_batch(
+    images: Sequence[np.ndarray], image_size: int, longest_side: int = 0
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pictures as a network takes them.
+
+    Args:
+        images: uint8 ``[H, W, 3]`` each; at least one.
+        image_size, longest_side: of `visionllm.model.config.ModelConfig`.
+
+    Returns:
+        uint8 ``[B, S, S, 3]`` and None; or, with a longest side, ``[B, H, W, 3]``, padded with zeros at the
+        bottom and the right, and int64 ``[B, 2]``, the height and width of what is picture.
+    """
+    if longest_side == 0:
+        return np.stack([resize_square(image, image_size) for image in images]), None
+    views = [resize_to_fit(image, image_size, longest_side) for image in images]
+    sizes = np.array([view.shape[:2] for view in views], np.int64)
+    batch = np.zeros((len(views), *sizes.max(0), 3), np.uint8)
+    for padded, view in zip(batch, views, strict=True):
+        padded[: view.shape[0], : view.shape[1]] = view
+    return batch, sizes
 
 
 def _open_stream(stream: IO[bytes], name: str, max_pixels: int | None, upright: bool) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from visionllm.detections import MAX_BOXES, result_of
-from visionllm.image import MAX_PIXELS, ImageSource, open_image, resize_square, source_name
+from visionllm.image import MAX_PIXELS, ImageSource, network_batch, open_image, source_name
 from visionllm.instruction import Instruction
 from visionllm.instruction.instruction import SET_TASKS
 from visionllm.model_folder import DEFAULT_MODEL, checked_device, keep_freed_memory, model_folder
@@ -28,11 +29,41 @@ from visionllm.result import Result
 from visionllm.text_options import TextOptions
 
 if TYPE_CHECKING:
+    from visionllm.model.config import ModelConfig
     from visionllm.model.network import Network
 
 __all__ = ["Request", "VisionLLM", "class_request", "load", "model_folder", "request_of"]
 
 TextListener = Callable[[int, str], None]  # told (picture, what was written next) while a text is written
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A batch as the network takes it.
+
+    Attributes:
+        pixels: uint8 [B, H, W, 3]; sizes: int64 [B, 2] as for `Network.find`, or None.
+    """
+
+    pixels: torch.Tensor
+    sizes: torch.Tensor | None
+
+    @classmethod
+    def of(cls, images: Sequence[np.ndarray], config: ModelConfig) -> Pictures:
+        pixels, sizes = network_batch(images, config.image_size, config.longest_side)
+        return cls(torch.from_numpy(pixels), None if sizes is None else torch.from_numpy(sizes))
+
+    @property
+    def shapes(self) -> dict[str, torch.Tensor]:
+        """The argument ``sizes`` where there is padding to tell of."""
+        return {} if self.sizes is None else {"sizes": self.sizes}
+
+    def rows(self, members: Sequence[int]) -> Pictures:
+        """The pictures at these places, in ascending order."""
+        if len(members) == len(self.pixels):
+            return self
+        rows = list(members)
+        return Pictures(self.pixels[rows], None if self.sizes is None else self.sizes[rows])
 
 
 class VisionLLM:
@@ -228,6 +259,32 @@ class VisionLLM:
             on_text,
         )
 
+    def complete(
+        self,
+        text: str | Sequence[str],
+        options: TextOptions | None = None,
+        on_text: TextListener | None = None,
+        chat: bool = True,
+    ) -> str | list[str]:
+        """What the language model alone answers, without a picture.
+
+        Args:
+            text: a question, or several, which are answered together.
+            options: None: greedily, at most 128 tokens; on_text: as for `predict`.
+            chat: put it in the form that the language model was published with, if it has one
+                (`visionllm.chat`); False: go on from the text as it is.
+
+        Returns:
+            a text for one text, else a list of them.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        options = options or TextOptions()
+        if on_text is not None and options.beams > 1:
+            raise ValueError(f"on_text: expected 1 beam, as words come one by one, got {options.beams}")
+        with self._precision():
+            written = self.network.complete(texts, options, on_text, chat)
+        return written[0] if isinstance(text, str) else written
+
     def run(
         self,
         images: Sequence[np.ndarray],
@@ -245,16 +302,15 @@ class VisionLLM:
         if not images:
             return []
         self._check_tasks(requests)
-        size = self.network.config.image_size
-        pixels = torch.from_numpy(np.stack([resize_square(image, size) for image in images]))  # [B, S, S, 3]
-        found = self._find(pixels, requests, spread)
-        texts = self._write(pixels, requests, options, on_text)
+        pictures = Pictures.of(images, self.network.config)
+        found = self._find(pictures, requests, spread)
+        texts = self._write(pictures, requests, options, on_text)
         return [
             result_of(image, asked, threshold, found.get(i), texts.get(i))
             for i, (image, asked) in enumerate(zip(images, requests, strict=True))
         ]
 
-    def _find(self, pixels: torch.Tensor, requests: Sequence[Request], spread: bool) -> dict[int, list[Any]]:
+    def _find(self, pictures: Pictures, requests: Sequence[Request], spread: bool) -> dict[int, list[Any]]:
         """Each picture's Detections, one for each of its instructions; the pictures of set tasks alone."""
         found: dict[int, list[Any]] = {i: [] for i, asked in enumerate(requests) if asked.task in SET_TASKS}
         # The first groups of all pictures in one pass, then the second groups, ...
@@ -262,16 +318,18 @@ class VisionLLM:
         for turn in range(rounds):
             members = [i for i in found if turn < len(requests[i].instructions)]
             asked_now = [requests[i].instructions[turn] for i in members]
-            shown = pixels[members] if len(members) < len(pixels) else pixels
+            shown = pictures.rows(members)
             with self._precision():
-                detections = self.network.find(shown, asked_now, top=MAX_BOXES, spread=spread)
+                detections = self.network.find(
+                    shown.pixels, asked_now, top=MAX_BOXES, spread=spread, **shown.shapes
+                )
             for i, detection in zip(members, detections, strict=True):
                 found[i].append(detection)
         return found
 
     def _write(
         self,
-        pixels: torch.Tensor,
+        pictures: Pictures,
         requests: Sequence[Request],
         options: TextOptions | None,
         on_text: TextListener | None,
@@ -283,12 +341,11 @@ class VisionLLM:
         options = options or TextOptions()
         if on_text is not None and options.beams > 1:
             raise ValueError(f"on_text: expected 1 beam, as words come one by one, got {options.beams}")
-        shown = pixels[members] if len(members) < len(pixels) else pixels
+        shown = pictures.rows(members)
         listener = None if on_text is None else lambda row, piece: on_text(members[row], piece)
         with self._precision():
-            texts = self.network.write(
-                shown, [requests[i].instructions[0] for i in members], options, listener
-            )
+            asked_now = [requests[i].instructions[0] for i in members]
+            texts = self.network.write(shown.pixels, asked_now, options, listener, **shown.shapes)
         return dict(zip(members, texts, strict=True))
 
     def _check_tasks(self, requests: Iterable[Request]) -> None:

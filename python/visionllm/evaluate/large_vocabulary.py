@@ -87,13 +87,17 @@ def merged_scores(answers: GroupAnswers, objectness_power: float, known_power: f
 
 
 def detect_in_groups(
-    network: Network, images: Tensor, groups: Sequence[Instruction] | NameGroups, top: int = MAX_BOXES
+    network: Network,
+    images: Tensor,
+    groups: Sequence[Instruction] | NameGroups,
+    top: int = MAX_BOXES,
+    sizes: Tensor | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The best boxes of all the groups' names, for each picture.
 
     Args:
         network: in inference mode.
-        images: uint8 [B, S, S, 3].
+        images, sizes: as for `find_groups`.
         groups: as for `find_groups`.
         top: boxes kept.
 
@@ -108,7 +112,7 @@ def detect_in_groups(
     instructions = groups.groups if isinstance(groups, NameGroups) else groups
     config, first = network.config, 0
     best: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(len(images))]
-    for group, answers in zip(instructions, find_groups(network, images, groups), strict=True):
+    for group, answers in zip(instructions, find_groups(network, images, groups, sizes), strict=True):
         scores = merged_scores(answers, config.objectness_power, config.known_power)
         count = scores.shape[2]
         for b, found in enumerate(best):
@@ -182,7 +186,7 @@ def predict_in_groups(
     """
     import torch
 
-    from visionllm.image import resize_square
+    from visionllm.image import network_batch
     from visionllm.model.groups import read_names
     from visionllm.request import class_request
 
@@ -190,13 +194,14 @@ def predict_in_groups(
     position = {name: index for index, name in enumerate(dataset.names)}
     places = np.array([position.get(name, -1) for group in groups for name in group], np.int64)
     listing = ClassListing(tuple(range(len(dataset.names))))
-    size = model.network.config.image_size
+    config = model.network.config
     predictions = []
     for start in range(0, len(dataset.images), batch_size):
         entries = dataset.images[start : start + batch_size]
         pictures = [dataset.read(entry) for entry in entries]
-        pixels = torch.from_numpy(np.stack([resize_square(picture, size) for picture in pictures]))
-        found = detect_in_groups(model.network, pixels, asked)
+        pixels, sizes = network_batch(pictures, config.image_size, config.longest_side)
+        shapes = None if sizes is None else torch.from_numpy(sizes)
+        found = detect_in_groups(model.network, torch.from_numpy(pixels), asked, sizes=shapes)
         for entry, picture, (boxes, scores, labels) in zip(entries, pictures, found, strict=True):
             height, width = picture.shape[:2]
             xyxy = boxes * np.array([width, height] * 2, np.float32)

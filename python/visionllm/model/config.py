@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 
+from visionllm.chat import TEMPLATES
 from visionllm.instruction.instruction import TASKS
 
 # Usually <p-512> … <p512>, an offset in units of 1/512 of the picture's height or width.
@@ -26,6 +27,7 @@ VARIANTS = {
     "detector": ("two-stage", "deformable-detr"),
     "image_tokens": ("queries", "pooling"),
     "llm_head": ("query", "tied", "linear"),
+    "chat": tuple(TEMPLATES),
     "base_dtype": BASE_DTYPES,
     "class_rows": ("names", "static"),
 }
@@ -78,6 +80,7 @@ class ModelConfig:
     # Logits of words: "query" (a learned projection against the embeddings), "tied" (the embeddings as they
     # are) or "linear" (rows of their own), the last two as published LLaMAs have them
     llm_head: str = "query"
+    chat: str = "none"  # how a question is put to the LLM alone: one of visionllm.chat.TEMPLATES
     base_dtype: str = "float32"  # how frozen weights of the LLM are held: one of BASE_DTYPES
     lora_rank: int = 8  # 0 removes the LoRA modules
     lora_alpha: float = 16.0
@@ -101,13 +104,38 @@ class ModelConfig:
             self._check_field(field.name, getattr(self, field.name), field.default)
         for name, variants in VARIANTS.items():
             if getattr(self, name) not in variants:
-                raise ValueError(
-                    f"ModelConfig: {name} must be {' or '.join(map(repr, variants))}, got {getattr(self, name)!r}"
-                )
+                known = " or ".join(map(repr, variants))
+                raise ValueError(f"ModelConfig: {name} must be {known}, got {getattr(self, name)!r}")
         if 0 < self.longest_side < self.image_size:
             raise ValueError(
                 f"ModelConfig: longest_side must be 0 or at least image_size, got {self.longest_side} and "
                 f"{self.image_size}"
+            )
+        if self.longest_side and self.detector == "two-stage":
+            # Its encoder knows no padding.
+            raise ValueError(
+                f"ModelConfig: longest_side must be 0 with detector 'two-stage', got {self.longest_side}"
+            )
+        if self.detector == "deformable-detr":
+            for name, needed in (("image_tokens", "queries"), ("keep_pretrained", False)):
+                if getattr(self, name) != needed:
+                    raise ValueError(
+                        f"ModelConfig: {name} must be {needed!r} with detector 'deformable-detr', "
+                        f"got {getattr(self, name)!r}"
+                    )
+        elif self.backbone != "efficientnet-lite0":
+            raise ValueError(
+                "ModelConfig: backbone must be 'efficientnet-lite0' with detector 'two-stage', "
+                f"got {self.backbone!r}"
+            )
+        if self.detector == "deformable-detr" and self.backbone != "resnet50":
+            raise ValueError(
+                "ModelConfig: backbone must be 'resnet50' with detector 'deformable-detr', "
+                f"got {self.backbone!r}"
+            )
+        if self.text_encoder == "bert" and not self.text_vocab_size:
+            raise ValueError(
+                "ModelConfig: text_vocab_size must be at least 1 with text_encoder 'bert', got 0"
             )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"ModelConfig: lora_dropout must be in [0, 1), got {self.lora_dropout}")
@@ -148,6 +176,11 @@ class ModelConfig:
                 f"ModelConfig: num_queries must be at most {positions}, the positions of a picture of "
                 f"{self.image_size} pixels, got {self.num_queries}"
             )
+
+    @property
+    def denoises(self) -> bool:
+        """Whether queries can be placed near known boxes."""
+        return self.detector == "two-stage" and self.image_tokens == "queries"
 
     @staticmethod
     def _check_field(name: str, value: object, default: object) -> None:
@@ -195,4 +228,68 @@ class ModelConfig:
             raise ValueError(f"{where}: {str(error).removeprefix('ModelConfig: ')}") from error
 
 
-PRESETS: dict[str, ModelConfig] = {"tiny": ModelConfig()}
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(),
+    # tiny's detector between real pretrained parts: EfficientNet-Lite0, MiniLM and SmolLM2-135M-Instruct. Its
+    # detector has tiny's shapes, so that it can start from what tiny has learned.
+    "small": ModelConfig(
+        keep_pretrained=True,
+        vocab_size=49152,
+        text_encoder="bert",
+        text_vocab_size=30522,
+        text_dim=384,
+        text_layers=6,
+        text_heads=12,
+        text_ffn_dim=1536,
+        llm_dim=576,
+        llm_layers=30,
+        llm_heads=9,
+        llm_kv_heads=3,
+        llm_ffn_dim=1536,
+        rope_theta=100000.0,
+        llm_head="tied",
+        chat="smollm2",
+        lora_rank=8,
+        lora_alpha=16.0,
+        lora_targets=("q", "k", "v", "o"),
+    ),
+    # The paper's: ResNet-50, BERT-Base, Deformable DETR, LLaMA-7B. Class slots are read from the rows of
+    # <c0> … <c511> as in the paper; "names" (tiny's) would add one 4096 × 4096 projection, trained in full.
+    "r50-7b": ModelConfig(
+        image_size=800,
+        longest_side=1333,
+        backbone="resnet50",
+        frozen_stages=1,
+        freeze_depthwise=False,
+        vocab_size=32000,
+        text_encoder="bert",
+        text_vocab_size=30522,
+        text_dim=768,
+        text_layers=12,
+        text_heads=12,
+        text_ffn_dim=3072,
+        detector="deformable-detr",
+        dim=256,
+        heads=8,
+        points=4,
+        encoder_layers=6,
+        decoder_layers=6,
+        ffn_dim=1024,
+        num_queries=100,
+        fusion_heads=8,
+        fusion_gate=0.0,
+        llm_dim=4096,
+        llm_layers=32,
+        llm_heads=32,
+        llm_kv_heads=32,
+        llm_ffn_dim=11008,
+        rms_epsilon=1e-6,
+        llm_head="linear",
+        chat="alpaca",
+        base_dtype="bfloat16",
+        lora_rank=16,
+        lora_alpha=32.0,
+        lora_targets=("q", "k", "v", "o"),
+        class_rows="static",
+    ),
+}

@@ -88,13 +88,16 @@ def read_names(network: Network, groups: Sequence[Instruction]) -> NameGroups:
 
 @torch.inference_mode()
 def find_groups(
-    network: Network, images: Tensor, groups: Sequence[Instruction] | NameGroups
+    network: Network,
+    images: Tensor,
+    groups: Sequence[Instruction] | NameGroups,
+    sizes: Tensor | None = None,
 ) -> Iterator[GroupAnswers]:
     """The answers to detection instructions that differ in their names alone, one after the other.
 
     Args:
         network: in inference mode.
-        images: uint8 [B, S, S, 3] with S = config.image_size.
+        images, sizes: as for `Network.find`.
         groups: as for `read_names`, or what it returned.
 
     Raises:
@@ -104,12 +107,7 @@ def find_groups(
     from visionllm.model.network import Text, pool_names
     from visionllm.model.slots import SlotFormat, SlotReading, extent_of, points_of
 
-    size = network.config.image_size
-    if images.dtype != torch.uint8 or images.shape[1:] != (size, size, 3):
-        raise ValueError(
-            f"find_groups: images must be uint8 [B, {size}, {size}, 3], got {images.dtype} "
-            f"{list(images.shape)}"
-        )
+    network.check_images("find_groups", images, sizes)
     read_groups = groups if isinstance(groups, NameGroups) else read_names(network, groups)
     groups, prompts, distinct = read_groups.groups, read_groups.prompts, read_groups.distinct
     description, shared = read_groups.description, read_groups.shared
@@ -117,7 +115,7 @@ def find_groups(
     read = torch.cat([description, distinct])[None].expand(batch, -1, -1)
     mask = torch.cat([prompts.description[0] >= 0, torch.ones_like(distinct[:, 0], dtype=torch.bool)])
     text = Text(read, mask[None].expand(batch, -1), distinct[None].expand(batch, -1, -1), distinct)
-    tokens = network.image_tokens(images.to(network.device), text)
+    tokens = network.image_tokens(images.to(network.device), text, sizes=sizes)
     boxes = tokens.boxes[-1][:, :queries]
     features = tokens.features[:, :queries]
     known = _known(network, features, distinct, groups)

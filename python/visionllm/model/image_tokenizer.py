@@ -48,7 +48,8 @@ class ImageTokens:
         boxes: per decoder layer, [B, N, 4] cxcywh in 0..1; the last one's centres are l_i.
         objectness: per decoder layer, [B, N] logits.
         memory: [B, S, C], the encoder's output.
-        proposal_boxes, proposal_objectness: [B, S, 4], [B, S] of its positions.
+        proposal_boxes, proposal_objectness: [B, S, 4], [B, S] of its positions; None where queries have
+            places of their own.
         drawing: [B] logits of the picture being a drawing; None without pretrained stages of its own.
     """
 
@@ -56,16 +57,18 @@ class ImageTokens:
     boxes: list[Tensor]
     objectness: list[Tensor]
     memory: Tensor
-    proposal_boxes: Tensor
-    proposal_objectness: Tensor
+    proposal_boxes: Tensor | None = None
+    proposal_objectness: Tensor | None = None
     drawing: Tensor | None = None
 
     def of(self, rows: Tensor) -> ImageTokens:
         """Of the pictures [n] alone."""
-        drawing = None if self.drawing is None else self.drawing[rows]
         boxes, objectness = ([one[rows] for one in layers] for layers in (self.boxes, self.objectness))
-        proposals = self.proposal_boxes[rows], self.proposal_objectness[rows]
-        return ImageTokens(self.features[rows], boxes, objectness, self.memory[rows], *proposals, drawing)
+        others = (
+            None if one is None else one[rows]
+            for one in (self.proposal_boxes, self.proposal_objectness, self.drawing)
+        )
+        return ImageTokens(self.features[rows], boxes, objectness, self.memory[rows], *others)
 
     def of_last_layer(self) -> ImageTokens:
         """The features, last boxes and last objectness alone, to be kept."""
@@ -202,8 +205,14 @@ class ImageTokenizer(nn.Module):
         text_mask: Tensor,
         denoising: DenoisingQueries | None = None,
         drawings: Tensor | None = None,
+        sizes: None = None,
     ) -> ImageTokens:
-        """images: uint8 [B, H, W, 3]; text: [B, T, C_text]; text_mask: [B, T]; drawings: as in `pyramid`."""
+        """images: uint8 [B, H, W, 3]; text: [B, T, C_text]; text_mask: [B, T]; drawings: as in `pyramid`.
+
+        sizes: of pictures without their padding; there must be none.
+        """
+        if sizes is not None:
+            raise ValueError("ImageTokenizer: sizes must be None: it knows no padding")
         scales, drawing = self.pyramid(images, drawings)
         shapes, starts, x = self.flatten(scales)
         dim = x.shape[-1]
@@ -250,6 +259,17 @@ class ImageTokenizer(nn.Module):
         return ImageTokens(
             features, layer_boxes, layer_objectness, memory, proposal_boxes, proposal_objectness, drawing
         )
+
+
+def two_stage(tokenizer: nn.Module, where: str) -> ImageTokenizer:
+    """The network's image tokenizer, for what another detector cannot do; where: who asks, for the error.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if not isinstance(tokenizer, ImageTokenizer):
+        raise ValueError(f"{where}: the detector must be 'two-stage', got {type(tokenizer).__name__}")
+    return tokenizer
 
 
 def pooled(memory: Tensor, shapes: Tensor, side: int) -> tuple[Tensor, Tensor]:

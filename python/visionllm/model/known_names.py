@@ -37,9 +37,9 @@ def read_names(file: Path) -> tuple[str, ...]:
     return names
 
 
-def write_names(names: Sequence[str], file: Path) -> None:
-    """One name a line."""
-    file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+def text_of(names: Sequence[str]) -> str:
+    """What `read_names` reads: one name a line."""
+    return "".join(f"{name}\n" for name in names)
 
 
 def rivals(known: Sequence[str], listed: Sequence[Sequence[str]]) -> Tensor:

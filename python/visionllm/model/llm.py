@@ -7,6 +7,7 @@ pass decodes them all. Words are decoded one after the other over a cache of key
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -15,11 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionllm.model.attention import attention
+from visionllm.model.base_linear import DTYPES, NONE, OWN, BaseLinear
 from visionllm.model.config import ModelConfig
-from visionllm.model.linear import Linear
-from visionllm.model.lora import LoRALinear
+from visionllm.model.lora import Adapter, LoRALinear
 from visionllm.ops import query_attention
 from visionllm.ops.choice import uses_operators
+
+DEFAULT_ADAPTER = "default"  # the network's own, that training changes
+
+
+def row_dtype(config: ModelConfig) -> torch.dtype:
+    """Of embeddings and of the head's rows: as the base, but bf16 beside int8, as a row is read alone."""
+    return torch.bfloat16 if config.base_dtype == "int8" else DTYPES[config.base_dtype]
+
+
+def base_embedding(config: ModelConfig) -> nn.Embedding:
+    """Rows of the vocabulary's pieces [V, C]: trained in fp32, else frozen as the LLM's base."""
+    dtype = row_dtype(config)
+    embedding = nn.Embedding(config.vocab_size, config.llm_dim, dtype=dtype)
+    nn.init.normal_(embedding.weight, std=0.5)
+    embedding.weight.requires_grad_(dtype == torch.float32)
+    return embedding
 
 
 class RMSNorm(nn.Module):
@@ -64,12 +81,14 @@ class Layout:
         lengths: int64 [B], how many.
         slots: S.
         table: cosine and sine [P + S, 1, D / 2], fp32, row i for position i.
+        adapters: int64 [B], see `BaseLinear.forward`.
     """
 
     mask: Tensor
     lengths: Tensor
     slots: int
     table: tuple[Tensor, Tensor]
+    adapters: Tensor | None = None
 
     @property
     def prefix_rope(self) -> tuple[Tensor, Tensor]:
@@ -119,9 +138,15 @@ class KVCache:
 
     Args:
         batch: B; capacity: the most tokens a row will hold, padding included.
+        adapters: int64 [B], whose adapter reads and answers, of `LLM.adapter_rows`; None: the network's own.
     """
 
-    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
+    def __init__(
+        self, batch: int, capacity: int, device: torch.device, adapters: Tensor | None = None
+    ) -> None:
+        if adapters is not None and adapters.shape != (batch,):
+            raise ValueError(f"KVCache: adapters must have shape [{batch}], got {list(adapters.shape)}")
+        self.adapters = adapters
         self.keys: list[Tensor] = []  # per layer [B, capacity, H_kv, D]
         self.values: list[Tensor] = []
         self.mask = torch.zeros(batch, capacity, dtype=torch.bool, device=device)  # columns that hold a token
@@ -133,6 +158,7 @@ class KVCache:
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
         self.mask, self.lengths = self.mask[rows], self.lengths[rows]
+        self.adapters = None if self.adapters is None else self.adapters[rows]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds [B, T, H_kv, D] behind the used columns; all columns of this layer so far [B, n, H_kv, D]."""
@@ -154,17 +180,20 @@ class LLMLayer(nn.Module):
         self.heads, self.kv_heads = config.llm_heads, config.llm_kv_heads
         self.head_dim = dim // self.heads
 
-        def linear(name: str, inputs: int, outputs: int) -> Linear:
-            if config.lora_rank and name in config.lora_targets:
-                return LoRALinear(inputs, outputs, config.lora_rank, config.lora_alpha)
-            return Linear(inputs, outputs, bias=False)
+        dtype = DTYPES[config.base_dtype]
 
-        self.attention_norm = RMSNorm(dim)
+        def linear(name: str, inputs: int, outputs: int) -> BaseLinear:
+            if config.lora_rank and name in config.lora_targets:
+                rank, alpha, dropout = config.lora_rank, config.lora_alpha, config.lora_dropout
+                return LoRALinear(inputs, outputs, rank, alpha, dropout=dropout, dtype=dtype)
+            return BaseLinear(inputs, outputs, dtype=dtype)
+
+        self.attention_norm = RMSNorm(dim, config.rms_epsilon)
         self.q = linear("q", dim, dim)
         self.k = linear("k", dim, self.kv_heads * self.head_dim)
         self.v = linear("v", dim, self.kv_heads * self.head_dim)
         self.o = linear("o", dim, dim)
-        self.ffn_norm = RMSNorm(dim)
+        self.ffn_norm = RMSNorm(dim, config.rms_epsilon)
         self.gate = linear("gate", dim, config.llm_ffn_dim)
         self.up = linear("up", dim, config.llm_ffn_dim)
         self.down = linear("down", config.llm_ffn_dim, dim)
@@ -173,7 +202,8 @@ class LLMLayer(nn.Module):
         """x: [B, P + G·S, C]."""
         b, n, c = x.shape
         p = layout.mask.shape[1]
-        q, k, v = self.project(x)
+        chosen = layout.adapters
+        q, k, v = self.project(x, chosen)
         # Padding stands behind the text, where a causal query of the text cannot see it.
         far_q, far_k = (apply_rope(t[:, :p], layout.prefix_rope) for t in (q, k))
         far_v = v[:, :p]
@@ -182,29 +212,30 @@ class LLMLayer(nn.Module):
             own_q, own_k, own_v = (t[:, p:].unflatten(1, (-1, layout.slots)) for t in (q, k, v))
             own = self.grouped(own_q, own_k, own_v, far_k, far_v, layout)
             y = torch.cat([y, own.reshape(b, n - p, c)], 1)
-        return self.finish(x, y)
+        return self.finish(x, y, chosen)
 
     def read(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache, layer: int
     ) -> Tensor:
         """x: [B, T, C], behind what the cache holds; mask: bool [B, 1, T, n], who sees which column."""
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, cache.adapters)
         k, v = cache.write(layer, apply_rope(k, rope), v)
-        return self.finish(x, self.attend(apply_rope(q, rope), k, v, mask))
+        return self.finish(x, self.attend(apply_rope(q, rope), k, v, mask), cache.adapters)
 
     def answer(self, x: Tensor, layout: Layout, cache: KVCache, layer: int) -> Tensor:
         """x: slots [B, G·S, C] over a prefix that stands in the cache."""
-        q, k, v = (t.unflatten(1, (-1, layout.slots)) for t in self.project(x))
+        q, k, v = (t.unflatten(1, (-1, layout.slots)) for t in self.project(x, cache.adapters))
         far_k, far_v = (kept[layer][:, : cache.used] for kept in (cache.keys, cache.values))
-        return self.finish(x, self.grouped(q, k, v, far_k, far_v, layout).reshape(x.shape))
+        y = self.grouped(q, k, v, far_k, far_v, layout).reshape(x.shape)
+        return self.finish(x, y, cache.adapters)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, D], keys and values [B, T, H_kv, D]."""
-        normed = self.attention_norm(x)
+    def project(self, x: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, D], keys and values [B, T, H_kv, D]; chosen: adapters, int64 [B]."""
+        normed = self.q.entering(self.attention_norm(x))
         return (
-            self.q(normed).unflatten(-1, (self.heads, -1)),
-            self.k(normed).unflatten(-1, (self.kv_heads, -1)),
-            self.v(normed).unflatten(-1, (self.kv_heads, -1)),
+            self.q(normed, chosen=chosen).unflatten(-1, (self.heads, -1)),
+            self.k(normed, chosen=chosen).unflatten(-1, (self.kv_heads, -1)),
+            self.v(normed, chosen=chosen).unflatten(-1, (self.kv_heads, -1)),
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -223,48 +254,67 @@ class LLMLayer(nn.Module):
         q, k = (apply_rope(t, layout.slot_rope) for t in (q, k))
         return grouped_attention(q, k, v, far_k, far_v, layout.mask)
 
-    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+    def finish(self, x: Tensor, y: Tensor, chosen: Tensor | None) -> Tensor:
         """The block behind its attention y: [B, T, C] both."""
-        x = self.o(y, shortcut=x)
-        normed = self.ffn_norm(x)
-        return self.down(self.gate(normed, "silu") * self.up(normed), shortcut=x)
+        x = self.o(y, shortcut=x, chosen=chosen)
+        normed = self.gate.entering(self.ffn_norm(x))
+        inner = self.gate(normed, "silu", chosen=chosen) * self.up(normed, chosen=chosen)
+        return self.down(inner, shortcut=x, chosen=chosen)
 
 
 class LLM(nn.Module):
-    """Embedded prefix [B, P, C] and slots [B, G, S, C] → their last states, normalised."""
+    """Embedded prefix [B, P, C] and slots [B, G, S, C] → their last states, normalised.
+
+    States are in the prefix's type; linear layers multiply in the base's (`BaseLinear`). A base that is not
+    float32 is frozen, with its norms, which are float32.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim, self.theta = config.llm_dim // config.llm_heads, config.rope_theta
         self.layers = nn.ModuleList(LLMLayer(config) for _ in range(config.llm_layers))
-        self.norm = RMSNorm(config.llm_dim)
+        self.norm = RMSNorm(config.llm_dim, config.rms_epsilon)
         # Layers that words alone go through behind those of the slots; at first they change nothing.
         self.word_layers = nn.ModuleList(LLMLayer(config) for _ in range(config.word_layers))
         if config.word_layers:
-            self.word_norm = RMSNorm(config.llm_dim)
+            self.word_norm = RMSNorm(config.llm_dim, config.rms_epsilon)
         for layer in self.word_layers:
             nn.init.zeros_(layer.o.weight)
             nn.init.zeros_(layer.down.weight)
+        if config.base_dtype != "float32":
+            for module in self.modules():
+                if isinstance(module, RMSNorm):
+                    module.weight.requires_grad_(False)
+        self._added: list[str] = []
+        self._merged: str | None = None
+        self._kept = True  # the weights before the merge
 
     def forward(
         self,
         prefix: Tensor,
         mask: Tensor,
         slots: Tensor,
+        adapters: Sequence[str | None] | Tensor | None = None,
         words: bool = False,
         seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One pass.
+        """One pass over prefix and slots.
 
         Args:
             mask: bool [B, P], True where the prefix has a token; its padding must stand last.
+            adapters: the name of each sample's adapter, None for the base alone, or what `adapter_rows` makes
+                of these; without it all have the network's own.
             words: also through the layers for words, if there are any.
             seen: [B, P, C], what those are told of image tokens (`WordTokens`); None: nothing.
         """
         b, p, c = prefix.shape
         groups, size = slots.shape[1:3]
         table = first_positions(p + size, self.head_dim, self.theta, prefix.device)
-        layout = Layout(mask, mask.sum(1), size, table)
+        if adapters is not None and not isinstance(adapters, Tensor):
+            adapters = self.adapter_rows(adapters)
+        if adapters is not None and adapters.shape != (b,):
+            raise ValueError(f"LLM: adapters must be {b}, one a sample, got {list(adapters.shape)}")
+        layout = Layout(mask, mask.sum(1), size, table, adapters)
         x = torch.cat([prefix, slots.reshape(b, -1, c)], 1)
         for layer in self.layers:
             x = layer(x, layout)
@@ -317,8 +367,135 @@ class LLM(nn.Module):
         """
         b, groups, size, c = slots.shape
         table = first_positions(cache.used + size, self.head_dim, self.theta, slots.device)
-        layout = Layout(cache.mask[:, : cache.used], cache.lengths, size, table)
+        layout = Layout(cache.mask[:, : cache.used], cache.lengths, size, table, cache.adapters)
         x = slots.reshape(b, -1, c)
         for i, layer in enumerate(self.layers):
             x = layer.answer(x, layout, cache, i)  # type: ignore[operator]
         return self.norm(x).reshape(b, groups, size, c)
+
+    # ---- adapters ----------------------------------------------------------------------------------------
+
+    def linears(self) -> dict[str, BaseLinear]:
+        """By name, such as "layers.0.q"."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, BaseLinear)}
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Of the adapters that can be chosen beside the network's own (DEFAULT_ADAPTER)."""
+        return tuple(self._added)
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Keeps an adapter, for samples to choose. It is not trained and belongs to no state dict.
+
+        Raises:
+            ValueError: the name is taken, or the adapter does not fit.
+        """
+        if not name or name == DEFAULT_ADAPTER or name in self._added:
+            raise ValueError(f"add_adapter: expected a new name other than {DEFAULT_ADAPTER!r}, got {name!r}")
+        self._check_unmerged("add_adapter")
+        linears = self.linears()
+        adapter.check(linears, f"add_adapter: {name}")
+        for path, linear in linears.items():
+            a, b = adapter.layers.get(path, (None, None))
+            linear.add(len(self._added), a, b, adapter.scales[path] if a is not None else 1.0)
+        self._added.append(name)
+
+    def remove_adapter(self, name: str) -> None:
+        """Raises ValueError for a name that `add_adapter` did not get."""
+        self._check_unmerged("remove_adapter")
+        place = self._number(name, "remove_adapter") - 1
+        if place < 0:
+            raise ValueError("remove_adapter: the network's own adapter stays: its targets are configured")
+        for linear in self.linears().values():
+            linear.remove(place)
+        del self._added[place]
+
+    def adapter_rows(self, names: Sequence[str | None]) -> Tensor:
+        """Numbers of a batch's adapters, int64 [B]; None: the base alone.
+
+        Raises:
+            ValueError: there is no such adapter, or one is merged into the base.
+        """
+        self._check_unmerged("adapters")
+        numbers = [NONE if name is None else self._number(name, "adapters") for name in names]
+        return torch.tensor(numbers, device=self.norm.weight.device)
+
+    def own_adapter(self) -> Adapter:
+        """The network's own, its tensors shared."""
+        own = {name: linear for name, linear in self.linears().items() if linear.lora_a is not None}
+        layers = {name: (linear.lora_a.data, linear.lora_b.data) for name, linear in own.items()}  # type: ignore[union-attr]
+        return Adapter(layers, {name: linear.scale for name, linear in own.items()})
+
+    @torch.no_grad()
+    def set_own_adapter(self, adapter: Adapter) -> None:
+        """Copies an adapter into the network's own.
+
+        Raises:
+            ValueError: its layers, ranks or scales are not those that config gives the network's own.
+        """
+        where = "set_own_adapter"
+        self._check_unmerged(where)
+        linears = self.linears()
+        adapter.check(linears, where)
+        own = self.own_adapter()
+        problems = [f"{name}: only in one" for name in own.layers.keys() ^ adapter.layers.keys()]
+        for name in own.layers.keys() & adapter.layers.keys():
+            rank, scale = len(own.layers[name][0]), own.scales[name]
+            got = len(adapter.layers[name][0]), adapter.scales[name]
+            if rank != got[0] or abs(scale - got[1]) > 1e-6 * abs(scale):
+                problems.append(f"{name}: expected rank {rank} and scale {scale}, got {got[0]} and {got[1]}")
+        if problems:
+            shown = "\n  ".join(sorted(problems)[:20])
+            raise ValueError(f"{where}: {len(problems)} differences from the configured adapter:\n  {shown}")
+        for name, (a, b) in adapter.layers.items():
+            own.layers[name][0].copy_(a)
+            own.layers[name][1].copy_(b)
+
+    def merge(self, name: str = DEFAULT_ADAPTER, keep: bool = True) -> None:
+        """Adds an adapter to the base's weights, for all samples; passes then cost what the base does.
+
+        The weights that were are kept beside the new ones, so that `unmerge` restores them bit for bit:
+        subtracting the adapter again would leave rounding errors, in bf16 of the size of many adapters.
+        A state dict of a merged LLM holds the sums, and an own adapter of zeros.
+
+        Args:
+            keep: False takes no memory, and `unmerge` is an error.
+
+        Raises:
+            ValueError: no such adapter, one is merged already, the base is int8, or the LLM is being trained.
+        """
+        self._check_unmerged("merge")
+        number = self._number(name, "merge")
+        if self.training:
+            raise ValueError("merge: the LLM is in training; call eval() first")
+        linears = self.linears().values()
+        if any(linear.int8 for linear in linears):
+            raise ValueError("merge: the base must be of floating point, got int8 rows")
+        for linear in linears:
+            linear.merge(number, keep)
+        self._merged, self._kept = name, keep
+
+    def unmerge(self) -> None:
+        """Restores the base as it was before `merge`.
+
+        Raises:
+            ValueError: nothing is merged, or it was not kept.
+        """
+        if self._merged is None or not self._kept:
+            what = "nothing is merged" if self._merged is None else "it was merged with keep=False"
+            raise ValueError(f"unmerge: {what}")
+        for linear in self.linears().values():
+            linear.unmerge()
+        self._merged = None
+
+    def _number(self, name: str, where: str) -> int:
+        if name == DEFAULT_ADAPTER:
+            return OWN
+        if name not in self._added:
+            known = ", ".join([DEFAULT_ADAPTER, *self._added])
+            raise ValueError(f"{where}: expected one of {known}, got {name!r}")
+        return 1 + self._added.index(name)
+
+    def _check_unmerged(self, where: str) -> None:
+        if self._merged is not None:
+            raise ValueError(f"{where}: adapter {self._merged!r} is merged into the base; unmerge it first")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from visionllm.chat import TEMPLATES
 from visionllm.instruction import Instruction
 from visionllm.instruction.instruction import SET_TASKS
 from visionllm.model import weights
@@ -17,7 +20,7 @@ from visionllm.model.boxes import cxcywh_to_xyxy
 from visionllm.model.config import ModelConfig
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokenizer, ImageTokens
 from visionllm.model.known_names import probability_of_listed, rivals
-from visionllm.model.llm import LLM, KVCache
+from visionllm.model.llm import LLM, KVCache, base_embedding
 from visionllm.model.slots import (
     SlotFormat,
     SlotHead,
@@ -31,12 +34,16 @@ from visionllm.model.text_decoding import TextHead, decode_text
 from visionllm.model.text_encoder import TextEncoder, mean_pool
 from visionllm.model.word_tokens import WordTokens, colours_at
 from visionllm.text_options import TextOptions
-from visionllm.tokenizer import IMAGE, MAX_NAME_TOKENS, PADDING, Prompts, Tokenizer, pad
+from visionllm.tokenizer import IMAGE, PADDING, Prompts, Tokenizer, pad
 
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
+    from visionllm.model.bert import Bert
+    from visionllm.model.deformable_detr import DeformableDetr
     from visionllm.train.losses import UnmatchedWeights
 
+# Deformable DETR's: where queries look is learned at a tenth of the rate.
+PLACES, PLACES_RATE = re.compile(r"\.(sampling_offsets|reference)\."), 0.1
 KEPT_INSTRUCTIONS = 4  # batches of instructions whose text features are kept
 
 
@@ -84,33 +91,50 @@ class Text:
 
 
 class Network(nn.Module):
-    """VisionLLM. Build it with `build_network`, or load it with `Network.from_pretrained`."""
+    """VisionLLM. Build it with `build_network`, or load it with `Network.from_pretrained`.
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    Args:
+        base_device: of the LLM with its embeddings and its head; "meta": without memory, for what comes later.
+
+    Raises:
+        ValueError: the configuration and the tokenizer do not fit.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, base_device: str | None = None) -> None:
         super().__init__()
-        if tokenizer.vocab_size > config.vocab_size:
+        base: Any = nullcontext() if base_device is None else torch.device(base_device)
+        for field, size in (
+            ("vocab_size", tokenizer.vocab_size),
+            ("text_vocab_size", tokenizer.text_vocab_size if config.text_vocab_size else 0),
+        ):
+            if size > getattr(config, field):
+                raise ValueError(
+                    f"Network: config.{field} must be at least {size}, the tokenizer's size, "
+                    f"got {getattr(config, field)}"
+                )
+        if bool(config.text_vocab_size) != (tokenizer.text_words is not None):
+            kinds = ("none of its own", "one of its own")
             raise ValueError(
-                f"Network: config.vocab_size must be at least {tokenizer.vocab_size}, the tokenizer's size, "
-                f"got {config.vocab_size}"
+                f"Network: config.text_vocab_size is {config.text_vocab_size}, but the text encoder has "
+                f"{kinds[tokenizer.text_words is not None]} in the tokenizer"
             )
         self.config = config
         self.tokenizer = tokenizer
-        self.text_encoder = TextEncoder(
-            config.vocab_size, config.text_dim, config.text_layers, config.text_heads
-        )
-        self.image_tokenizer = ImageTokenizer(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.llm_dim)
-        nn.init.normal_(self.embedding.weight, std=0.5)
+        self.text_encoder = text_encoder_of(config)
+        self.image_tokenizer = image_tokenizer_of(config)
+        with base:
+            self.embedding = base_embedding(config)
         self.class_tokens = class_token_embedding(config.llm_dim)
-        self.llm = LLM(config)
+        with base:
+            self.llm = LLM(config)
         self.slot_queries = SlotQueries(config)
         self.slot_head = SlotHead(config)
-        self.text_head = TextHead(config.llm_dim)
+        with base:
+            self.text_head = TextHead(config)
         # The encoder's and the decoder's features against the names' text features: for training, and the
-        # decoder's for the scores too (model/known_names.py).
-        self.alignment = nn.ModuleDict(
-            {part: nn.Linear(config.dim, config.text_dim) for part in ("encoder", "decoder")}
-        )
+        # decoder's for the scores too (model/known_names.py). An encoder that proposes nothing is not asked.
+        parts = ("encoder", "decoder") if config.detector == "two-stage" else ("decoder",)
+        self.alignment = nn.ModuleDict({part: nn.Linear(config.dim, config.text_dim) for part in parts})
         if config.word_layers:
             self.word_tokens = WordTokens(config)
         self.known_names: tuple[str, ...] = ()  # that training knew
@@ -154,19 +178,19 @@ class Network(nn.Module):
 
     def known_features(self) -> Tensor:
         """[V, C], the text features of `known_names`."""
-        ids = self._known_ids()
+        self._known_ids()  # forgets the features of other names
         changes = self.training and any(p.requires_grad for p in self.text_encoder.parameters())
         if changes or self._known_features is None or self._known_features.device != self.device:
-            features = self.encode_names(ids)
+            features = self.encode_names(self.name_ids(self.known_names))
             if changes:
                 return features
             self._known_features = features
         return self._known_features
 
     def _known_ids(self) -> Tensor:
-        """Their pieces, padded [V, T]."""
+        """Their pieces for the LLM, padded [V, T]."""
         if self._spelled is None or self._spelled[0] != self.known_names:
-            self._spelled = self.known_names, self.name_ids(self.known_names)
+            self._spelled = self.known_names, self.tokenizer.word_ids(self.known_names)
             self._known_features = None
         return self._spelled[1].to(self.device)
 
@@ -184,9 +208,20 @@ class Network(nn.Module):
         text: Text,
         denoising: DenoisingQueries | None = None,
         drawings: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> ImageTokens:
-        """images: uint8 [B, S, S, 3]; drawings: bool [B], where it is known which are no photos."""
-        return self.image_tokenizer(images, text.tokens, text.mask, denoising, drawings)
+        """What is seen, in shares of the pictures without their padding.
+
+        Args:
+            images: uint8 [B, H, W, 3]; sizes: int64 [B, 2], height and width of the part of each that is no
+                padding; None: all of it.
+            drawings: bool [B], where it is known which are no photos.
+        """
+        if sizes is None:
+            return self.image_tokenizer(images, text.tokens, text.mask, denoising, drawings)
+        return self.image_tokenizer(
+            images, text.tokens, text.mask, denoising, drawings, sizes.to(self.device)
+        )
 
     def slot_format(self, instructions: Sequence[Instruction]) -> SlotFormat:
         """What stands in the groups of instructions of one task and N."""
@@ -200,9 +235,8 @@ class Network(nn.Module):
         return SlotFormat("outlines" if task == "segmentation" else "boxes", points)
 
     def name_ids(self, names: Iterable[str]) -> Tensor:
-        """Padded token ids [U, N]."""
-        ids = [self.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in names]
-        return pad(ids, PADDING).to(self.device)
+        """Padded token ids of the text encoder's [U, N]."""
+        return self.tokenizer.name_ids(names).to(self.device)
 
     def likely_names(self, features: Tensor) -> Tensor:
         """The words of the names that image tokens look like: features [B, M, C] → [B, M, C_llm].
@@ -288,19 +322,21 @@ class Network(nn.Module):
         instructions: Sequence[Instruction],
         top: int = 100,
         spread: bool = False,
+        sizes: Tensor | None = None,
     ) -> list[Detections]:
         """Objects of a batch; tasks, class sets and numbers of points may differ from picture to picture.
 
         Args:
-            images: uint8 [B, S, S, 3] with S = config.image_size.
+            images: as for `check_images`.
             instructions: B of them, for tasks that are answered by a set of objects.
             top: at most this many objects a picture.
             spread: also give `Detections.spread`.
+            sizes: int64 [B, 2], of the pictures without their padding; None: there is none.
 
         Raises:
             ValueError: an argument does not fit, or a task is not one that the weights were trained for.
         """
-        prompts, text, tokens = self.see("find", images, instructions, SET_TASKS)
+        prompts, text, tokens = self.see("find", images, instructions, SET_TASKS, sizes)
         results: list[Detections | None] = [None] * len(instructions)
         # The pictures are seen together; groups of one form are answered together.
         forms: dict[tuple[str, int], list[int]] = {}
@@ -320,16 +356,55 @@ class Network(nn.Module):
                 results[b] = one
         return [one for one in results if one is not None]
 
+    def check_images(self, caller: str, images: Tensor, sizes: Tensor | None = None) -> None:
+        """Pictures of `visionllm.image.network_batch`: uint8 [B, S, S, 3] with S = config.image_size, or with
+        config.longest_side [B, H, W, 3] of sides up to that, and sizes of what is picture in them.
+
+        Raises:
+            ValueError: they are not; in the caller's name.
+        """
+        size, longest = self.config.image_size, self.config.longest_side
+        if longest == 0:
+            if images.dtype != torch.uint8 or images.shape[1:] != (size, size, 3):
+                raise ValueError(
+                    f"{caller}: images must be uint8 [B, {size}, {size}, 3], got {images.dtype} "
+                    f"{list(images.shape)}"
+                )
+            if sizes is not None:
+                raise ValueError(
+                    f"{caller}: sizes must be None, as pictures are squares, got {sizes.tolist()}"
+                )
+            return
+        if (
+            images.dtype != torch.uint8
+            or images.ndim != 4
+            or images.shape[3] != 3
+            or not 1 <= min(images.shape[1:3]) <= max(images.shape[1:3]) <= longest
+        ):
+            raise ValueError(
+                f"{caller}: images must be uint8 [B, H, W, 3] with sides of at most {longest}, got "
+                f"{images.dtype} {list(images.shape)}"
+            )
+        if sizes is not None and not (
+            sizes.shape == (len(images), 2)
+            and (sizes >= 1).all()
+            and (sizes.cpu() <= torch.tensor(images.shape[1:3])).all()
+        ):
+            raise ValueError(
+                f"{caller}: sizes must be [{len(images)}, 2] of 1 … {list(images.shape[1:3])}, got "
+                f"{sizes.tolist()}"
+            )
+
     def see(
-        self, caller: str, images: Tensor, instructions: Sequence[Instruction], tasks: Sequence[str]
+        self,
+        caller: str,
+        images: Tensor,
+        instructions: Sequence[Instruction],
+        tasks: Sequence[str],
+        sizes: Tensor | None = None,
     ) -> tuple[Prompts, Text, ImageTokens]:
         """The checked arguments of `find` and `write` as prompts, their text features and image tokens."""
-        size = self.config.image_size
-        if images.dtype != torch.uint8 or images.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"Network.{caller}: images must be uint8 [B, {size}, {size}, 3], got {images.dtype} "
-                f"{list(images.shape)}"
-            )
+        self.check_images(f"Network.{caller}", images, sizes)
         if len(instructions) != len(images):
             raise ValueError(f"Network.{caller}: {len(images)} images but {len(instructions)} instructions")
         for instruction in instructions:
@@ -339,7 +414,7 @@ class Network(nn.Module):
                     f"Network.{caller}: the task must be one of {', '.join(tasks)}, got {instruction.task}"
                 )
         prompts, text = self.asked(instructions)
-        return prompts, text, self.image_tokens(images.to(self.device), text)
+        return prompts, text, self.image_tokens(images.to(self.device), text, sizes=sizes)
 
     def check_task(self, task: str) -> None:
         """Raises ValueError for a task that the weights were not trained for."""
@@ -425,23 +500,61 @@ class Network(nn.Module):
         instructions: Sequence[Instruction],
         options: TextOptions | None = None,
         on_text: Callable[[int, str], None] | None = None,
+        sizes: Tensor | None = None,
     ) -> list[str]:
         """Captions and answers of a batch, word by word.
 
         Args:
-            images: uint8 [B, S, S, 3]; instructions: B of them, for captioning or vqa.
+            images, sizes: as for `find`; instructions: B of them, for captioning or vqa.
             on_text: called with (picture, text that has come) as words come; only without beams.
 
         Raises:
             ValueError: as `find`.
         """
         options = options or TextOptions()
-        prompts, _, tokens = self.see("write", images, instructions, ("captioning", "vqa"))
+        prompts, _, tokens = self.see("write", images, instructions, ("captioning", "vqa"), sizes)
         cache = KVCache(len(instructions), prompts.ids.shape[1] + 1 + options.max_tokens, self.device)
-        colours = colours_at(images.to(self.device), tokens.boxes[-1])
+        colours = colours_at(images.to(self.device), tokens.boxes[-1], sizes)
         told = self.told(prompts, tokens, colours)
         self.llm.read(self.embed(prompts, tokens), prompts.ids != PADDING, cache, words=True, seen=told)
         return decode_text(self, cache, options, on_text)
+
+    @torch.inference_mode()
+    def complete(
+        self,
+        texts: Sequence[str],
+        options: TextOptions | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+        chat: bool = True,
+    ) -> list[str]:
+        """What the LLM alone writes behind texts; no picture, no text encoder.
+
+        Args:
+            on_text: as for `write`.
+            chat: put each text as a question, in the form that the LLM was published with (config.chat);
+                otherwise it goes on from the text as it is.
+
+        Raises:
+            ValueError: an empty text without a form around it.
+        """
+        options = options or TextOptions()
+        rows = [self._written_before(text, chat) for text in texts]
+        if not rows:
+            return []
+        if not all(rows):
+            raise ValueError("complete: expected texts of at least one token, got an empty one")
+        # The last token is what decoding reads first, in <bos>'s place.
+        ids = pad([row[:-1] for row in rows], PADDING).to(self.device)
+        last = torch.tensor([row[-1] for row in rows], device=self.device)
+        cache = KVCache(len(rows), ids.shape[1] + 1 + options.max_tokens, self.device)
+        self.llm.read(self.embedding(ids.clamp(min=0)), ids != PADDING, cache, words=True)
+        return decode_text(self, cache, options, on_text, first=last)
+
+    def _written_before(self, text: str, chat: bool) -> tuple[int, ...]:
+        if chat and self.config.chat != "none":
+            words = self.tokenizer.words
+            return words.encode_marked(TEMPLATES[self.config.chat].format(text))
+        return self.tokenizer.words.before + self.tokenizer.encode_first(text)
 
     @torch.inference_mode()
     def write_format(self, texts: Sequence[str]) -> list[str]:
@@ -474,6 +587,8 @@ class Network(nn.Module):
             if not parameter.requires_grad:
                 continue
             rate = backbone_lr if ".backbone." in name else lr
+            if self.config.detector == "deformable-detr" and PLACES.search(name):
+                rate *= PLACES_RATE
             decay = (
                 0.0 if parameter.ndim < 2 or "embedding" in name or "class_tokens" in name else weight_decay
             )
@@ -506,6 +621,26 @@ def pool_names(states: Tensor, name_index: Tensor, classes: int) -> Tensor:
     total = states.new_zeros(b * classes, c).index_add(0, row, states[valid])
     count = torch.bincount(row, minlength=b * classes).clamp(min=1)
     return (total / count[:, None].to(total.dtype)).view(b, classes, c)
+
+
+def text_encoder_of(config: ModelConfig) -> TextEncoder | Bert:
+    """Token ids [N, T] → [N, T, C_text]."""
+    vocab_size = config.text_vocab_size or config.vocab_size
+    sizes = (vocab_size, config.text_dim, config.text_layers, config.text_heads)
+    if config.text_encoder == "own":
+        return TextEncoder(*sizes)
+    from visionllm.model.bert import Bert
+
+    return Bert(*sizes, config.text_ffn_dim or 4 * config.text_dim)
+
+
+def image_tokenizer_of(config: ModelConfig) -> ImageTokenizer | DeformableDetr:
+    """Pictures and text features → ImageTokens."""
+    if config.detector == "two-stage":
+        return ImageTokenizer(config)
+    from visionllm.model.deformable_detr import DeformableDetr
+
+    return DeformableDetr(config)
 
 
 def build_network(config: ModelConfig, tokenizer: Tokenizer, seed: int = 0) -> Network:

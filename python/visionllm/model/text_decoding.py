@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionllm.model.llm import row_dtype
 from visionllm.ops import slot_head_cross_entropy
 from visionllm.ops.choice import autocast, uses_operators
 from visionllm.text_options import TextOptions
-from visionllm.tokenizer import BOS, EOS
 
 if TYPE_CHECKING:
+    from visionllm.model.config import ModelConfig
     from visionllm.model.llm import KVCache
     from visionllm.model.network import Network
 
@@ -32,24 +33,44 @@ class Grammar(Protocol):
 
 
 class TextHead(nn.Module):
-    """States [..., C] → logits over the vocabulary's pieces, whose rows are their embeddings."""
+    """States [..., C] → logits over the vocabulary's pieces.
 
-    def __init__(self, dim: int) -> None:
+    config.llm_head: "query": a trained projection of the states against the embeddings; "tied": the states
+    against the embeddings; "linear": the states against rows of the head's own, frozen unless fp32.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.scale = dim**-0.5
+        self.kind = config.llm_head
+        self.scale = 1.0
+        if self.kind == "query":
+            self.query = nn.Linear(config.llm_dim, config.llm_dim, bias=False)
+            self.scale = config.llm_dim**-0.5
+        elif self.kind == "linear":
+            dtype = row_dtype(config)
+            rows = torch.empty(config.vocab_size, config.llm_dim, dtype=dtype)
+            self.rows = nn.Parameter(rows, requires_grad=dtype == torch.float32)
+            nn.init.normal_(self.rows, std=config.llm_dim**-0.5)
+
+    def operands(self, states: Tensor, pieces: Tensor) -> tuple[Tensor, Tensor]:
+        """What is multiplied, [..., C] and [V, C]. Rows that are not fp32 are taken as they are."""
+        query = self.query(states) if self.kind == "query" else states
+        rows = self.rows[: len(pieces)] if self.kind == "linear" else pieces
+        return (query if rows.dtype == torch.float32 else query.to(rows.dtype)), rows
 
     def forward(self, states: Tensor, pieces: Tensor) -> Tensor:
-        """pieces: [V, C] → fp32 [..., V]."""
-        query = self.query(states)
-        return (query @ pieces.to(query.dtype).T).float() * self.scale
+        """pieces: [V, C], the embeddings → fp32 [..., V]."""
+        query, rows = self.operands(states, pieces)
+        logits = (query @ rows.to(query.dtype).T).float()
+        return logits if self.scale == 1.0 else logits * self.scale
 
     def loss(self, states: Tensor, pieces: Tensor, wanted: Tensor) -> Tensor:
         """Cross-entropy of each: states [n, C], pieces [V, C], wanted int64 [n] → [n]."""
         if not uses_operators(states):
             return F.cross_entropy(self(states, pieces), wanted, reduction="none")
-        query = autocast(self.query(states))
-        return slot_head_cross_entropy(query[None], pieces, wanted[None], scale=self.scale)[0]
+        query, rows = self.operands(states, pieces)
+        query = autocast(query) if rows.dtype == torch.float32 else query
+        return slot_head_cross_entropy(query[None], rows, wanted[None], scale=self.scale)[0]
 
 
 def decode_text(
@@ -58,21 +79,23 @@ def decode_text(
     options: TextOptions,
     on_text: Callable[[int, str], None] | None = None,
     grammar: Grammar | None = None,
+    first: Tensor | None = None,
 ) -> list[str]:
     """One text for each row of the cache, which holds the prompts.
 
     Args:
+        first: int64 [B], what is read behind the prompts; None: <bos>.
         on_text: called with (row, the text that has come since) while it comes.
         grammar: what may be written; decoding is then greedy.
     """
     if options.beams > 1 and grammar is None:
-        return _beam_search(network, cache, options)
+        return _beam_search(network, cache, options, first)
     rows = len(cache.mask)
     generator = torch.Generator(network.device).manual_seed(options.seed)
     written: list[list[int]] = [[] for _ in range(rows)]
     shown = [""] * rows
     open_rows = list(range(rows))
-    last = torch.full((rows,), BOS, device=network.device)
+    last = torch.full((rows,), network.tokenizer.bos, device=network.device) if first is None else first
     for _ in range(options.max_tokens):
         logits = _next_logits(network, cache, last)  # [open rows, V]
         if grammar is not None:
@@ -81,7 +104,7 @@ def decode_text(
         chosen = _draw(logits, options, generator) if grammar is None else logits.argmax(-1)
         going = []
         for i, (row, piece) in enumerate(zip(open_rows, chosen.tolist(), strict=True)):
-            if piece == EOS:
+            if piece == network.tokenizer.eos:
                 continue
             written[row].append(piece)
             going.append(i)
@@ -129,7 +152,7 @@ def _forbid(logits: Tensor, network: Network, ids: list[int], grammar: Grammar) 
     order = logits.argsort(descending=True).tolist()
     # Only the best allowed piece matters, so pieces are tried from the likeliest on.
     for piece in order:
-        if piece == EOS:
+        if piece == network.tokenizer.eos:
             allowed = grammar.complete(text)
         else:
             longer = tokenizer.decode([*ids, piece])
@@ -141,7 +164,9 @@ def _forbid(logits: Tensor, network: Network, ids: list[int], grammar: Grammar) 
     raise ValueError(f"the grammar allows nothing after {text!r} that the tokenizer can write")
 
 
-def _beam_search(network: Network, cache: KVCache, options: TextOptions) -> list[str]:
+def _beam_search(
+    network: Network, cache: KVCache, options: TextOptions, first: Tensor | None = None
+) -> list[str]:
     """The text of the highest mean log-probability a piece among those that each row's beams found."""
     rows, width, device = len(cache.mask), options.beams, network.device
     cache.select(torch.arange(rows, device=device).repeat_interleave(width))
@@ -150,7 +175,8 @@ def _beam_search(network: Network, cache: KVCache, options: TextOptions) -> list
     totals = torch.full((rows, width), float("-inf"), device=device)
     totals[:, 0] = 0.0
     finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(rows)]
-    last = torch.full((rows * width,), BOS, device=device)
+    last = torch.full((rows,), network.tokenizer.bos, device=device) if first is None else first
+    last = last.repeat_interleave(width)
     for length in range(1, options.max_tokens + 1):
         steps = F.log_softmax(_next_logits(network, cache, last), -1).view(rows, width, -1)
         vocabulary = steps.shape[-1]
@@ -160,7 +186,7 @@ def _beam_search(network: Network, cache: KVCache, options: TextOptions) -> list
             kept: list[tuple[float, int, int]] = []
             for total, flat in zip(best[row].tolist(), index[row].tolist(), strict=True):
                 parent, piece = row * width + flat // vocabulary, flat % vocabulary
-                if piece == EOS:
+                if piece == network.tokenizer.eos:
                     finished[row].append((total / length, ids[parent]))
                 elif len(kept) < width:
                     kept.append((total, parent, piece))

@@ -1,32 +1,34 @@
-"""A network as a folder: config.json, model.safetensors, tokenizer.model, and known_names.txt if it has any.
+"""A network as a folder: config.json, weights, the tokenizer's files, and known_names.txt if it has any.
 
-Written whole, checked on load.
+Written whole, checked on load (`visionllm.model.weight_files`). Loading needs the memory of the weights and
+no more: the network is built without filling it, which takes none, and every tensor is read into its place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from visionllm.atomic_file import replacing
 from visionllm.model import known_names
 from visionllm.model.config import ModelConfig
+from visionllm.model.weight_files import ATTEMPTS, CONFIG, WeightsReader, WeightsWriter
+from visionllm.tensor_file import is_finite
 from visionllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from visionllm.model.network import Network
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
 # torch.nn.init's functions, where they dispatch themselves, take their tensor by name.
 RANDOM_FILLS = {
     torch.Tensor.normal_,
     torch.Tensor.uniform_,
+    torch.Tensor.random_,
     init.normal_,
     init.uniform_,
     init.kaiming_normal_,
@@ -36,28 +38,30 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save_network(network: Network, directory: Path, dtype: torch.dtype | None) -> None:
-    """Writes the folder's files; floating-point weights in the given type."""
-    state = network.state_dict()
-    tensors = {name: t.detach().cpu().to(dtype or t.dtype).contiguous() for name, t in state.items()}
-    check_finite(tensors, "save_pretrained")  # after the cast: fp16 turns what it cannot hold into infinity
-    for name, data in (
-        (WEIGHTS, save(tensors, metadata={"format": "pt"})),
-        (TOKENIZER, network.tokenizer.model),
-        (CONFIG, network.config.to_json().encode()),
-    ):
-        with replacing(directory / name) as part:
-            part.write_bytes(data)
-    if network.known_names:
-        with replacing(directory / known_names.FILE) as part:
-            known_names.write_names(network.known_names, part)
-    else:
-        (directory / known_names.FILE).unlink(missing_ok=True)
+    """Writes the folder, whole or not at all; floating-point weights in the given type, int8 as they are.
+
+    Raises:
+        ValueError: a weight is not finite; after the cast: fp16 turns what it cannot hold into infinity.
+        OSError: the disk is full, among others. What was there stays.
+    """
+    with WeightsWriter(directory) as writer:
+        for name, data in network.tokenizer.files.items():
+            writer.add_file(name, data)
+        writer.add_file(CONFIG, network.config.to_json().encode())
+        if network.known_names:
+            writer.add_file(known_names.FILE, known_names.text_of(network.known_names).encode())
+        for name, tensor in network.state_dict().items():
+            # The scales of int8 rows are few, and carry the error of every value of theirs.
+            casts = tensor.is_floating_point() and not name.endswith(".weight_scale")
+            writer.add(name, tensor.detach().to("cpu", dtype if dtype and casts else tensor.dtype))
 
 
-class _NoRandomNumbers(TorchFunctionMode):
+class NoRandomNumbers(TorchFunctionMode):
     """Leaves tensors as they are where they would be filled at random: loading overwrites them.
 
-    Building on the device "meta" would do the same, but torch imports its compiler and sympy for it: 1 s.
+    Memory that nobody has written to is only an address (of 349 MB of weights, 10 MB were real), so that this
+    is as good as building on the device "meta", for which torch imports its compiler and sympy: 1 s. Buffers
+    that are no weights are made as always, and all tensors stay where they are.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,47 +72,60 @@ class _NoRandomNumbers(TorchFunctionMode):
 
 
 def load_network(network_class: type[Network], directory: Path) -> Network:
-    """Builds the network that config.json describes and fills it; every weight becomes fp32."""
-    for name in (CONFIG, WEIGHTS, TOKENIZER):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"from_pretrained: {directory} has no {name}")
-    config = ModelConfig.from_json((directory / CONFIG).read_bytes(), str(directory / CONFIG))
-    tokenizer = Tokenizer.from_file(directory / TOKENIZER)
-    try:
-        state = load_file(directory / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{directory / WEIGHTS}: not a safetensors file: {error}") from error
-    with _NoRandomNumbers():
+    """Builds the network that config.json describes and fills it.
+
+    Weights come in the types that the network has: fp32, but for a frozen base in ``config.base_dtype``.
+    """
+    for _ in range(ATTEMPTS):
+        with WeightsReader(directory) as reader:
+            network = _load(network_class, reader)
+            if not reader.replaced:
+                return network.eval()
+    raise OSError(f"{directory}: replaced again and again while it was being read")
+
+
+def _load(network_class: type[Network], reader: WeightsReader) -> Network:
+    folder = reader.folder
+    config = ModelConfig.from_json(reader.file(CONFIG, editable=True), str(folder / CONFIG))
+    for name in reader.files.keys() - {CONFIG}:
+        reader.file(name)  # checked
+    tokenizer = Tokenizer.from_folder(folder)
+    with NoRandomNumbers():
         network = network_class(config, tokenizer)
-    check(network.state_dict(), state, str(directory / WEIGHTS))
-    check_finite(state, str(directory / WEIGHTS))
-    network.known_names = known_names.read_names(directory / known_names.FILE)
-    network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    return network.eval()
+    state = network.state_dict()  # the network's own memory
+    check(state, reader.shapes, reader.dtypes, str(folder))
+    for name, tensor in state.items():
+        reader.read(name, into=tensor)
+        if not is_finite(tensor):
+            raise ValueError(f"{reader.where(name)}: not finite: {name} as {tensor.dtype}")
+    if known_names.FILE in reader.files:
+        network.known_names = known_names.read_names(folder / known_names.FILE)
+    return network
 
 
-def check(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
-    """Compares names, shapes and types.
+def check(
+    expected: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    where: str,
+) -> None:
+    """Compares a folder's names, shapes and types with the network's.
+
+    Floating-point types convert into each other; others, such as int8, must be the network's.
 
     Raises:
         ValueError: listing every difference (the first 20).
     """
-    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
-    problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
-    for name in expected.keys() & found.keys():
-        if expected[name].shape != found[name].shape:
-            problems.append(
-                f"{name}: expected shape {list(expected[name].shape)}, got {list(found[name].shape)}"
-            )
-        elif found[name].dtype not in FLOATS:
-            problems.append(f"{name}: expected float32, bfloat16 or float16, got {found[name].dtype}")
+    problems = [f"missing {name}" for name in expected.keys() - shapes.keys()]
+    problems += [f"unexpected {name}" for name in shapes.keys() - expected.keys()]
+    for name in expected.keys() & shapes.keys():
+        wanted, found = expected[name], dtypes[name]
+        if tuple(wanted.shape) != shapes[name]:
+            problems.append(f"{name}: expected shape {list(wanted.shape)}, got {list(shapes[name])}")
+        elif wanted.is_floating_point() and found not in FLOATS:
+            problems.append(f"{name}: expected float32, bfloat16 or float16, got {found}")
+        elif not wanted.is_floating_point() and found != wanted.dtype:
+            problems.append(f"{name}: expected {str(wanted.dtype).removeprefix('torch.')}, got {found}")
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         raise ValueError(f"{where}: {len(problems)} differences from config.json's network:\n  {shown}")
-
-
-def check_finite(tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Raises ValueError naming the tensors that hold NaN or an infinity."""
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(f"{where}: not finite: {', '.join(broken[:5])} ({len(broken)} in all)")

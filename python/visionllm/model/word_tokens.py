@@ -63,11 +63,12 @@ def measures_of(boxes: Tensor, objectness: Tensor) -> Tensor:
     return torch.cat([plain, more], -1)
 
 
-def colours_at(images: Tensor, boxes: Tensor) -> Tensor:
+def colours_at(images: Tensor, boxes: Tensor, sizes: Tensor | None = None) -> Tensor:
     """The picture's colours within boxes, at a grid of places.
 
     Args:
-        images: uint8 [B, H, W, 3]; boxes: [B, M, 4] cxcywh in 0..1 of them.
+        images: uint8 [B, H, W, 3]; boxes: [B, M, 4] cxcywh in 0..1 of the part that is no padding.
+        sizes: int64 [B, 2], that part's height and width; None: all of it.
 
     Returns:
         [B, M, 3 · COLOUR_GRID²] in -1..1.
@@ -76,6 +77,9 @@ def colours_at(images: Tensor, boxes: Tensor) -> Tensor:
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     places = torch.stack([x, y], -1).view(-1, 2)  # [G², 2]
     where = boxes[..., None, :2] + places * boxes[..., None, 2:]  # [B, M, G², 2]
+    if sizes is not None:
+        height_width = sizes.to(where) / torch.tensor(images.shape[1:3]).to(where)
+        where = where * height_width.flip(1)[:, None, None]
     pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     found = F.grid_sample(
         pixels, 2 * where - 1, mode="bilinear", padding_mode="border", align_corners=False

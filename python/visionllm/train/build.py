@@ -111,8 +111,7 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
     else:
         network = _new_network(config, resuming)
     if write and not resuming:
-        with replacing(Path(config.output) / "tokenizer.model") as part:
-            part.write_bytes(network.tokenizer.model)
+        network.tokenizer.save(config.output)
         with replacing(Path(config.output) / "network.json") as part:
             part.write_text(network.config.to_json())
     return network
@@ -139,7 +138,7 @@ def with_parts(
 
 def _new_network(config: TrainConfig, resuming: bool) -> Network:
     if resuming:
-        tokenizer = Tokenizer.from_file(Path(config.output) / "tokenizer.model")
+        tokenizer = Tokenizer.from_folder(config.output)
         sizes_file = Path(config.output) / "network.json"
         if sizes_file.is_file():  # neither a changed preset nor a lost first folder breaks a run
             return Network(ModelConfig.from_json(sizes_file.read_text(), str(sizes_file)), tokenizer)

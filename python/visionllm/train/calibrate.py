@@ -27,6 +27,7 @@ from visionllm.data.photo_augmentation import AugmentedPhotos
 from visionllm.evaluate.coco import coco_metrics
 from visionllm.evaluate.matching import box_iou, match_greedily
 from visionllm.model.config import ModelConfig
+from visionllm.model.image_tokenizer import two_stage
 from visionllm.model.network import Network
 from visionllm.train.validation import ValidationSet
 
@@ -123,7 +124,7 @@ def fit_router(network: Network, photos: Iterable[np.ndarray], drawings: Iterabl
     Args:
         photos, drawings: pictures, uint8 [S, S, 3].
     """
-    tokenizer, rows = network.image_tokenizer, []
+    tokenizer, rows = two_stage(network.image_tokenizer, "fit_router"), list[torch.Tensor]()
     hook = tokenizer.router.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0]))
     labels = []
     with torch.inference_mode():

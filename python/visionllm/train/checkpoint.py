@@ -1,26 +1,30 @@
-"""Checkpoints: the whole state of a run in one safetensors file, written atomically.
+"""Checkpoints: the whole state of a run in one safetensors file, written atomically and checked when read.
 
 Tensors are named ``model.<name>``, ``average.<name>`` and ``optimizer.<slot>.<name>``; the rest of the state
-is JSON in the file's metadata under ``state``. There is no pickle in it. Random generators are not in it
+is JSON in the file's metadata under ``state``. Every tensor and the metadata have checksums
+(`visionllm.tensor_file`). There is no pickle in it. Random generators are not in it
 either: they are seeded anew from (seed, step, rank) at every step.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from visionllm.atomic_file import remove_leftovers, replacing
+from visionllm.tensor_file import TensorFile, is_finite, write_tensors
 
-FORMAT = "visionllm training checkpoint 1"
+logger = logging.getLogger("visionllm.train")
+
+FORMAT = "visionllm training checkpoint 2"
+UNCHECKED = "visionllm training checkpoint 1"  # the same without checksums
 _NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
 
 
@@ -41,18 +45,19 @@ def write_checkpoint(
 
     A crash at any moment leaves the older checkpoints whole and never a broken one under a checkpoint's name;
     what it leaves of a new one is removed here. One process at a time may write to a folder.
-    Raises CheckpointError naming the first tensor with a value that is not finite.
+    Raises CheckpointError naming the first tensor with a value that is not finite, and OSError where the disk
+    is full, among others.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise CheckpointError(f"not written: {name} has values that are not finite")
     final = folder / f"checkpoint-{step:08d}.safetensors"
     metadata = {"format": FORMAT, "state": json.dumps(dict(state))}
     remove_leftovers(folder / "checkpoint")
     with replacing(final) as part:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata)
+        write_tensors(part, tensors, metadata)
     for old in checkpoints(folder)[:-keep]:
         if old != final:
             old.unlink()
@@ -60,18 +65,19 @@ def write_checkpoint(
 
 
 def read_checkpoint(file: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of a checkpoint. Raises CheckpointError for a file that is none."""
+    """Tensors and state of a checkpoint. Raises CheckpointError for a file that is none or was damaged."""
     try:
-        with safe_open(str(file), framework="pt") as source:
-            metadata = source.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{file}: expected format {FORMAT!r}, got {metadata.get('format')!r}")
-            tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
-    except CheckpointError:
-        raise
-    except Exception as error:  # safetensors' own error class derives from Exception alone
-        raise CheckpointError(f"{file} is not a readable checkpoint: {error}") from error
-    return tensors, json.loads(metadata["state"])
+        with TensorFile(file, unchecked=True) as source:
+            found = source.metadata.get("format")
+            if found not in (FORMAT, UNCHECKED) or (found == FORMAT) != bool(source.checked):
+                raise CheckpointError(f"{file}: expected format {FORMAT!r}, got {found!r}")
+            if found == UNCHECKED:
+                logger.warning("%s is from before checkpoints had checksums: damage would not be found", file)
+            return {name: source.read(name) for name in source.shapes}, json.loads(source.metadata["state"])
+    except (ValueError, KeyError, OSError) as error:
+        older = [path.name for path in checkpoints(Path(file).parent) if path.name < Path(file).name]
+        hint = f"; without it the run continues from {older[-1]}" if older else ""
+        raise CheckpointError(f"{file} is not a readable checkpoint: {error}{hint}") from error
 
 
 def network_tensors(network: nn.Module) -> dict[str, Tensor]:

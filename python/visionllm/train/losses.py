@@ -23,7 +23,7 @@ from visionllm.model.boxes import cxcywh_to_xyxy, overlap
 from visionllm.model.config import STRIDES
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokens, anchor_boxes
 from visionllm.model.slots import extent_of, points_of, units
-from visionllm.tokenizer import MAX_NAME_TOKENS, PADDING, pad
+from visionllm.tokenizer import PADDING
 from visionllm.train.matcher import CLASS_COST, GIOU_COST, L1_COST, match, match_proposals, pair_costs
 
 if TYPE_CHECKING:
@@ -199,8 +199,7 @@ def set_loss(
     prompts = network.tokenizer.prompts(batch.instructions, m).to(device)
     text = network.encode_text(prompts)
 
-    # Only queries can be placed near known boxes.
-    denoises = network.config.image_tokens == "queries"
+    denoises = network.config.denoises
     listed = min(targets.boxes.shape[1], MAX_DENOISING) if denoises else 0
     unlisted, unlisted_valid = pad_boxes(batch.unlisted, device, MAX_UNLISTED)
     # [B, D, 4], what each denoising query stands at
@@ -209,8 +208,7 @@ def set_loss(
     denoised_valid = torch.cat([targets.valid[:, :listed], unlisted_valid[:, :spare]], 1)
     extra = denoised.shape[1]
     queries = DenoisingQueries(noised(denoised)) if extra else None
-    drawings = ~torch.tensor(batch.photo, device=device)
-    tokens = network.image_tokens(torch.from_numpy(batch.images).to(device), text, queries, drawings)
+    tokens = seen_in_training(network, batch, text, queries)
 
     losses: dict[str, Tensor] = {
         name: torch.zeros((), device=device)
@@ -222,8 +220,10 @@ def set_loss(
         own = torch.arange(extra, device=device).expand(len(denoised), -1)
         denoised_object = torch.where(denoised_valid & (own < listed), own, -1)
         denoised_weight = denoised_valid * torch.where(own < listed, 1.0, UNLISTED_WEIGHT)
-    at_positions, losses["proposals"] = proposal_loss(tokens, targets, batch.images.shape[1])
-    losses["proposals"] = losses["proposals"] / objects
+    at_positions = None
+    if tokens.proposal_boxes is not None:
+        at_positions, found = proposal_loss(tokens, targets, batch.images.shape[1])
+        losses["proposals"] = found / objects
     for boxes, objectness in zip(tokens.boxes[:-1], tokens.objectness[:-1], strict=True):
         with torch.no_grad():
             assigned = match(pair_costs(boxes[:, :m], objectness[:, :m], targets.boxes), targets.valid)
@@ -310,7 +310,7 @@ def set_loss(
         if not WRITTEN.isdisjoint(network.config.tasks):
             losses["naming"] = naming_loss(network, tokens, of_query, names)
     if tokens.drawing is not None:
-        losses["router"] = router_loss(tokens.drawing, drawings)
+        losses["router"] = router_loss(tokens.drawing, drawings_of(batch, device))
     result = dict(losses)
     result["total"] = torch.stack(list(result.values())).sum()
     with torch.no_grad():
@@ -324,6 +324,21 @@ def set_loss(
     return result
 
 
+def drawings_of(batch: TrainBatch, device: torch.device) -> Tensor:
+    """bool [B], which pictures are no photos."""
+    return ~torch.tensor(batch.photo, device=device)
+
+
+def seen_in_training(
+    network: Network, batch: TrainBatch, text: Text, queries: DenoisingQueries | None = None
+) -> ImageTokens:
+    """The image tokens of a batch's pictures."""
+    device = network.device
+    shapes = {} if batch.sizes is None else {"sizes": torch.from_numpy(batch.sizes)}
+    images = torch.from_numpy(batch.images).to(device)
+    return network.image_tokens(images, text, queries, drawings_of(batch, device), **shapes)
+
+
 def router_loss(logits: Tensor, drawings: Tensor) -> Tensor:
     """Binary cross-entropy of "drawing": logits [B], drawings bool [B]."""
     return F.binary_cross_entropy_with_logits(logits, drawings.to(logits.dtype))
@@ -335,7 +350,7 @@ def alignment_loss(
     text: Text,
     tokens: ImageTokens,
     targets: Targets,
-    at_positions: Tensor,
+    at_positions: Tensor | None,
     of_token: Tensor,
     astray: Tensor,
     listed: int,
@@ -347,7 +362,8 @@ def alignment_loss(
     for 300 steps on 469 names.
 
     Args:
-        at_positions, of_token: [B, S], [B, M], the object that a position or image token stands for, or −1.
+        at_positions, of_token: [B, S], [B, M], the object that a position or image token stands for, or −1;
+            at_positions None where the encoder makes no proposals.
         astray: [B, M], the unlisted object that an image token of no listed object lies on, or −1.
         listed: how many denoising queries stand at listed objects; those at unlisted ones follow.
 
@@ -363,7 +379,7 @@ def alignment_loss(
     names = text.distinct
     if more:
         row.update((name, len(row)) for name in more)
-        ids = pad([network.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in more], PADDING)
+        ids = network.tokenizer.name_ids(more)
         names = torch.cat([names, network.encode_names(ids.to(device))])
     wanted = torch.full(targets.valid.shape, -1)  # [B, N], rows of the listed objects' names
     for b, (labels, instruction) in enumerate(zip(batch.labels, batch.instructions, strict=True)):
@@ -383,10 +399,10 @@ def alignment_loss(
     of_query = torch.cat([of_image_token, wanted[:, :listed], unlisted], 1)
     total = names.new_zeros(())
     scale = names.shape[-1] ** -0.5
-    for part, features, rows_ in (
-        ("encoder", tokens.memory, row_of(wanted, at_positions)),
-        ("decoder", tokens.features, of_query),
-    ):
+    asked = {"decoder": (tokens.features, of_query)}
+    if at_positions is not None:
+        asked = {"encoder": (tokens.memory, row_of(wanted, at_positions)), **asked}
+    for part, (features, rows_) in asked.items():
         known = rows_ >= 0
         if known.any():
             logits = network.alignment[part](features[known]) @ names.to(features.dtype).T
@@ -410,7 +426,7 @@ def naming_loss(network: Network, tokens: ImageTokens, of_query: Tensor, names: 
     pieces = network.embedding.weight[: network.tokenizer.vocab_size]
     chances = F.log_softmax(network.text_head(F.rms_norm(given, given.shape[-1:]), pieces), -1)  # [n, V]
     used, place = of_query[known].unique(return_inverse=True)
-    spelled = network.name_ids([names[k] for k in used.tolist()])[place]  # [n, T]
+    spelled = network.tokenizer.word_ids([names[k] for k in used.tolist()]).to(place.device)[place]  # [n, T]
     is_piece = spelled != PADDING
     found = chances.gather(1, spelled.clamp(min=0)) * is_piece
     return -NAMING_WEIGHT * (found.sum(1) / is_piece.sum(1).clamp(min=1)).mean()
@@ -427,6 +443,7 @@ def proposal_loss(tokens: ImageTokens, targets: Targets, size: int) -> tuple[Ten
     Returns:
         the object of every position [B, S] or −1, and the loss.
     """
+    assert tokens.proposal_boxes is not None and tokens.proposal_objectness is not None
     shapes = torch.tensor([[-(-size // stride)] * 2 for stride in STRIDES])
     centres = anchor_boxes(shapes)[:, :2].to(tokens.proposal_boxes.device)
     with torch.no_grad():

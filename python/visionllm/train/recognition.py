@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionllm.model.image_tokenizer import two_stage
 from visionllm.ops import ms_deform_attn, ms_deform_attn_reference
 from visionllm.ops.choice import uses_operators
-from visionllm.tokenizer import MAX_NAME_TOKENS, PADDING, pad
 from visionllm.train.losses import pad_boxes, router_loss
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def recognition_loss(network: Network, batch: TrainBatch, names: tuple[str, ...]
         wanted.append([row[name] for name in found])
     objects, valid = pad_boxes(boxes, device)  # [B, N, 4], [B, N]
 
-    tokenizer = network.image_tokenizer
+    tokenizer = two_stage(network.image_tokenizer, "recognition")
     drawings = ~torch.tensor(batch.photo, device=device)
     scales, drawing = tokenizer.pyramid(torch.from_numpy(batch.images).to(device), drawings)
     shapes, starts, positions = tokenizer.flatten(scales)
@@ -66,7 +66,7 @@ def recognition_loss(network: Network, batch: TrainBatch, names: tuple[str, ...]
     at_objects = attend(value, shapes, starts, locations.contiguous(), weights)  # [B, N, C]
 
     features = network.alignment["encoder"](tokenizer.encoder_norm(at_objects[valid]))
-    ids = pad([network.tokenizer.encode_name(name)[:MAX_NAME_TOKENS] for name in names], PADDING)
+    ids = network.tokenizer.name_ids(names)
     text = network.encode_names(ids.to(device))
     logits = (features @ text.to(features.dtype).T).float() * text.shape[-1] ** -0.5
     rows = torch.tensor([i for rows in wanted for i in rows], device=device)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,10 +46,11 @@ class RunLog:
         columns = self._columns[name]
         new = [key for key in row if key not in columns]
         if new:
+            self._rewrite(name, self._rows(name), [*columns, *new])
             columns.extend(new)
-            self._rewrite(name, self._rows(name))
-        with open(self._file(name), "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow([row.get(column, "") for column in columns])
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow([row.get(column, "") for column in columns])
+        _append(self._file(name), line.getvalue().encode())
         if self._events is not None:
             for key, value in values.items():
                 if math.isfinite(value):
@@ -77,15 +81,23 @@ class RunLog:
             if r["step"].isdigit() and int(r["step"]) <= resume_step and None not in r.values()
         ]
         if len(kept) != len(rows):
-            self._rewrite(name, kept)
+            self._rewrite(name, kept, self._columns[name])
 
-    def _rewrite(self, name: str, rows: list[dict[str, str]]) -> None:
+    def _rewrite(self, name: str, rows: list[dict[str, str]], columns: list[str]) -> None:
         with replacing(self._file(name)) as part, open(part, "w", newline="") as file:
-            writer = csv.DictWriter(
-                file, self._columns[name], restval="", extrasaction="ignore", lineterminator="\n"
-            )
+            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _append(file: Path, data: bytes) -> None:
+    """All of the data, or on a full disk nothing: rows to come begin at the begin of a line."""
+    with open(file, "ab", buffering=0) as opened:
+        end = opened.seek(0, os.SEEK_END)
+        written = opened.write(data)
+        if written < len(data):
+            opened.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
 
 def _text(value: float) -> str:

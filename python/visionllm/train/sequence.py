@@ -27,10 +27,12 @@ from visionllm.train.losses import (
     LOCATION_WEIGHT,
     Targets,
     alignment_loss,
+    drawings_of,
     gather_rows,
     outside_ignored,
     proposal_loss,
     router_loss,
+    seen_in_training,
     token_loss,
 )
 from visionllm.train.matcher import match, pair_costs
@@ -54,11 +56,10 @@ def sequence_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     targets = Targets.from_batch(batch, device)
     prompts = network.tokenizer.prompts(batch.instructions, network.config.num_queries).to(device)
     text = network.encode_text(prompts)
-    drawings = ~torch.tensor(batch.photo, device=device)
-    tokens = network.image_tokens(torch.from_numpy(batch.images).to(device), text, drawings=drawings)
+    tokens = seen_in_training(network, batch, text)
     losses = tokenizer_loss(network, batch, text, tokens, targets)
     if tokens.drawing is not None:
-        losses["router"] = router_loss(tokens.drawing, drawings)
+        losses["router"] = router_loss(tokens.drawing, drawings_of(batch, device))
 
     count = targets.boxes.shape[1]
     keys = torch.rand(targets.valid.shape, device=device).masked_fill(~targets.valid, 2.0)
@@ -97,7 +98,11 @@ def tokenizer_loss(
 ) -> dict[str, Tensor]:
     """L_tok and the alignment with names: what the image tokenizer learns whatever reads its tokens."""
     objects = targets.valid.sum().clamp(min=1)
-    at_positions, proposals = proposal_loss(tokens, targets, batch.images.shape[1])
+    losses: dict[str, Tensor] = {}
+    at_positions = None
+    if tokens.proposal_boxes is not None:
+        at_positions, proposals = proposal_loss(tokens, targets, batch.images.shape[1])
+        losses["proposals"] = proposals / objects
     total = torch.zeros((), device=network.device)
     for boxes, objectness in zip(tokens.boxes, tokens.objectness, strict=True):
         with torch.no_grad():
@@ -107,7 +112,7 @@ def tokenizer_loss(
     # No denoising queries stand at unlisted objects.
     batch = dataclasses.replace(batch, unlisted_names=[[] for _ in batch.unlisted_names])
     nothing = torch.full_like(assigned, -1)
-    losses = {"proposals": proposals / objects, "tokens": total}
+    losses["tokens"] = total
     if network.config.text_guidance:
         losses["alignment"], _, _ = alignment_loss(
             network, batch, text, tokens, targets, at_positions, assigned, nothing, 0

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionllm.model.word_tokens import colours_at
-from visionllm.tokenizer import EOS, PADDING, pad
+from visionllm.tokenizer import PADDING, pad
+from visionllm.train.losses import seen_in_training
 
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
@@ -58,15 +59,15 @@ def text_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
 
 def see(network: Network, batch: TrainBatch, prompts: Prompts) -> Seen:
     """The batch's pictures, in training; kept with a batch that comes again, where nothing of it changes."""
-    drawings = ~torch.tensor(batch.photo, device=network.device)
-    images = torch.from_numpy(batch.images).to(network.device)
     parts = (network.text_encoder, network.image_tokenizer)
     frozen = not any(p.requires_grad for part in parts for p in part.parameters())
     was_training = network.image_tokenizer.training
     network.image_tokenizer.train(was_training and not frozen)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        tokens = network.image_tokens(images, network.encode_text(prompts), drawings=drawings)
-        seen = Seen(tokens, colours_at(images, tokens.boxes[-1].detach()))
+        tokens = seen_in_training(network, batch, network.encode_text(prompts))
+        images = torch.from_numpy(batch.images).to(network.device)
+        sizes = None if batch.sizes is None else torch.from_numpy(batch.sizes)
+        seen = Seen(tokens, colours_at(images, tokens.boxes[-1].detach(), sizes))
     network.image_tokenizer.train(was_training)
     if frozen and batch.comes_again:
         batch.seen = Seen(tokens.of_last_layer(), seen.colours.half())
@@ -140,6 +141,6 @@ def written_ids(
     for question, answer in turns:
         asked, ids = tokenizer.encode(question), tokenizer.answer_ids(answer)
         # <eos> is read too; then the question, whose pieces nobody has to guess.
-        given += (EOS, *asked, *ids[:-1])
+        given += (tokenizer.eos, *asked, *ids[:-1])
         wanted += (PADDING,) * (1 + len(asked)) + ids[1:]
     return given, wanted

@@ -12,7 +12,7 @@ from torch import nn
 
 from visionllm.data.sample import Sample
 from visionllm.evaluate.coco import coco_metrics
-from visionllm.image import resize_square
+from visionllm.image import network_batch, resize_square, resize_to_fit
 from visionllm.pipeline import Request, class_request
 from visionllm.train.distributed import Processes
 from visionllm.train.task_validation import TaskValidation
@@ -30,7 +30,7 @@ class Samples(Protocol):
 
 @dataclass
 class _Picture:
-    image: np.ndarray  # uint8 [S, S, 3]
+    image: np.ndarray  # uint8 [S, S, 3], or [H, W, 3] where pictures keep their shape
     asked: Request  # one instruction, or several for more names than one can list
     size: tuple[int, int]  # width, height before resizing
 
@@ -45,14 +45,23 @@ class ValidationSet:
             vocabulary, in random order drawn from (seed, index). None: the whole vocabulary in its own order.
             More than an instruction can list are asked in groups.
         image_size: side that pictures are resized to.
+        longest_side: with it the shorter side, and this the longer one's most pixels; 0: squares.
 
     Raises ValueError when there are no samples.
     """
 
     def __init__(
-        self, name: str, samples: Samples, limit: int, names: int | None, image_size: int, seed: int = 0
+        self,
+        name: str,
+        samples: Samples,
+        limit: int,
+        names: int | None,
+        image_size: int,
+        seed: int = 0,
+        longest_side: int = 0,
     ) -> None:
         self.name = name
+        self.image_size, self.longest_side = image_size, longest_side
         self.pictures: list[_Picture] = []
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -63,7 +72,11 @@ class ValidationSet:
             if names is not None:
                 listed = listed_names(sample, names, np.random.default_rng((seed, index)))
             height, width = sample.image.shape[:2]
-            picture = resize_square(sample.image, image_size)
+            picture = (
+                resize_to_fit(sample.image, image_size, longest_side)
+                if longest_side
+                else resize_square(sample.image, image_size)
+            )
             self.pictures.append(_Picture(picture, class_request(listed), (width, height)))
             images.append({"id": index, "width": width, "height": height})
             for entry in listed:
@@ -126,9 +139,11 @@ class ValidationSet:
         listed = [0] * len(pictures)  # names asked for so far
         for turn in range(max(len(picture.asked.instructions) for picture in pictures)):
             members = [i for i, picture in enumerate(pictures) if turn < len(picture.asked.instructions)]
-            images = torch.from_numpy(np.stack([pictures[i].image for i in members])).to(device)
+            shown = [pictures[i].image for i in members]
+            pixels, sizes = network_batch(shown, self.image_size, self.longest_side)
+            shapes = {} if sizes is None else {"sizes": torch.from_numpy(sizes)}
             instructions = [pictures[i].asked.instructions[turn] for i in members]
-            answers = network.find(images, instructions, top=top)
+            answers = network.find(torch.from_numpy(pixels).to(device), instructions, top=top, **shapes)
             for i, instruction, answer in zip(members, instructions, answers, strict=True):
                 boxes = answer.boxes.detach().cpu().double().tolist()  # n times x1, y1, x2, y2
                 labels = [listed[i] + label for label in answer.labels.tolist()]
