@@ -196,6 +196,49 @@ def parallel_boxes() -> str:
     return table(header, lines)
 
 
+def paper_size() -> str:
+    """Weights, seconds and peak memory by part, prediction and training step side by side."""
+    if not (RESULTS / "paper_size.json").is_file():
+        return "Not measured yet."
+    found = read("paper_size")
+    rows = {row["case"]: row for row in found["rows"]}
+    weights = next(iter(rows.values()))["weights"]
+    seconds = {
+        case: {(part["part"], part["way"]): part for part in row["parts"]} for case, row in rows.items()
+    }
+    ways = (("prediction", "forward"), ("training", "forward"), ("training", "backward"))
+    parts = list(dict.fromkeys([*weights, "optimizer"]))
+
+    def cell(case: str, part: str, way: str) -> list[str]:
+        one = seconds.get(case, {}).get((part, "" if part == "optimizer" else way))
+        if one is None or (part == "optimizer" and way == "backward"):
+            return ["", ""]
+        return [f"{one['seconds']:.1f}", f"{one['peak_bytes'] / 1e9:.1f}"]
+
+    lines = []
+    for part in parts:
+        size = f"{weights[part]['bytes'] / 1e9:.2f}" if part in weights else ""
+        lines.append([part, size, *(text for case, way in ways for text in cell(case, part, way))])
+    whole = [f"{sum(size['bytes'] for size in weights.values()) / 1e9:.2f}"]
+    for case in ("prediction", "training"):
+        row = rows.get(case)
+        whole += ["", ""] if row is None else [f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e9:.1f}"]
+    back = rows.get("training", {}).get("parts", [])
+    backward = [part for part in back if part["part"] == "backward"]
+    whole += [f"{part['seconds']:.1f}" for part in backward] or [""]
+    whole += [f"{part['peak_bytes'] / 1e9:.1f}" for part in backward] or [""]
+    lines.append(["**all**", *whole])
+    machine, (height, width) = found["machine"], found["picture"]
+    text = (
+        f"One picture of {height} × {width}, {found['names']} names, {found['llm_layers']} LLM layers in "
+        f"{found['base_dtype']}, {found['threads']} threads of an {machine['cpu']} "
+        f"({machine['instruction_set']}), the rest in "
+        f"{'bfloat16 autocast' if found['autocast'] else 'float32'}. Peaks are of the whole process."
+    )
+    header = ["part", "weights, GB", "prediction, s", "peak, GB", "training forward, s", "peak, GB"]
+    return f"{table([*header, 'backward, s', 'peak, GB'], lines)}\n\n{wrap(text)}"
+
+
 def binding_cost() -> str:
     lines = [[row["way"], f"{1e6 * row['seconds']:.2f}"] for row in read("binding_cost")["rows"]]
     return table(["a call by", "µs"], lines)
@@ -228,6 +271,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "binding_cost": binding_cost,
     "two_processes": two_processes,
     "behind_torch": behind_torch,
+    "paper_size": paper_size,
     **{name: lambda name=name: operator_table(name) for name in (*OPERATORS, "model")},  # type: ignore[misc]
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from visionllm.image import ImageError, open_image, resize_square
+from visionllm.image import ImageError, fitted_size, network_batch, open_image, resize_square
 
 RED, WHITE = [255, 0, 0], [255, 255, 255]
 
@@ -289,3 +289,35 @@ def test_reading_does_not_keep_the_file_open(tmp_path):
     with open(path, "rb") as stream:
         open_image(stream)
         assert not stream.closed, "the caller's stream stays the caller's"
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected"),
+    [
+        # Height and width of pictures as Deformable DETR's published ones are resized, 800 and at most 1333.
+        ((480, 640), (800, 1066)),
+        ((640, 480), (1066, 800)),
+        ((427, 640), (800, 1199)),
+        ((333, 500), (800, 1201)),
+        ((800, 1333), (800, 1333)),
+        ((300, 1000), (400, 1333)),
+        ((1000, 300), (1333, 400)),
+        ((2, 4000), (1, 1333)),
+        ((5, 5), (800, 800)),
+    ],
+)
+def test_fitted_size(picture, expected):
+    assert fitted_size(*picture, 800, 1333) == expected
+
+
+def test_network_batch():
+    """Squares; or pictures of their own shape, zeros below and to the right."""
+    images = [np.full((h, w, 3), 200, np.uint8) for h, w in ((30, 40), (80, 20), (10, 10))]
+    squares, none = network_batch(images, 16)
+    assert squares.shape == (3, 16, 16, 3) and none is None
+    batch, sizes = network_batch(images, 16, 32)
+    assert sizes.tolist() == [[16, 21], [32, 8], [16, 16]] and sizes.dtype == np.int64
+    assert batch.shape == (3, 32, 21, 3) and batch.dtype == np.uint8
+    for padded, (height, width) in zip(batch, sizes, strict=True):
+        assert (padded[:height, :width] == 200).all()
+        assert padded.astype(int).sum() == 200 * 3 * height * width

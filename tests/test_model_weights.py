@@ -310,7 +310,7 @@ print(peak() - before, sum(t.numel() * t.element_size() for t in network.state_d
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 @pytest.mark.parametrize(
     ("base", "layers", "dtype"),
-    [("float32", 6, None), ("float32", 6, torch.bfloat16), ("bfloat16", 12, None), ("int8", 24, None)],
+    [("float32", 6, torch.bfloat16), ("bfloat16", 4, None), ("int8", 8, None)],
 )
 def test_loading_takes_the_memory_of_the_weights(tmp_path, base, layers, dtype):
     sizes = {"llm_dim": 1024, "llm_layers": layers, "llm_heads": 16, "llm_kv_heads": 16, "llm_ffn_dim": 2816}
@@ -326,7 +326,7 @@ def test_loading_takes_the_memory_of_the_weights(tmp_path, base, layers, dtype):
     answer = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert answer.returncode == 0, answer.stderr
     grown, weights = map(int, answer.stdout.split())
-    assert weights > 300e6
+    assert weights > (300e6 if base == "float32" else 100e6)
     assert 0.9 * weights < grown < 1.1 * weights
 
 

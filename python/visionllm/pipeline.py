@@ -88,6 +88,7 @@ class VisionLLM:
         folder: str | os.PathLike[str],
         device: str | None = None,
         dtype: torch.dtype = torch.float32,
+        adapter: str | os.PathLike[str] | None = None,
     ) -> VisionLLM:
         """Loads a folder written by `save_pretrained` or by training.
 
@@ -96,6 +97,7 @@ class VisionLLM:
             device: "cpu", "cuda", "cuda:1", ...; None: a GPU if torch has one, else the CPU.
             dtype: torch.float32, or torch.bfloat16 for twice the speed of products where the processor has
                 instructions for it.
+            adapter: folder that ``visionllm adapter`` wrote of a model that was trained from this one.
 
         Raises:
             FileNotFoundError: no such folder.
@@ -104,10 +106,12 @@ class VisionLLM:
         """
         from visionllm.model.network import Network
 
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{os.fspath(folder)}: expected a model folder, found none")
+        for path in (folder, *([] if adapter is None else [adapter])):
+            if not Path(path).is_dir():
+                raise FileNotFoundError(f"{os.fspath(path)}: expected a model folder, found none")
         keep_freed_memory()
-        return cls(Network.from_pretrained(Path(folder), device=checked_device(device)), dtype)
+        added = None if adapter is None else Path(adapter)
+        return cls(Network.from_pretrained(Path(folder), checked_device(device), added), dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the folder that `from_pretrained` reads."""
@@ -415,18 +419,20 @@ def load(
     model: str | os.PathLike[str] = DEFAULT_MODEL,
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> VisionLLM:
     """The model that comes with the package, or one from a folder.
 
     Args:
         model: a folder as for `VisionLLM.from_pretrained`, or, as text, the name of packaged weights, which
             goes before a folder of that name in the working directory: that one is "./name".
-        device, dtype: as for `VisionLLM.from_pretrained`.
+        device, dtype, adapter: as for `VisionLLM.from_pretrained`; an adapter may have a packaged name too.
 
     Raises:
         FileNotFoundError: neither a folder nor packaged weights; says what to do.
     """
-    return VisionLLM.from_pretrained(model_folder(model), device, dtype)
+    found = None if adapter is None else model_folder(adapter)
+    return VisionLLM.from_pretrained(model_folder(model), device, dtype, found)
 
 
 def _shifted(on_text: TextListener, start: int) -> TextListener:

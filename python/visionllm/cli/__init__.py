@@ -27,6 +27,9 @@ COMMANDS = {
     "predict": Command("visionllm.cli.predict", "main", "find objects in pictures"),
     "evaluate": Command("visionllm.cli.evaluate", "main", "measure a model on a COCO-format data set"),
     "train": Command("visionllm.train", "main", "train a model"),
+    "plan": Command("visionllm.cli.plan", "main", "say what memory a training run needs"),
+    "convert": Command("visionllm.cli.convert", "main", "make a model of published weights"),
+    "adapter": Command("visionllm.cli.adapter", "main", "take what was trained out of a model's folder"),
     "reproduce": Command("visionllm.cli.reproduce", "main", "run the paper's experiments"),
     "scenes": Command(
         "visionllm.data.scenes.export", "main", "write generated scenes as a COCO-format data set"

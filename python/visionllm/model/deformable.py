@@ -47,11 +47,14 @@ class MSDeformAttention(nn.Module):
         shapes: Tensor,
         starts: Tensor,
         shortcut: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """One query may sample every scale.
 
         Args:
-            query: [B, Q, C]; reference: [B, Q, 2 or 4] in 0..1; value: [B, S, C].
+            query: [B, Q, C]; value: [B, S, C].
+            reference: [B, Q, 2 or 4] in 0..1, or one for every scale, [B, Q, L, 2 or 4].
+            padding: bool [B, S], True where there is nothing to see.
             shortcut: [B, Q, C], added to the result.
             shapes: int64 [L, 2], heights and widths; starts: int64 [L], first row of every scale.
 
@@ -59,10 +62,14 @@ class MSDeformAttention(nn.Module):
             [B, Q, C].
         """
         b, q, c = query.shape
-        value = self.value(value).view(b, -1, self.heads, c // self.heads)
+        value = self.value(value)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0.0)
+        value = value.view(b, -1, self.heads, c // self.heads)
         offsets = self.sampling_offsets(query).view(b, q, self.heads, self.levels, self.points, 2)
         logits = self.attention_weights(query).view(b, q, self.heads, self.levels, self.points)
-        reference = reference[:, :, None].expand(-1, -1, self.levels, -1)
+        if reference.ndim == 3:
+            reference = reference[:, :, None].expand(-1, -1, self.levels, -1)
         if uses_operators(value):
             y = ms_deform_attn_fused(value, shapes, starts, reference, offsets, logits)
         else:

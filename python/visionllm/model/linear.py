@@ -18,11 +18,11 @@ from visionllm.ops.choice import autocast
 # Below so many rows torch.nn.functional was as fast (64 rows: 25 us by it, 34 us packed).
 PACKED_ROWS = 128
 ROWS_HINT = 1024  # what the order is chosen for; it was the same for 256 to 2048 rows
-ONEDNN_NAMES = {"": ("none", ""), "gelu": ("gelu", "none"), "silu": ("swish", "")}
+ONEDNN_NAMES = {"": ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "silu": ("swish", "")}
 
 
 class Linear(nn.Linear):
-    """torch's, and then an activation ("gelu", "silu") or the addition of a shortcut."""
+    """torch's, and then an activation ("relu", "gelu", "silu") or the addition of a shortcut."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,6 +40,8 @@ def finish(y: Tensor, activation: str, shortcut: Tensor | None) -> Tensor:
         y = F.gelu(y)
     elif activation == "silu":
         y = F.silu(y)
+    elif activation == "relu":
+        y = F.relu(y)
     return y if shortcut is None else shortcut + y
 
 

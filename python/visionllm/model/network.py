@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 # Deformable DETR's: where queries look is learned at a tenth of the rate.
 PLACES, PLACES_RATE = re.compile(r"\.(sampling_offsets|reference)\."), 0.1
+BERT_RATE = 0.1  # of a published text encoder's: it is fine-tuned, not learned
 KEPT_INSTRUCTIONS = 4  # batches of instructions whose text features are kept
 
 
@@ -94,7 +95,7 @@ class Network(nn.Module):
     """VisionLLM. Build it with `build_network`, or load it with `Network.from_pretrained`.
 
     Args:
-        base_device: of the LLM with its embeddings and its head; "meta": without memory, for what comes later.
+        base_device: of the LLM with its embeddings and its head; "meta": without memory, to be filled later.
 
     Raises:
         ValueError: the configuration and the tokenizer do not fit.
@@ -131,6 +132,11 @@ class Network(nn.Module):
         self.slot_head = SlotHead(config)
         with base:
             self.text_head = TextHead(config)
+        if config.llm_head != "query":
+            # A published LLM is changed by its adapter alone.
+            for part in (self.embedding, self.llm, self.text_head):
+                for name, parameter in part.named_parameters():
+                    parameter.requires_grad_(parameter.requires_grad and ".lora_" in name)
         # The encoder's and the decoder's features against the names' text features: for training, and the
         # decoder's for the scores too (model/known_names.py). An encoder that proposes nothing is not asked.
         parts = ("encoder", "decoder") if config.detector == "two-stage" else ("decoder",)
@@ -271,6 +277,10 @@ class Network(nn.Module):
         is_image = (prompts.ids == IMAGE)[..., None]
         places = told.new_zeros(*is_image.shape[:2], told.shape[-1])
         return places.masked_scatter(is_image, told)
+
+    def word_embeddings(self, ids: Tensor) -> Tensor:
+        """Padded ids [B, T] → [B, T, C_llm], in fp32 whatever their rows are held in: so are states."""
+        return self.embedding(ids.clamp(min=0)).float()
 
     def embed(self, prompts: Prompts, tokens: ImageTokens) -> Tensor:
         """The prefix [B, P, C_llm]: words, class tokens, and the image tokens in their places."""
@@ -547,7 +557,7 @@ class Network(nn.Module):
         ids = pad([row[:-1] for row in rows], PADDING).to(self.device)
         last = torch.tensor([row[-1] for row in rows], device=self.device)
         cache = KVCache(len(rows), ids.shape[1] + 1 + options.max_tokens, self.device)
-        self.llm.read(self.embedding(ids.clamp(min=0)), ids != PADDING, cache, words=True)
+        self.llm.read(self.word_embeddings(ids), ids != PADDING, cache, words=True)
         return decode_text(self, cache, options, on_text, first=last)
 
     def _written_before(self, text: str, chat: bool) -> tuple[int, ...]:
@@ -570,7 +580,7 @@ class Network(nn.Module):
         ids = self.tokenizer.text_ids(texts).to(self.device)
         options = TextOptions(max_tokens=FormatGrammar.MOST_CHARACTERS)
         cache = KVCache(len(texts), ids.shape[1] + 1 + options.max_tokens, self.device)
-        self.llm.read(self.embedding(ids.clamp(min=0)), ids != PADDING, cache, words=True)
+        self.llm.read(self.word_embeddings(ids), ids != PADDING, cache, words=True)
         return decode_text(self, cache, options, grammar=FormatGrammar())
 
     def loss(self, batch: TrainBatch, unmatched: UnmatchedWeights | None = None) -> dict[str, Tensor]:
@@ -581,7 +591,9 @@ class Network(nn.Module):
         return set_loss(self, batch, unmatched) if batch.task in SET_TASKS else text_loss(self, batch)
 
     def parameter_groups(self, lr: float, backbone_lr: float, weight_decay: float) -> list[dict]:
-        """AdamW groups: the backbone at its own rate; vectors and the embeddings of text without decay."""
+        """AdamW groups: the backbone at its own rate, published parts that look or read at a tenth of the
+        others'; vectors and the embeddings of text without decay.
+        """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
@@ -589,6 +601,8 @@ class Network(nn.Module):
             rate = backbone_lr if ".backbone." in name else lr
             if self.config.detector == "deformable-detr" and PLACES.search(name):
                 rate *= PLACES_RATE
+            if self.config.text_encoder == "bert" and name.startswith("text_encoder."):
+                rate *= BERT_RATE
             decay = (
                 0.0 if parameter.ndim < 2 or "embedding" in name or "class_tokens" in name else weight_decay
             )
@@ -603,14 +617,26 @@ class Network(nn.Module):
         weights.save_network(self, Path(directory), dtype)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, device: torch.device | str = "cpu") -> Network:
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        device: torch.device | str = "cpu",
+        adapter: str | Path | None = None,
+    ) -> Network:
         """Reads a folder written by `save_pretrained`.
+
+        Args:
+            adapter: folder of `visionllm.model.adapter_folder`, whose tensors stand over the directory's.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is broken, or its names, shapes or types are not this network's.
         """
-        return weights.load_network(cls, Path(directory)).to(device)
+        if adapter is None:
+            return weights.load_network(cls, Path(directory)).to(device)
+        from visionllm.model.adapter_folder import load_adapted
+
+        return load_adapted(cls, Path(directory), Path(adapter)).to(device)
 
 
 def pool_names(states: Tensor, name_index: Tensor, classes: int) -> Tensor:

@@ -132,7 +132,7 @@ def decode_text(
 def _next_logits(network: Network, cache: KVCache, last: Tensor) -> Tensor:
     """Reads one piece a row, int64 [B], and gives the logits of what follows, fp32 [B, V]."""
     there = torch.ones(len(last), 1, dtype=torch.bool, device=last.device)
-    states = network.llm.read(network.embedding(last[:, None]), there, cache, words=True)
+    states = network.llm.read(network.word_embeddings(last[:, None]), there, cache, words=True)
     return network.text_head(states[:, 0], network.embedding.weight[: network.tokenizer.vocab_size])
 
 

@@ -270,6 +270,10 @@ class WeightsReader:
         """
         return self._shard_of[name].read(name, into)
 
+    def checksum(self, name: str) -> str:
+        """A tensor's, as it stands in its file; the tensor is not read."""
+        return self._shard_of[name].checksums[name]
+
     def where(self, name: str) -> Path:
         """The file that holds a tensor."""
         return self._shard_of[name].path

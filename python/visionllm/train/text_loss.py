@@ -47,7 +47,7 @@ def text_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     losses = {"text": loss}
     if batch.formats:
         ids = network.tokenizer.text_ids([words for words, _ in batch.formats]).to(device)
-        words = network.embedding(ids.clamp(min=0))
+        words = network.word_embeddings(ids)
         formats = [wanted for _, wanted in batch.formats]
         found, _ = written_loss(network, words, (ids != PADDING).sum(1), formats)
         losses["format"] = FORMAT_WEIGHT * found
@@ -102,7 +102,7 @@ def written_loss(
     order = torch.arange(p + t, device=device)
     behind = order - lengths[:, None]  # [B, P + T], position in the answer
     row = torch.arange(b, device=device)[:, None]
-    words = network.embedding(given.clamp(min=0)).to(prefix.dtype)
+    words = network.word_embeddings(given).to(prefix.dtype)
     is_answer = (behind >= 0) & (behind < t)
     x = torch.where(
         is_answer[..., None], words[row, behind.clamp(0, t - 1)], prefix[row, order.clamp(max=p - 1)]
