@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ def run(folder: Path, resume: bool, steps: int, errors: Path, at_operation: int 
         goal = ["--resume", str(folder)] if resume else [*SETTINGS, f"steps={steps}", f"output={folder}"]
         code = train(goal)
         (folder / "operations").write_text(str(counted[0]))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(code)
 
@@ -134,6 +138,8 @@ def kill_anywhere(folder: Path, kills: int, seed: int, steps: int) -> collection
     torch.set_num_threads(1)
     generator = random.Random(seed)
     errors = folder / "errors.txt"
+    # Here, so that processes have all modules already when they are forked.
+    train([*SETTINGS, "steps=2", f"output={folder / 'first'}"])
     started = time.monotonic()
     wait(run(folder / "whole", False, steps, errors))
     seconds = time.monotonic() - started

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
+from visionllm.data.mixture import Source, TrainingBatches
 from visionllm.data.photo_augmentation import (
     AugmentedPhotos,
     PhotoAugmentation,
@@ -186,3 +187,26 @@ def test_colours():
     assert np.abs(turned.astype(int) - 120).max() <= 1
     changed = jitter_colours(image, np.random.default_rng(1), PhotoAugmentation())
     assert np.abs(changed.astype(int) - image).mean() > 3
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_batches_of_photos_that_keep_their_shape(whole):
+    """Padded below and to the right; boxes are shares of the picture without its padding."""
+    photos = PaintedPhotos()
+    source = Source(photos, photo=True, name="painted", whole=whole)
+    settings = {**asdict(PLAIN), "mosaic": 0.0, "flip": 0.0, "whole": 1.0}
+    batches = TrainingBatches(
+        [source], seed=0, batch_size=4, image_size=96, longest_side=160, augmentation=settings
+    )
+    for step in range(3):
+        batch = batches[step]
+        assert batch.sizes is not None and batch.images.shape[1:3] == tuple(batch.sizes.max(0))
+        assert len({tuple(size) for size in batch.sizes.tolist()}) > 1
+        assert (batch.sizes.min(1) <= 96).all() and (batch.sizes.max(1) <= 160).all()
+        for b, (height, width) in enumerate(batch.sizes.tolist()):
+            picture = batch.images[b]
+            assert not picture[height:].any() and not picture[:, width:].any()
+            for box, label in zip(batch.boxes[b], batch.labels[b], strict=True):
+                name = batch.instructions[b].classes[label]
+                x, y = round(float(box[0]) * width), round(float(box[1]) * height)
+                assert painted(picture[y : y + 1, x : x + 1], name).all()

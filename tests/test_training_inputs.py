@@ -11,6 +11,7 @@ import pytest
 from small_network import small_network
 
 from visionllm.data.class_set import PromptSettings
+from visionllm.model.config import PRESETS
 from visionllm.train import main
 from visionllm.train.command import StartError, on_every_process, parser
 from visionllm.train.config import ConfigError, load_config, preset_names
@@ -66,7 +67,7 @@ def check(*overrides, resuming=False):
         (["scenes.weight=0"], ["no training data"]),
         (["init_backbone=missing.pth"], ["init_backbone: no such file: missing.pth"]),
         (["init=/nonexistent"], ["init: expected a model folder, found no config.json in /nonexistent"]),
-        (["init=x", "model.heads=4"], ["model.heads: the model comes from init=x"]),
+        (["preset=small"], ["init: preset small starts from published weights", "visionllm convert"]),
         (
             ["init=/nonexistent", "model.keep_pretrained=true"],
             ["init: expected a model folder, found no config.json in /nonexistent"],
@@ -91,6 +92,9 @@ def test_pretrained_stages_for_a_model_that_has_none(tmp_path):
     check(f"init={tmp_path / 'without'}", "model.keep_pretrained=false")
     check(f"init={tmp_path / 'with'}", "model.keep_pretrained=true")
     check(f"init={tmp_path / 'with'}", "model.word_layers=2")
+    check(f"init={tmp_path / 'with'}", "model.heads=4", "model.lora_targets=[q,v]")  # as it is
+    with pytest.raises(ConfigError, match="model.heads: the model comes from init=.*, where it is 4"):
+        check(f"init={tmp_path / 'with'}", "model.heads=8")
     with pytest.raises(ConfigError, match="model.keep_pretrained with init=.* needs init_backbone"):
         check(f"init={tmp_path / 'without'}", "model.keep_pretrained=true")
     (tmp_path / "with" / "config.json").write_text("{}")
@@ -116,7 +120,9 @@ def test_things_that_this_machine_lacks(monkeypatch, tmp_path):
 
 def test_usable_configurations_pass(tmp_path):
     for preset in preset_names():
-        check_inputs(load_config(preset, overrides=["init_backbone=null"]), resuming=False)
+        config = load_config(preset, overrides=["init_backbone=null"])
+        if not PRESETS[config.preset].text_vocab_size:  # others start from published weights
+            check_inputs(config, resuming=False)
     check(
         "scenes.options={length: 50, held_out: twemoji, masks: false}",
         "mixture={cache_bytes: 1000, prompts: {usual_count: [4, 8, 12.5]}, augmentation: {hue: 0}}",

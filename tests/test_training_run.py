@@ -251,6 +251,38 @@ def test_an_export_that_was_killed_half_way_is_recovered(whole, tmp_path):
     assert sorted(entry.name for entry in folder.iterdir() if entry.name.startswith(".")) == []
 
 
+@pytest.fixture
+def room_again():
+    """For what is written after a run that ended with a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_was_full_for_a_while(whole, tmp_path, room_again, caplog):
+    """From step 11 to 22: checkpoints 12, 16 and 20 and the model of step 20 cannot be written."""
+    assert run(*COMMON, "steps=30", f"output={tmp_path}", "model.full=[11,22]") == 0
+    assert_same(last(whole), last(tmp_path))
+    for words in ("step 12: checkpoint not written, the older one stays", "step 20: model not written"):
+        assert words in caplog.text
+    exported = (load_file(folder / "model" / "model.safetensors") for folder in (whole, tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(*(x.values() for x in exported), strict=True))
+    steps = [int(row["step"]) for row in rows(tmp_path)]
+    assert steps[:2] == [5, 10] and steps[-1] == 30, "a row is there whole or not at all"
+
+
+def test_a_disk_that_stays_full(whole, tmp_path, room_again, capsys):
+    assert run(*COMMON, "steps=30", f"output={tmp_path}", "model.full=[11]") == 1
+    room_again()
+    assert "File too large" in capsys.readouterr().err
+    kept = [read_checkpoint(file)[1]["step"] for file in checkpoints(tmp_path / "checkpoints")]
+    assert kept == [4, 8]
+    assert (tmp_path / "model" / "model.safetensors").is_file(), "of step 10"
+    assert run("--resume", tmp_path, "model.full=[]") == 0
+    assert_same(last(whole), last(tmp_path))
+
+
 def test_tensorboard_gets_the_rows(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert run(*COMMON, "steps=10", f"output={tmp_path}", "tensorboard=on") == 0

@@ -162,7 +162,15 @@ def network_batch(
     """
     if longest_side == 0:
         return np.stack([resize_square(image, image_size) for image in images]), None
-    views = [resize_to_fit(image, image_size, longest_side) for image in images]
+    return padded_pictures([resize_to_fit(image, image_size, longest_side) for image in images], longest_side)
+
+
+def padded_pictures(
+    views: Sequence[np.ndarray], longest_side: int = 0
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What `network_batch` returns, of pictures that have their sizes already."""
+    if longest_side == 0:
+        return np.stack(views), None
     sizes = np.array([view.shape[:2] for view in views], np.int64)
     batch = np.zeros((len(views), *sizes.max(0), 3), np.uint8)
     for padded, view in zip(batch, views, strict=True):

@@ -1,9 +1,10 @@
-"""Training batches from several data sets, with random prompts: a pure function of (seed, step, rank).
+"""Training batches from several data sets, with random prompts: a pure function of (seed, step, number).
 
-Nothing depends on which batches were made before, so that a run resumes anywhere and processes share no
-state. The task, the template (but for captions of a length that a picture lacks) and the number of listed
-names are the same for all samples of a step, on all ranks: nothing is padded for want of names, and no rank
-waits for another's longer prompt.
+A step's pictures come in micro-batches, numbered over all processes: who makes which is of no account.
+Nothing depends on which batches were made before, so that a run resumes anywhere, on another number of
+processes too, and processes share no state. The task, the template (but for captions of a length that a
+picture lacks) and the number of listed names are the same for all samples of a step, on all ranks: nothing is
+padded for want of names, and no rank waits for another's longer prompt.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ import numpy as np
 
 from visionllm.data.class_set import PromptSettings, draw_class_set, draw_count, draw_range
 from visionllm.data.expressions import derived_expressions
-from visionllm.data.photo_augmentation import AugmentedPhotos, PhotoAugmentation, SampleSource, resize
+from visionllm.data.photo_augmentation import (
+    AugmentedPhotos,
+    PhotoAugmentation,
+    SampleSource,
+    resize,
+    view_size,
+)
 from visionllm.data.polygons import resample
 from visionllm.data.sample import Sample
+from visionllm.image import padded_pictures
 from visionllm.instruction import TRAIN_TEMPLATES, Instruction, Template
 from visionllm.instruction.format_phrasings import FormatPhrasing, training_phrasings
 from visionllm.instruction.instruction import MAX_CLASSES
@@ -66,7 +74,7 @@ class TrainBatch:
     """B pictures with their instructions, all of one task, and targets.
 
     Attributes:
-        images: uint8 RGB ``[B, S, S, 3]``.
+        images: uint8 RGB ``[B, S, S, 3]``, or ``[B, H, W, 3]`` with ``sizes``.
         boxes: B arrays float32 ``[n, 4]``, centre x, centre y, width, height in 0..1 of the picture: the
             objects whose class is listed.
         labels: B arrays int64 ``[n]``, positions in ``instruction.classes``.
@@ -87,6 +95,7 @@ class TrainBatch:
         turns: beside those, further questions about the B pictures with their answers, in the order in which
             they are asked after the first answer; [] for none.
         formats: beside those, pairs of an instruction in words and the output format it asks for.
+        sizes: int64 ``[B, 2]``, height and width of what is no padding in the pictures; None: all of it.
         comes_again: one of `RepeatedBatches`; seen: what training keeps of its pictures then.
     """
 
@@ -105,6 +114,7 @@ class TrainBatch:
     answers: list[str] = field(default_factory=list)
     turns: list[list[tuple[str, str]]] = field(default_factory=list)
     formats: list[tuple[str, str]] = field(default_factory=list)
+    sizes: np.ndarray | None = None
     comes_again: bool = False
     seen: Any = None
 
@@ -134,20 +144,26 @@ class RepeatedBatches:
 
 
 class TrainingBatches:
-    """``batches[step]`` is rank ``rank``'s `TrainBatch` of that step.
+    """``batches[step]`` is rank ``rank``'s `TrainBatch` of that step; ``batches[i]`` its i-th micro-batch.
+
+    Micro-batch k of rank r has number k * world_size + r in its step, and the pictures of places
+    number * batch_size on: what a place draws depends on (seed, step, place) alone. Names are listed as many
+    for all pictures of a micro-batch, so prompts are the same where its size is.
 
     Args:
         sources: the data sets with their weights.
         seed: of everything drawn.
-        batch_size: pictures per rank and step.
+        batch_size: pictures of a micro-batch.
         image_size: side S in pixels.
         rank, world_size: which of how many processes this is.
+        accumulate: micro-batches per rank and step.
         prompts: how prompts are drawn; a mapping changes single fields of the default.
         augmentation: of photos; a mapping likewise.
         templates: instruction templates by task; those for training by default.
         descriptions: of the templates of each task only so many, the first ones; 0: all.
         tasks: each with its share of the steps; detection alone by default. Every task needs a source.
         cache_bytes: memory for decoded photos, per source.
+        longest_side: of the network; with it photos keep their shape, and batches are padded.
 
     Raises:
         ValueError: an argument is out of range; it is named.
@@ -162,12 +178,14 @@ class TrainingBatches:
         image_size: int,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
         prompts: PromptSettings | Mapping[str, Any] | None = None,
         augmentation: PhotoAugmentation | Mapping[str, Any] | None = None,
         templates: Mapping[str, Sequence[Template]] | None = None,
         descriptions: int = 0,
         tasks: Mapping[str, float] | None = None,
         cache_bytes: int = 1 << 30,
+        longest_side: int = 0,
     ) -> None:
         if not sources:
             raise ValueError("sources: expected at least one, got none")
@@ -178,6 +196,7 @@ class TrainingBatches:
             ("seed", seed, 0),
             ("batch_size", batch_size, 1),
             ("image_size", image_size, 1),
+            ("accumulate", accumulate, 1),
         ):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -188,7 +207,8 @@ class TrainingBatches:
             if len(source.dataset) == 0:
                 raise ValueError(f"sources: expected samples in {source.name or source.dataset!r}, got none")
         self.seed, self.batch_size, self.image_size = seed, batch_size, image_size
-        self.rank, self.world_size = rank, world_size
+        self.longest_side = longest_side
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.prompts = _settings(PromptSettings, prompts, "prompts")
         self.augmentation = _settings(PhotoAugmentation, augmentation, "augmentation")
         self.tasks = {task: share for task, share in (tasks or {"detection": 1.0}).items() if share > 0}
@@ -203,7 +223,7 @@ class TrainingBatches:
         if not all(self.templates.values()):
             raise ValueError("templates: expected at least one for each task, got none for one")
         self._photos = [
-            AugmentedPhotos(source.dataset, image_size, self.augmentation, cache_bytes)
+            AugmentedPhotos(source.dataset, image_size, self.augmentation, cache_bytes, longest_side)
             if source.photo and not source.whole
             else None
             for source in self.sources
@@ -223,15 +243,17 @@ class TrainingBatches:
         self._capacities = np.array([len(set(names)) for names in vocabularies])
 
     def __iter__(self) -> Iterator[TrainBatch]:
-        """All steps from 0 on, without end."""
-        step = 0
+        """All of this rank's micro-batches from step 0 on, without end."""
+        index = 0
         while True:
-            yield self[step]
-            step += 1
+            yield self[index]
+            index += 1
 
-    def __getitem__(self, step: int) -> TrainBatch:
-        if step < 0:
-            raise IndexError(f"step: expected at least 0, got {step}")
+    def __getitem__(self, index: int) -> TrainBatch:
+        if index < 0:
+            raise IndexError(f"step: expected at least 0, got {index}")
+        step, part = divmod(index, self.accumulate)
+        first = (part * self.world_size + self.rank) * self.batch_size
         step_rng = self._rng(STEP_STREAM, step)
         task = self._draw_task(step_rng)
         templates = self.templates[task]
@@ -253,12 +275,14 @@ class TrainingBatches:
         points = draw_points(step_rng) if task == "segmentation" else 2
         shares = np.cumsum(self._weights[eligible] / self._weights[eligible].sum())
 
-        rngs = [self._rng(SAMPLE_STREAM, step, self.rank, position) for position in range(self.batch_size)]
+        rngs = [self._rng(SAMPLE_STREAM, step, 0, first + place) for place in range(self.batch_size)]
         chosen = [int(eligible[np.searchsorted(shares[:-1], rng.random(), "right")]) for rng in rngs]
         samples = [self._sample(index, task, count, rng) for index, rng in zip(chosen, rngs, strict=True)]
         count = min([count, *map(_names_known, samples)])
+        images, sizes = padded_pictures([sample.image for sample in samples], self.longest_side)
         batch = TrainBatch(
-            images=np.stack([sample.image for sample in samples]),
+            images=images,
+            sizes=sizes,
             boxes=[],
             labels=[],
             instructions=[],
@@ -338,7 +362,9 @@ class TrainingBatches:
                 view = replace(view, expressions=derived_expressions(view, rng))
             return view
         dataset = self.sources[index].dataset
-        return resize(dataset[int(rng.integers(len(dataset)))], self.image_size, self.image_size)
+        sample = dataset[int(rng.integers(len(dataset)))]
+        height, width = view_size(sample, self.image_size, self.longest_side)
+        return resize(sample, width, height)
 
     def _add_objects(
         self,

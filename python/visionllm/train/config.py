@@ -82,7 +82,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. Sizes are per process: the whole batch is ``processes * batch_size``."""
+    """A training run. Sizes are per process: a step has ``processes * accumulate * batch_size`` pictures."""
 
     preset: str = "tiny"  # model preset, and the file in presets/ that this configuration starts from
     model: dict[str, Any] = field(default_factory=dict)  # changes to the model preset
@@ -104,6 +104,14 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     processes: int = 1  # started by the command; 0 = train in the command's own process
+    # flat: gradients in one buffer, one all-reduce after the backward pass | ddp: torch's, all-reduced while
+    # the backward pass goes on | fsdp: torch's fully_shard, every process holds a share of the weights
+    parallel: str = "flat"
+    accumulate: int = 1  # micro-batches of batch_size pictures per process and step
+    global_batch: int = (
+        0  # pictures of a step over all processes, from which accumulate follows; 0 = by accumulate
+    )
+    checkpointing: bool = False  # blocks' activations are computed again in the backward pass, not kept
 
     steps: int = 0  # length of the run in steps, or
     max_minutes: float = 0.0  # its length in minutes of active time; the learning rate then follows the clock
@@ -135,9 +143,10 @@ class TrainConfig:
 
 # The least that a number may be; those that may be 0 must be finite too.
 LEAST: dict[str, int] = {
-    **dict.fromkeys(("batch_size", "image_size", "log_every", "bad_steps"), 1),
+    **dict.fromkeys(("batch_size", "image_size", "log_every", "bad_steps", "accumulate"), 1),
     **dict.fromkeys(("seed", "lr", "backbone_lr", "weight_decay", "clip_norm", "warmup", "workers"), 0),
     **dict.fromkeys(("processes", "repeat", "steps", "max_minutes", "scenes.weight", "photos.weight"), 0),
+    "global_batch": 0,
     "scenes.cutouts.per_class": 1,
     **dict.fromkeys(
         (f"validation.{key}" for key in ("every", "scenes", "heldout", "photo_limit", "tasks")), 0
@@ -200,6 +209,19 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def accumulation(config: TrainConfig, processes: int) -> int:
+    """Micro-batches per process and step. Raises ConfigError where global_batch is no multiple."""
+    if config.global_batch == 0:
+        return config.accumulate
+    together = processes * config.batch_size
+    if config.global_batch % together:
+        raise ConfigError(
+            f"global_batch must be a multiple of {together}, the pictures of {processes} process(es) with "
+            f"batch_size={config.batch_size}, got {config.global_batch}"
+        )
+    return config.global_batch // together
+
+
 def _merge(first: Any, first_name: str, file: str | Path | None, overrides: Sequence[str]) -> TrainConfig:
     layers = [(first_name, first)]
     if file is not None:
@@ -250,6 +272,7 @@ def _check(config: TrainConfig) -> None:
         "autocast": ("auto", "on", "off"),
         "tensorboard": ("auto", "on", "off"),
         "device": ("auto", "cpu", "cuda"),
+        "parallel": ("flat", "ddp", "fsdp"),
     }.items():
         value = getattr(config, key)
         if value not in allowed:
@@ -263,6 +286,11 @@ def _check(config: TrainConfig) -> None:
     for key in ("ema_decay", "betas[0]", "betas[1]"):
         if not 0 <= checked[key] < 1:
             raise ConfigError(f"{key} must be in [0, 1), got {checked[key]}")
+    if config.global_batch > 0 and config.accumulate != 1:
+        raise ConfigError(
+            "accumulate follows from global_batch: give one of them, got "
+            f"accumulate={config.accumulate} and global_batch={config.global_batch}"
+        )
     if not 0 <= config.lr_floor <= 1:
         raise ConfigError(f"lr_floor must be in [0, 1], got {config.lr_floor}")
 

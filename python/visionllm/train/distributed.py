@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -54,14 +55,16 @@ class Processes:
 
     def leave(self) -> None:
         """Leave the process group, if there is one."""
-        if self.size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def join(device: str = "auto") -> Processes:
+def join(device: str = "auto", group: bool = False) -> Processes:
     """Join the processes that the environment describes (torchrun's variables); alone when it describes none.
 
-    ``device``: "auto" (CUDA when usable), "cpu" or "cuda". Uses gloo on CPU and nccl on CUDA.
+    Args:
+        device: "auto" (CUDA when usable), "cpu" or "cuda". Uses gloo on CPU and nccl on CUDA.
+        group: also alone there is to be a process group, as torch's engines need it.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("device=cuda, but torch finds no usable CUDA device")
@@ -72,8 +75,31 @@ def join(device: str = "auto") -> Processes:
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
     if size > 1:
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_TIMEOUT)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_TIMEOUT)
+    elif group and not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT
+        )
     return Processes(rank, size, place)
+
+
+def check_trained(network: nn.Module) -> None:
+    """Raises ValueError for a trained parameter that is not float32."""
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ValueError(f"trained parameters must be float32, {name} is {parameter.dtype}")
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """Batch normalisation's running means and variances."""
+    return [
+        buffer
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
 
 
 class SharedGradients:
@@ -85,18 +111,11 @@ class SharedGradients:
     """
 
     def __init__(self, network: nn.Module, processes: Processes, numbers: int) -> None:
+        check_trained(network)
+        self.network: Any = network
         self.processes = processes
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        for name, parameter in network.named_parameters():
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                raise ValueError(f"trained parameters must be float32, {name} is {parameter.dtype}")
-        self.statistics = [
-            buffer
-            for module in network.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            for buffer in (module.running_mean, module.running_var)
-            if buffer is not None
-        ]
+        self.statistics = running_statistics(network)
         count = sum(p.numel() for p in self.parameters)
         extra = sum(b.numel() for b in self.statistics)
         self.buffer = torch.zeros(count + extra + numbers, device=processes.device)
@@ -113,6 +132,22 @@ class SharedGradients:
     def zero(self) -> None:
         """Set all gradients to 0."""
         self.gradients.zero_()
+
+    def loss(self, batch: Any, last: bool) -> dict[str, Tensor]:
+        """``network.loss(batch)``."""
+        return self.network.loss(batch)
+
+    def backward(self, total: Tensor, good: bool) -> None:
+        """Add the gradients of a finite loss."""
+        if good:
+            total.backward()
+
+    def whole(self) -> Any:
+        """As in :class:`~visionllm.train.parallel.Parallel`: every process has the whole network."""
+        return nullcontext()
+
+    def state_dict(self) -> None:
+        """As in :class:`~visionllm.train.parallel.Parallel`."""
 
     @torch.no_grad()
     def reduce(self, numbers: Sequence[float]) -> list[float]:

@@ -84,7 +84,8 @@ def model_config(config: TrainConfig) -> ModelConfig:
 # Arguments that the configuration gives by keys of its own, or that cannot be written in YAML.
 GIVEN_ELSEWHERE = frozenset(
     "split seed size glyphs backgrounds background_annotations cutouts augment annotations images sources "
-    "batch_size image_size rank world_size templates prompts augmentation refs return".split()
+    "batch_size image_size longest_side rank world_size accumulate templates prompts augmentation refs "
+    "return".split()
 )
 
 
@@ -189,21 +190,29 @@ ADDED_PARTS = {"keep_pretrained", "word_layers"}
 def _check_start(config: TrainConfig) -> None:
     """Where the first weights come from."""
     if config.init is not None:
-        for key in config.model.keys() - ADDED_PARTS:
-            raise ConfigError(f"model.{key}: the model comes from init={config.init}")
         sizes = Path(config.init) / "config.json"
         if not sizes.is_file():
             raise ConfigError(f"init: expected a model folder, found no config.json in {config.init}")
         try:
-            kept = ModelConfig.from_json(sizes.read_bytes(), str(sizes)).keep_pretrained
+            own = ModelConfig.from_json(sizes.read_bytes(), str(sizes))
         except ValueError as error:
             raise ConfigError(f"init: {error}") from error
-        if kept or not config.model.get("keep_pretrained"):
+        for key in config.model.keys() - ADDED_PARTS:
+            value = config.model[key]
+            there = getattr(own, key, None)
+            if (tuple(value) if isinstance(value, list) else value) != there:
+                raise ConfigError(
+                    f"model.{key}: the model comes from init={config.init}, where it is {there!r}"
+                )
+        if own.keep_pretrained or not config.model.get("keep_pretrained"):
             return
         if config.init_backbone is None:
             raise ConfigError(f"model.keep_pretrained with init={config.init} needs init_backbone")
-    else:
-        model_config(config)
+    elif model_config(config).text_vocab_size:
+        raise ConfigError(
+            f"init: preset {config.preset} starts from published weights: name a folder that "
+            f"`visionllm convert --preset {config.preset}` wrote"
+        )
     if config.tokenizer is not None and not Path(config.tokenizer).is_file():
         raise ConfigError(f"tokenizer: no such file: {config.tokenizer}")
     if config.init_backbone == "imagenet":
