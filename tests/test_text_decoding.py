@@ -14,7 +14,7 @@ from visionllm.instruction.instruction import TASKS
 from visionllm.model.llm import KVCache
 from visionllm.model.text_decoding import decode_text
 from visionllm.text_options import TextOptions
-from visionllm.tokenizer import IMAGE, PADDING
+from visionllm.tokenizer import PADDING
 from visionllm.train.text_loss import written_loss
 
 INSTRUCTIONS = [
@@ -26,9 +26,9 @@ BOS, EOS = 1, 2  # of the tokenizer that comes with the package
 SAME = 2e-5  # of logits of size 1 to 10 in fp32: sums in another order
 
 
-@pytest.fixture(scope="module")
-def network():
-    network = small_network(tasks=TASKS)
+@pytest.fixture(scope="module", params=[0, 2], ids=["no layers for words", "two layers for words"])
+def network(request):
+    network = small_network(tasks=TASKS, word_layers=request.param)
     with torch.no_grad():  # far from ties
         network.text_head.query.weight *= 8
     return network
@@ -43,43 +43,10 @@ def prompts(network):
         return network.embed(ids, tokens), ids.ids != PADDING
 
 
-@torch.no_grad()
-def test_likely_names_are_weighted_words():
-    """Word by word as their description says; they reach what is written, and nothing that is found."""
-    network = small_network(tasks=TASKS, named_tokens=True)
-    network.known_names = ("cat", "fire extinguisher", "red heart")
-    ids = network.tokenizer.prompts(INSTRUCTIONS, network.config.num_queries)
-    tokens = network.image_tokens(pictures(3), network.encode_text(ids))
-    m = network.config.num_queries
-    features = tokens.features[:, :m]
-    names = network.encode_names(network.name_ids(network.known_names)).double()
-    expected = torch.zeros(3, m, network.config.llm_dim, dtype=torch.float64)
-    for b in range(3):
-        for i in range(m):
-            seen = network.alignment["decoder"](features[b, i]).double()
-            chances = (names @ seen / names.shape[-1] ** 0.5).softmax(0)
-            for name, chance in zip(network.known_names, chances, strict=True):
-                pieces = network.tokenizer.encode_name(name)
-                words = network.embedding.weight[list(pieces)].double().sum(0) / len(pieces) ** 0.5
-                expected[b, i] += chance * (network.name_words.weight.double() @ words)
-    torch.testing.assert_close(network.likely_names(features).double(), expected, rtol=1e-4, atol=1e-4)
-
-    plain, named = network.embed(ids, tokens), network.embed(ids, tokens, named=True)
-    is_image = ids.ids == IMAGE
-    assert torch.equal(plain[~is_image], named[~is_image])
-    torch.testing.assert_close(
-        named[is_image] - plain[is_image], expected.flatten(0, 1).float(), rtol=1e-3, atol=1e-3
-    )
-    network.known_names = ("dog",)  # what was kept of the others is not used for it
-    assert not torch.allclose(network.likely_names(features).double(), expected, atol=1e-3)
-    network.known_names = ()
-    assert torch.equal(network.embed(ids, tokens, named=True), plain)
-
-
 def cache_of(network, prompts, rows=slice(None), room=40):
     prefix, mask = prompts[0][rows], prompts[1][rows]
     cache = KVCache(len(prefix), prefix.shape[1] + room, network.device)
-    network.llm.read(prefix, mask, cache)
+    network.llm.read(prefix, mask, cache, words=True)
     return cache
 
 
@@ -88,7 +55,7 @@ def step_logits(network, prompts, row, pieces):
     prefix = prompts[0][row, : int(prompts[1][row].sum())]
     x = torch.cat([prefix, network.embedding(torch.tensor([BOS, *pieces]))])[None]
     mask = torch.ones(x.shape[:2], dtype=torch.bool)
-    states, _ = network.llm(x, mask, x.new_zeros(1, 0, 1, x.shape[-1]))
+    states, _ = network.llm(x, mask, x.new_zeros(1, 0, 1, x.shape[-1]), words=True)
     return network.text_head(states[0, -1], network.embedding.weight[: network.tokenizer.vocab_size])
 
 
@@ -106,19 +73,22 @@ def test_greedy_is_the_likeliest_piece_of_the_whole_pass(network, prompts):
 
 
 @torch.no_grad()
-def test_the_loss_is_the_mean_over_the_pieces_of_every_text(network, prompts):
+def test_the_loss_is_a_mean_over_the_pieces_of_every_text(network, prompts):
+    """Those of a text of n weigh 1 / √n."""
     texts = ["a dog", "two red cats and a teddy bear", ""]
-    total, count, right = 0.0, 0, 0
+    total, weights, count, right = 0.0, 0.0, 0, 0
     for row, text in enumerate(texts):
         pieces = network.tokenizer.answer_ids(text)
         assert pieces[0] == BOS and pieces[-1] == EOS
         for k, wanted in enumerate(pieces[1:]):
             logits = step_logits(network, prompts, row, pieces[1 : k + 1])
-            total += float(F.cross_entropy(logits[None], torch.tensor([wanted])))
+            weight = (len(pieces) - 1) ** -0.5
+            total += weight * float(F.cross_entropy(logits[None], torch.tensor([wanted])))
+            weights += weight
             right += int(logits.argmax()) == wanted
             count += 1
     loss, accuracy = written_loss(network, prompts[0], prompts[1].sum(1), texts)
-    assert float(loss) == pytest.approx(total / count, abs=SAME)
+    assert float(loss) == pytest.approx(total / weights, abs=SAME)
     assert float(accuracy) == pytest.approx(right / count)
 
 
@@ -128,20 +98,21 @@ def test_further_turns_teach_their_answers_alone(network, prompts):
     tokenizer = network.tokenizer
     turns = [[], [("Where?", "on the left"), ("How many?", "2")], [("Why?", "")]]
     texts = ["a dog", "two red cats", "no"]
-    total, count = 0.0, 0
+    total, weights = 0.0, 0.0
     for row, text in enumerate(texts):
         before: list[int] = []  # behind the first <bos>
         for question, answer in [(None, text), *turns[row]]:
             if question is not None:
                 before += [EOS, *tokenizer.encode(question), BOS]
-            for piece in tokenizer.answer_ids(answer)[1:]:
+            pieces = tokenizer.answer_ids(answer)[1:]
+            for piece in pieces:
                 logits = step_logits(network, prompts, row, before)
-                total += float(F.cross_entropy(logits[None], torch.tensor([piece])))
-                count += 1
+                total += float(F.cross_entropy(logits[None], torch.tensor([piece]))) / len(pieces) ** 0.5
+                weights += len(pieces) ** -0.5
                 if piece != EOS:
                     before.append(piece)
     loss, _ = written_loss(network, prompts[0], prompts[1].sum(1), texts, turns)
-    assert float(loss) == pytest.approx(total / count, abs=SAME)
+    assert float(loss) == pytest.approx(total / weights, abs=SAME)
 
 
 @torch.no_grad()

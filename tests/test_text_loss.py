@@ -41,8 +41,8 @@ def test_formats_count_beside_the_answers(network):
     torch.testing.assert_close(both["text"], alone["text"])
     torch.testing.assert_close(both["total"], both["text"] + both["format"])
     one = [network.loss(text_batch(formats=[pair]))["format"] for pair in pairs]
-    pieces = [len(network.tokenizer.answer_ids(format)) - 1 for _, format in pairs]
-    mean = (one[0] * pieces[0] + one[1] * pieces[1]) / sum(pieces)
+    weights = [(len(network.tokenizer.answer_ids(format)) - 1) ** 0.5 for _, format in pairs]
+    mean = (one[0] * weights[0] + one[1] * weights[1]) / sum(weights)
     torch.testing.assert_close(both["format"], mean, rtol=1e-4, atol=1e-5)
     assert 0 < FORMAT_WEIGHT <= 1
 

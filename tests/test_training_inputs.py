@@ -91,7 +91,7 @@ def test_pretrained_stages_for_a_model_that_has_none(tmp_path):
     small_network(keep_pretrained=True).save_pretrained(tmp_path / "with")
     check(f"init={tmp_path / 'without'}", "model.keep_pretrained=false")
     check(f"init={tmp_path / 'with'}", "model.keep_pretrained=true")
-    check(f"init={tmp_path / 'with'}", "model.named_tokens=true")
+    check(f"init={tmp_path / 'with'}", "model.word_layers=2")
     check(f"init={tmp_path / 'with'}", "model.heads=4", "model.lora_targets=[q,v]")  # as it is
     with pytest.raises(ConfigError, match="model.heads: the model comes from init=.*, where it is 4"):
         check(f"init={tmp_path / 'with'}", "model.heads=8")

@@ -36,7 +36,7 @@ from visionllm.instruction.instruction import MAX_CLASSES
 STEP_STREAM, SAMPLE_STREAM = 0, 1  # independent random streams
 CLASS_TASKS = ("detection", "segmentation", "keypoints")  # that list class names
 # What is asked of a picture behind the first answer: a pass over it teaches several times as much.
-MORE_QUESTIONS = 6
+MORE_QUESTIONS = 9
 CAPTION_TURNS = {
     "short": "Write a short caption.",
     "long": "Write a long caption.",
@@ -96,6 +96,7 @@ class TrainBatch:
             they are asked after the first answer; [] for none.
         formats: beside those, pairs of an instruction in words and the output format it asks for.
         sizes: int64 ``[B, 2]``, height and width of what is no padding in the pictures; None: all of it.
+        comes_again: one of `RepeatedBatches`; seen: what training keeps of its pictures then.
     """
 
     images: np.ndarray
@@ -114,6 +115,32 @@ class TrainBatch:
     turns: list[list[tuple[str, str]]] = field(default_factory=list)
     formats: list[tuple[str, str]] = field(default_factory=list)
     sizes: np.ndarray | None = None
+    comes_again: bool = False
+    seen: Any = None
+
+
+class RepeatedBatches:
+    """The first `count` batches of others again and again, with further questions in changing order.
+
+    They stay in memory, and where training keeps what it sees of them, seeing costs one round only.
+    """
+
+    def __init__(self, batches: Any, count: int, seed: int) -> None:
+        self.batches, self.count, self.seed = batches, count, seed
+        self._kept: dict[int, TrainBatch] = {}
+        self._turns: dict[int, list[list[tuple[str, str]]]] = {}  # in their first order
+
+    def __getitem__(self, step: int) -> TrainBatch:
+        place = step % self.count
+        kept = self._kept.get(place)
+        if kept is None:
+            kept = self._kept[place] = replace(self.batches[place], comes_again=True)
+            self._turns[place] = kept.turns
+        elif kept.seen is not None:
+            kept.images = kept.images[:0]
+        rng = np.random.default_rng([self.seed, step])
+        kept.turns = [[row[k] for k in rng.permutation(len(row))] for row in self._turns[place]]
+        return kept
 
 
 class TrainingBatches:

@@ -17,7 +17,7 @@ GROUPS = 16  # of the group norms behind the scales' convolutions
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 MAY_BE_ZERO = (
     *("frozen_stages", "text_layers", "encoder_layers", "lora_rank", "coordinate_window"),
-    *("longest_side", "text_vocab_size", "text_ffn_dim"),
+    *("longest_side", "text_vocab_size", "text_ffn_dim", "word_layers"),
 )
 BASE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 # What fields that name a variant may say.
@@ -86,8 +86,9 @@ class ModelConfig:
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0  # of what an adapter reads, in training
     lora_targets: tuple[str, ...] = ("q", "v")  # of LORA_TARGETS
-    # Captions and answers read image tokens with the names that these look like (Network.likely_names).
-    named_tokens: bool = False
+    # Further layers for words alone, which are told more of every image token (model/word_tokens.py); slots
+    # are read behind the first llm_layers.
+    word_layers: int = 0
     # Slot head
     class_rows: str = "names"  # "names": the prompt's own states at each name; "static": rows of <c0>…<c511>
     location_bins: int = LOCATION_BINS  # location tokens, odd; the last is an offset of one picture size

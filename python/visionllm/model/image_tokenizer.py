@@ -70,6 +70,14 @@ class ImageTokens:
         )
         return ImageTokens(self.features[rows], boxes, objectness, self.memory[rows], *others)
 
+    def of_last_layer(self) -> ImageTokens:
+        """The features, last boxes and last objectness alone, to be kept."""
+        nothing = self.memory[:, :0].clone()
+        features = self.features.clone()
+        return ImageTokens(
+            features, self.boxes[-1:], self.objectness[-1:], nothing, nothing[..., :4], nothing[..., 0]
+        )
+
 
 class BoxHead(nn.Sequential):
     """Three-layer perceptron to a box's change in logit space; starts at no change."""

@@ -274,6 +274,13 @@ class LLM(nn.Module):
         self.head_dim, self.theta = config.llm_dim // config.llm_heads, config.rope_theta
         self.layers = nn.ModuleList(LLMLayer(config) for _ in range(config.llm_layers))
         self.norm = RMSNorm(config.llm_dim, config.rms_epsilon)
+        # Layers that words alone go through behind those of the slots; at first they change nothing.
+        self.word_layers = nn.ModuleList(LLMLayer(config) for _ in range(config.word_layers))
+        if config.word_layers:
+            self.word_norm = RMSNorm(config.llm_dim, config.rms_epsilon)
+        for layer in self.word_layers:
+            nn.init.zeros_(layer.o.weight)
+            nn.init.zeros_(layer.down.weight)
         if config.base_dtype != "float32":
             for module in self.modules():
                 if isinstance(module, RMSNorm):
@@ -288,6 +295,8 @@ class LLM(nn.Module):
         mask: Tensor,
         slots: Tensor,
         adapters: Sequence[str | None] | Tensor | None = None,
+        words: bool = False,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One pass over prefix and slots.
 
@@ -295,6 +304,8 @@ class LLM(nn.Module):
             mask: bool [B, P], True where the prefix has a token; its padding must stand last.
             adapters: the name of each sample's adapter, None for the base alone, or what `adapter_rows` makes
                 of these; without it all have the network's own.
+            words: also through the layers for words, if there are any.
+            seen: [B, P, C], what those are told of image tokens (`WordTokens`); None: nothing.
         """
         b, p, c = prefix.shape
         groups, size = slots.shape[1:3]
@@ -307,31 +318,47 @@ class LLM(nn.Module):
         x = torch.cat([prefix, slots.reshape(b, -1, c)], 1)
         for layer in self.layers:
             x = layer(x, layout)
-        x = self.norm(x)
+        if words and self.word_layers:
+            x = x if seen is None else x + F.pad(seen, (0, 0, 0, x.shape[1] - p))
+            for layer in self.word_layers:
+                x = layer(x, layout)
+            x = self.word_norm(x)
+        else:
+            x = self.norm(x)
         return x[:, :p], x[:, p:].reshape(b, groups, size, c)
 
-    def read(self, x: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+    def read(
+        self, x: Tensor, mask: Tensor, cache: KVCache, words: bool = False, seen: Tensor | None = None
+    ) -> Tensor:
         """Reads on: x [B, T, C] behind what the cache holds, which then holds it too → states [B, T, C].
 
-        mask: bool [B, T], True where there is a token; padding must stand last.
+        Args:
+            mask: bool [B, T], True where there is a token; padding must stand last.
+            words, seen: as for `forward`; the same `words` for all that a cache holds.
         """
         t = x.shape[1]
         end = cache.used + t
         cache.mask[:, cache.used : end] = mask
         order = torch.arange(t, device=x.device)
-        seen = cache.mask[:, None, None, :end].expand(-1, 1, t, -1).clone()
+        sees = cache.mask[:, None, None, :end].expand(-1, 1, t, -1).clone()
         # A padded query sees itself, lest its softmax be over nothing.
-        seen[..., cache.used :] = (order[:, None] >= order) & (
+        sees[..., cache.used :] = (order[:, None] >= order) & (
             mask[:, None, None] | torch.eye(t, device=x.device).bool()
         )
         table = first_positions(cache.mask.shape[1], self.head_dim, self.theta, x.device)
         rows = (cache.lengths[:, None] + order).clamp(max=cache.mask.shape[1] - 1)
         rope = (table[0][rows], table[1][rows])
         for i, layer in enumerate(self.layers):
-            x = layer.read(x, rope, seen, cache, i)  # type: ignore[operator]
+            x = layer.read(x, rope, sees, cache, i)  # type: ignore[operator]
+        norm = self.norm
+        if words and self.word_layers:
+            x = x if seen is None else x + seen
+            for i, layer in enumerate(self.word_layers, len(self.layers)):
+                x = layer.read(x, rope, sees, cache, i)  # type: ignore[operator]
+            norm = self.word_norm
         cache.used = end
         cache.lengths = cache.lengths + mask.sum(1)
-        return self.norm(x)
+        return norm(x)
 
     def answer(self, slots: Tensor, cache: KVCache) -> Tensor:
         """Slots [B, G, S, C] over a prefix that `read` has put into the cache → their states.

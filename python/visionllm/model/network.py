@@ -32,6 +32,7 @@ from visionllm.model.slots import (
 )
 from visionllm.model.text_decoding import TextHead, decode_text
 from visionllm.model.text_encoder import TextEncoder, mean_pool
+from visionllm.model.word_tokens import WordTokens, colours_at
 from visionllm.text_options import TextOptions
 from visionllm.tokenizer import IMAGE, PADDING, Prompts, Tokenizer, pad
 
@@ -140,9 +141,8 @@ class Network(nn.Module):
         # decoder's for the scores too (model/known_names.py). An encoder that proposes nothing is not asked.
         parts = ("encoder", "decoder") if config.detector == "two-stage" else ("decoder",)
         self.alignment = nn.ModuleDict({part: nn.Linear(config.dim, config.text_dim) for part in parts})
-        if config.named_tokens:
-            self.name_words = nn.Linear(config.llm_dim, config.llm_dim, bias=False)
-            nn.init.eye_(self.name_words.weight)  # words as they are
+        if config.word_layers:
+            self.word_tokens = WordTokens(config)
         self.known_names: tuple[str, ...] = ()  # that training knew
         self._known_features: Tensor | None = None  # of those, kept while nothing trains
         self._spelled: tuple[tuple[str, ...], Tensor] | None = None  # those and their pieces
@@ -185,9 +185,10 @@ class Network(nn.Module):
     def known_features(self) -> Tensor:
         """[V, C], the text features of `known_names`."""
         self._known_ids()  # forgets the features of other names
-        if self.training or self._known_features is None or self._known_features.device != self.device:
+        changes = self.training and any(p.requires_grad for p in self.text_encoder.parameters())
+        if changes or self._known_features is None or self._known_features.device != self.device:
             features = self.encode_names(self.name_ids(self.known_names))
-            if self.training:
+            if changes:
                 return features
             self._known_features = features
         return self._known_features
@@ -255,24 +256,39 @@ class Network(nn.Module):
         ids = self._known_ids()  # [V, T]
         is_piece = ids != PADDING
         words = self.embedding(ids.clamp(min=0)) * is_piece[..., None]
-        return self.name_words(probability @ (words.sum(1) / is_piece.sum(1, keepdim=True).sqrt()))
+        return probability @ (words.sum(1) / is_piece.sum(1, keepdim=True).sqrt())
+
+    def told(self, prompts: Prompts, tokens: ImageTokens, colours: Tensor) -> Tensor | None:
+        """What the layers for words are told of image tokens, in their places: [B, P, C_llm], 0 elsewhere.
+
+        colours: of `colours_at`. None where there are no such layers.
+        """
+        if not self.config.word_layers:
+            return None
+        m = self.config.num_queries
+        features = tokens.features[:, :m].detach()
+        told = self.word_tokens(
+            features,
+            tokens.boxes[-1][:, :m].detach(),
+            tokens.objectness[-1][:, :m].detach(),
+            colours,
+            self.likely_names(features) if self.known_names else None,
+        )
+        is_image = (prompts.ids == IMAGE)[..., None]
+        places = told.new_zeros(*is_image.shape[:2], told.shape[-1])
+        return places.masked_scatter(is_image, told)
 
     def word_embeddings(self, ids: Tensor) -> Tensor:
         """Padded ids [B, T] → [B, T, C_llm], in fp32 whatever their rows are held in: so are states."""
         return self.embedding(ids.clamp(min=0)).float()
 
-    def embed(self, prompts: Prompts, tokens: ImageTokens, named: bool = False) -> Tensor:
-        """The prefix [B, P, C_llm]: words, class tokens, and the image tokens in their places.
-
-        named: for captions and answers, with `likely_names` where the network has them.
-        """
+    def embed(self, prompts: Prompts, tokens: ImageTokens) -> Tensor:
+        """The prefix [B, P, C_llm]: words, class tokens, and the image tokens in their places."""
         m = self.config.num_queries
         features = tokens.features[:, :m]
         image = self.slot_queries.image_tokens(
             features, tokens.boxes[-1][:, :m].detach(), tokens.objectness[-1][:, :m]
         )
-        if named and self.config.named_tokens and self.known_names:
-            image = image + self.likely_names(features).to(image.dtype)
         is_image = prompts.ids == IMAGE
         is_class = prompts.ids >= self.tokenizer.vocab_size
         words = self.embedding(prompts.ids.masked_fill(is_class, 0).clamp(min=0))
@@ -508,7 +524,9 @@ class Network(nn.Module):
         options = options or TextOptions()
         prompts, _, tokens = self.see("write", images, instructions, ("captioning", "vqa"), sizes)
         cache = KVCache(len(instructions), prompts.ids.shape[1] + 1 + options.max_tokens, self.device)
-        self.llm.read(self.embed(prompts, tokens, named=True), prompts.ids != PADDING, cache)
+        colours = colours_at(images.to(self.device), tokens.boxes[-1], sizes)
+        told = self.told(prompts, tokens, colours)
+        self.llm.read(self.embed(prompts, tokens), prompts.ids != PADDING, cache, words=True, seen=told)
         return decode_text(self, cache, options, on_text)
 
     @torch.inference_mode()
@@ -539,7 +557,7 @@ class Network(nn.Module):
         ids = pad([row[:-1] for row in rows], PADDING).to(self.device)
         last = torch.tensor([row[-1] for row in rows], device=self.device)
         cache = KVCache(len(rows), ids.shape[1] + 1 + options.max_tokens, self.device)
-        self.llm.read(self.word_embeddings(ids), ids != PADDING, cache)
+        self.llm.read(self.word_embeddings(ids), ids != PADDING, cache, words=True)
         return decode_text(self, cache, options, on_text, first=last)
 
     def _written_before(self, text: str, chat: bool) -> tuple[int, ...]:
@@ -562,7 +580,7 @@ class Network(nn.Module):
         ids = self.tokenizer.text_ids(texts).to(self.device)
         options = TextOptions(max_tokens=FormatGrammar.MOST_CHARACTERS)
         cache = KVCache(len(texts), ids.shape[1] + 1 + options.max_tokens, self.device)
-        self.llm.read(self.word_embeddings(ids), ids != PADDING, cache)
+        self.llm.read(self.word_embeddings(ids), ids != PADDING, cache, words=True)
         return decode_text(self, cache, options, grammar=FormatGrammar())
 
     def loss(self, batch: TrainBatch, unmatched: UnmatchedWeights | None = None) -> dict[str, Tensor]:

@@ -65,12 +65,12 @@ class TextHead(nn.Module):
         return logits if self.scale == 1.0 else logits * self.scale
 
     def loss(self, states: Tensor, pieces: Tensor, wanted: Tensor) -> Tensor:
-        """Mean cross-entropy: states [n, C], pieces [V, C], wanted int64 [n]."""
+        """Cross-entropy of each: states [n, C], pieces [V, C], wanted int64 [n] → [n]."""
         if not uses_operators(states):
-            return F.cross_entropy(self(states, pieces), wanted)
+            return F.cross_entropy(self(states, pieces), wanted, reduction="none")
         query, rows = self.operands(states, pieces)
         query = autocast(query) if rows.dtype == torch.float32 else query
-        return slot_head_cross_entropy(query[None], rows, wanted[None], scale=self.scale).mean()
+        return slot_head_cross_entropy(query[None], rows, wanted[None], scale=self.scale)[0]
 
 
 def decode_text(
@@ -132,7 +132,7 @@ def decode_text(
 def _next_logits(network: Network, cache: KVCache, last: Tensor) -> Tensor:
     """Reads one piece a row, int64 [B], and gives the logits of what follows, fp32 [B, V]."""
     there = torch.ones(len(last), 1, dtype=torch.bool, device=last.device)
-    states = network.llm.read(network.word_embeddings(last[:, None]), there, cache)
+    states = network.llm.read(network.word_embeddings(last[:, None]), there, cache, words=True)
     return network.text_head(states[:, 0], network.embedding.weight[: network.tokenizer.vocab_size])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from visionllm.atomic_file import replacing
 from visionllm.data.coco import CocoDataset
 from visionllm.data.formats import FORMATS
-from visionllm.data.mixture import Source, TrainingBatches, vocabulary_of
+from visionllm.data.mixture import RepeatedBatches, Source, TrainingBatches, vocabulary_of
 from visionllm.data.scenes import SceneDataset
 from visionllm.instruction.instruction import TASKS
 from visionllm.model.config import ModelConfig
@@ -39,7 +39,7 @@ SHOWN_PROBLEMS = 5  # of a data set
 
 def network_and_data(
     config: TrainConfig, processes: Processes, resuming: bool
-) -> tuple[Network, TrainingBatches, Validation | None]:
+) -> tuple[Network, TrainingBatches | RepeatedBatches, Validation | None]:
     """The network on this process's device, its batches and the validation.
 
     Args:
@@ -51,7 +51,7 @@ def network_and_data(
     """
     sources = training_sources(config, processes.first)
     network = make_network(config, resuming, write=processes.first)
-    batches = TrainingBatches(
+    batches: TrainingBatches | RepeatedBatches = TrainingBatches(
         sources,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -62,6 +62,8 @@ def network_and_data(
         longest_side=network.config.longest_side,
         **config.mixture,
     )
+    if config.repeat:
+        batches = RepeatedBatches(batches, config.repeat, config.seed)
     network = network.to(processes.device)
     tasks = dict.fromkeys([*network.config.tasks, *asked_tasks(config)])
     network.config = dataclasses.replace(network.config, tasks=tuple(tasks))
@@ -107,7 +109,8 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
         added = {key for key in ADDED_PARTS if config.model.get(key) and not getattr(network.config, key)}
         if added:
             needed = config.init_backbone if "keep_pretrained" in added else None
-            network = with_parts(network, added, None if needed is None else backbone_weights(needed))
+            switched = {key: config.model[key] for key in added}
+            network = with_parts(network, switched, None if needed is None else backbone_weights(needed))
     else:
         network = _new_network(config, resuming)
     if write and not resuming:
@@ -117,17 +120,20 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
     return network
 
 
-def with_parts(network: Network, parts: Iterable[str], backbone: dict[str, torch.Tensor] | None) -> Network:
-    """The network with parts that it has not had; it finds the same objects as before.
+def with_parts(
+    network: Network, parts: Mapping[str, Any], backbone: dict[str, torch.Tensor] | None
+) -> Network:
+    """The network with parts that it has not had; it finds and writes the same as before.
 
     Args:
-        parts: of `ADDED_PARTS`.
+        parts: values of `ADDED_PARTS`.
         backbone: EfficientNet-Lite0 state dict, of which keep_pretrained takes its stages.
     """
-    switched: dict[str, Any] = dict.fromkeys(parts, True)
-    wider = Network(dataclasses.replace(network.config, **switched), network.tokenizer)
+    wider = Network(dataclasses.replace(network.config, **parts), network.tokenizer)
     wider.load_state_dict(network.state_dict(), strict=False)
     wider.known_names = network.known_names
+    if "word_layers" in parts:  # which change nothing at first
+        wider.llm.word_norm.load_state_dict(network.llm.norm.state_dict())
     if backbone is not None:
         two_stage(wider.image_tokenizer, "init_backbone").backbone.load_imagenet(
             backbone, pretrained_only=True

@@ -132,6 +132,7 @@ class TrainConfig:
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     photos: list[PhotosConfig] = field(default_factory=list)
     mixture: dict[str, Any] = field(default_factory=dict)  # further arguments of TrainingBatches
+    repeat: int = 0  # go round the first so many batches, which stay in memory; 0: every step has new ones
     workers: int = 0  # data processes beside each training process; 0 = batches are made in between
 
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -144,7 +145,7 @@ class TrainConfig:
 LEAST: dict[str, int] = {
     **dict.fromkeys(("batch_size", "image_size", "log_every", "bad_steps", "accumulate"), 1),
     **dict.fromkeys(("seed", "lr", "backbone_lr", "weight_decay", "clip_norm", "warmup", "workers"), 0),
-    **dict.fromkeys(("processes", "steps", "max_minutes", "scenes.weight", "photos.weight"), 0),
+    **dict.fromkeys(("processes", "repeat", "steps", "max_minutes", "scenes.weight", "photos.weight"), 0),
     "global_batch": 0,
     "scenes.cutouts.per_class": 1,
     **dict.fromkeys(
@@ -292,6 +293,9 @@ def _check(config: TrainConfig) -> None:
         )
     if not 0 <= config.lr_floor <= 1:
         raise ConfigError(f"lr_floor must be in [0, 1], got {config.lr_floor}")
+
+    if config.repeat and config.workers:
+        raise ConfigError("workers must be 0 with repeat: batches that come again stay in one process")
 
 
 def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:

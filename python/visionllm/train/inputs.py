@@ -184,7 +184,7 @@ def _check_files(config: TrainConfig) -> None:
 
 
 # Keys of the model that a run from other weights may switch on.
-ADDED_PARTS = {"keep_pretrained", "named_tokens"}
+ADDED_PARTS = {"keep_pretrained", "word_layers"}
 
 
 def _check_start(config: TrainConfig) -> None:

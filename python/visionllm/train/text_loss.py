@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from visionllm.model.word_tokens import colours_at
 from visionllm.tokenizer import PADDING, pad
 from visionllm.train.losses import seen_in_training
 
 if TYPE_CHECKING:
     from visionllm.data.mixture import TrainBatch
+    from visionllm.model.image_tokenizer import ImageTokens
     from visionllm.model.network import Network
-    from visionllm.tokenizer import Tokenizer
+    from visionllm.tokenizer import Prompts, Tokenizer
 
 FORMAT_WEIGHT = 0.3  # of the output formats that are written beside captions and answers
+
+
+@dataclass
+class Seen:
+    """What words need of a batch's pictures.
+
+    Attributes:
+        tokens: of its image tokens the features, last boxes and last objectness (the rest is empty).
+        colours: [B, M, 3 · COLOUR_GRID²], of `colours_at`.
+    """
+
+    tokens: ImageTokens
+    colours: Tensor
 
 
 def text_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     """Captions or answers of a batch; and of instructions, without a picture, their output formats."""
     device = network.device
     prompts = network.tokenizer.prompts(batch.instructions, network.config.num_queries).to(device)
-    text = network.encode_text(prompts)
-    tokens = seen_in_training(network, batch, text)
-    prefix = network.embed(prompts, tokens, named=True)
+    seen = batch.seen or see(network, batch, prompts)
+    prefix = network.embed(prompts, seen.tokens)
     lengths = (prompts.ids != PADDING).sum(1)
-    loss, right = written_loss(network, prefix, lengths, batch.answers, batch.turns)
+    told = network.told(prompts, seen.tokens, seen.colours)
+    loss, right = written_loss(network, prefix, lengths, batch.answers, batch.turns, told)
     losses = {"text": loss}
     if batch.formats:
         ids = network.tokenizer.text_ids([words for words, _ in batch.formats]).to(device)
@@ -40,21 +57,42 @@ def text_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     return result
 
 
+def see(network: Network, batch: TrainBatch, prompts: Prompts) -> Seen:
+    """The batch's pictures, in training; kept with a batch that comes again, where nothing of it changes."""
+    parts = (network.text_encoder, network.image_tokenizer)
+    frozen = not any(p.requires_grad for part in parts for p in part.parameters())
+    was_training = network.image_tokenizer.training
+    network.image_tokenizer.train(was_training and not frozen)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        tokens = seen_in_training(network, batch, network.encode_text(prompts))
+        images = torch.from_numpy(batch.images).to(network.device)
+        sizes = None if batch.sizes is None else torch.from_numpy(batch.sizes)
+        seen = Seen(tokens, colours_at(images, tokens.boxes[-1].detach(), sizes))
+    network.image_tokenizer.train(was_training)
+    if frozen and batch.comes_again:
+        batch.seen = Seen(tokens.of_last_layer(), seen.colours.half())
+    return seen
+
+
 def written_loss(
     network: Network,
     prefix: Tensor,
     lengths: Tensor,
     texts: list[str],
     turns: list[list[tuple[str, str]]] | None = None,
+    told: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of texts behind their prompts.
 
     Args:
         prefix: [B, P, C], prompts with their padding last; lengths: int64 [B], their tokens.
         turns: as `TrainBatch.turns`.
+        told: [B, P, C], of `Network.told`.
 
     Returns:
-        the mean cross-entropy of a piece, and the share of pieces that are the likeliest (detached).
+        the mean cross-entropy of a piece, those of a text of n pieces weighing 1 / √n: neither the many of a
+        caption nor the few of an answer drown the others; and the share of pieces that are the likeliest
+        (detached).
     """
     device, b = prefix.device, len(prefix)
     rows = [written_ids(network.tokenizer, *row) for row in zip(texts, turns or [[]] * b, strict=True)]
@@ -70,15 +108,28 @@ def written_loss(
         is_answer[..., None], words[row, behind.clamp(0, t - 1)], prefix[row, order.clamp(max=p - 1)]
     )
     mask = order < lengths[:, None] + (given != PADDING).sum(1, keepdim=True)
-    states, _ = network.llm(x, mask, x.new_zeros(b, 0, 1, x.shape[-1]))
+    if told is not None:
+        told = F.pad(told, (0, 0, 0, t))
+    states, _ = network.llm(x, mask, x.new_zeros(b, 0, 1, x.shape[-1]), words=True, seen=told)
     at = (lengths[:, None] + torch.arange(t, device=device)).clamp(max=p + t - 1)
     known = wanted != PADDING
     chosen = states[row, at][known]  # [n, C]
     pieces = network.embedding.weight[: network.tokenizer.vocab_size]
-    loss = network.text_head.loss(chosen, pieces, wanted[known])
+    weight = text_weights(wanted)[known]
+    loss = (network.text_head.loss(chosen, pieces, wanted[known]) * weight).sum() / weight.sum()
     with torch.no_grad():
         likeliest = network.text_head(chosen, pieces).argmax(-1)
     return loss, (likeliest == wanted[known]).float().mean()
+
+
+def text_weights(wanted: Tensor) -> Tensor:
+    """1 / √n for the pieces of a text of n: pieces [B, T] with PADDING around every text → [B, T]."""
+    known = (wanted != PADDING).long()
+    starts = known - F.pad(known, (1, 0))[:, :-1] > 0
+    which = (starts.cumsum(1) * known).clamp(min=0)  # 0: no text
+    counts = torch.zeros(len(wanted), int(which.max()) + 1, device=wanted.device)
+    counts = counts.scatter_add(1, which, torch.ones_like(wanted, dtype=counts.dtype))
+    return counts.gather(1, which).rsqrt() * known
 
 
 def written_ids(
