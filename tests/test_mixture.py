@@ -85,6 +85,41 @@ def test_a_batch_is_a_function_of_seed_step_and_rank():
         assert_equal(batch, batches[step])
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "accumulate"),
+    [(6, 2, 1), (3, 4, 1), (3, 2, 2), (2, 3, 2), (12, 1, 1), (4, 1, 3)],
+)
+def test_no_picture_is_left_out_or_drawn_twice_however_a_step_is_divided(batch_size, world_size, accumulate):
+    """Indices that the data sets are asked for, counted over all processes."""
+
+    class Counted(Pictures):
+        def __getitem__(self, index):
+            asked.append(index)
+            return super().__getitem__(index)
+
+    def drawn(step, **divided):
+        asked.clear()
+        pictures = []
+        for rank in range(divided.get("world_size", 1)):
+            made = mixture(sources=[Source(Counted(SHAPE_NAMES), name="scenes")], rank=rank, **divided)
+            parts = divided.get("accumulate", 1)
+            for part in range(parts):
+                batch = made[step * parts + part]
+                pictures += [
+                    (image.tobytes(), boxes.shape)
+                    for image, boxes in zip(batch.images, batch.boxes, strict=True)
+                ]
+        return sorted(asked), len(pictures)
+
+    asked: list[int] = []
+    divided = {"batch_size": batch_size, "world_size": world_size, "accumulate": accumulate}
+    for step in range(5):
+        expected, count = drawn(step, batch_size=12)
+        assert count == 12
+        assert drawn(step, **divided) == (expected, 12)
+        assert len(set(expected)) > 6  # of 1000 pictures: not one of them again and again
+
+
 def test_shapes_and_types():
     batches = mixture()
     for step in range(20):

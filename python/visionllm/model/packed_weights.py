@@ -42,6 +42,7 @@ def can_pack(x: Tensor) -> bool:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return (
         x.device.type == "cpu"
+        and type(x) is Tensor  # a fake one has no memory
         and not torch.is_grad_enabled()
         and chosen() != "reference"
         and _has_onednn()
