@@ -16,8 +16,9 @@ from visionllm.model.deformable_detr import DeformableDetr, scales_of
 from visionllm.model.image_tokenizer import DenoisingQueries
 from visionllm.ops import use_operators
 
-# Gradients through all of the trunk take most of the time of these tests: small pictures for them.
-SMALL_SIZES = torch.tensor([[64, 64], [40, 51]])
+# Gradients through all of the trunk take most of the time of these tests: small pictures for them, though
+# with several positions in each scale, or the group norm leaves nothing of the coarsest.
+SMALL_SIZES = torch.tensor([[96, 96], [60, 77]])
 
 
 def detector(**changes):
@@ -114,7 +115,7 @@ def test_the_gate_opens_to_the_text():
 def gradients(refine, operators):
     model = detector(box_refine=refine)
     with use_operators(operators):
-        tokens = see(model, pictures(SMALL_SIZES, (64, 64)), SMALL_SIZES, gate=0.5)
+        tokens = see(model, pictures(SMALL_SIZES, (96, 96)), SMALL_SIZES, gate=0.5)
         loss = tokens.features.square().mean() + sum(
             boxes.square().mean() + logits.mean()
             for boxes, logits in zip(tokens.boxes, tokens.objectness, strict=True)
@@ -129,13 +130,17 @@ def test_gradients_reach_all_that_is_trained(refine):
     for name, parameter in model.named_parameters():
         trained = not name.startswith(("backbone.stem.", "backbone.stages.0."))
         assert parameter.requires_grad == trained
-        assert (grads[name] is not None and bool(grads[name].any())) == trained, name
+        assert (grads[name] is not None) == trained, name
     _, expected = gradients(refine, "reference")
     for name, grad in grads.items():
-        if grad is not None:
-            # Some are zero but for rounding: a key's bias moves no softmax, a bias before a norm nothing.
-            scale = expected[name].abs().max().item()
-            torch.testing.assert_close(grad, expected[name], atol=1e-3 * scale + 1e-5, rtol=0, msg=name)
+        if grad is None:
+            continue
+        # Nothing but rounding: a key's bias moves no softmax, and one before a norm of one channel nothing.
+        nothing = name.endswith(".key.bias") or (name.startswith("projections.") and name.endswith("0.bias"))
+        size, difference = expected[name].norm().item(), (grad - expected[name]).norm().item()
+        assert size > 1e-4 or nothing, name
+        # By the norm: rounding moves some value across ReLU's kink, which moves gradients before it.
+        assert difference < 0.01 * size + 1e-5, f"{name}: {difference} of {size}"
 
 
 @pytest.mark.parametrize("operators", ["kernels", "reference"])
@@ -162,7 +167,7 @@ def test_on_the_device_meta():
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     with torch.no_grad():
         model.to_empty(device="cpu").load_state_dict(expected)
-        tokens = see(model.eval(), pictures(SMALL_SIZES, (64, 64)), SMALL_SIZES)
+        tokens = see(model.eval(), pictures(SMALL_SIZES, (96, 96)), SMALL_SIZES)
     assert torch.isfinite(tokens.features).all()  # nothing but the state was lost
 
 
@@ -173,7 +178,7 @@ def test_what_it_starts_with():
 
 
 def test_what_it_refuses():
-    images, denoising = pictures(SMALL_SIZES, (64, 64)), DenoisingQueries(torch.zeros(2, 1, 4))
+    images, denoising = pictures(SMALL_SIZES, (96, 96)), DenoisingQueries(torch.zeros(2, 1, 4))
     with pytest.raises(ValueError, match="DeformableDetr: denoising must be None"):
         detector()(images, *text(DETR, 2), denoising)
     with pytest.raises(ValueError, match="DeformableDetr: dim must be a multiple of 32, got 48"):
