@@ -1,11 +1,12 @@
 """The accuracy table of a model, every task: scenes and a glyph style never trained on, real photos.
 
-    python bench/accuracy.py --glyphs glyphs [--photos DIR] [--model DIR] [--work DIR]
+    python bench/accuracy.py --glyphs glyphs [--photos DIR] [--model DIR] [--work DIR] [--tasks vqa ...]
 
 --photos is a folder with train/, val/ and annotations/instances_{train,val}.json in COCO format: the training
 photos stand behind some of the scenes, the validation photos are measured. Every line is one
 `visionllm evaluate` command, which stands beside its numbers in ``bench/results/accuracy.json`` (PHOTOS, WORK
-and GLYPHS for the folders). Tasks that the weights were not trained for are left out.
+and GLYPHS for the folders). Tasks that the weights were not trained for are left out. --tasks measures some
+tasks anew, where the others' numbers cannot have changed, and leaves their rows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from harness import write_report
+from harness import RESULTS, write_report
 
 from visionllm.data.coco import box_corners
 from visionllm.evaluate.matching import IOU_FOUND, box_iou
@@ -199,6 +200,22 @@ def large_objects(annotations: Path, predictions: Path, least: float = 0.25) -> 
     return counts
 
 
+def task_of(arguments: list[str]) -> str:
+    return arguments[arguments.index("--task") + 1] if "--task" in arguments else "detection"
+
+
+def rows_to_keep(options: argparse.Namespace) -> list[dict]:
+    """Those of the last report, where only some are measured anew, each with its commit."""
+    if not options.tasks:
+        return []
+    report = json.loads((RESULTS / "accuracy.json").read_text())
+    if report["scenes"] != options.count:
+        raise SystemExit(
+            f"--tasks: the other rows are of {report['scenes']} scenes, got --count {options.count}"
+        )
+    return [{"commit": report["commit"], **row} for row in report["rows"]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -211,15 +228,22 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="folder for scenes and predictions (default: a temporary one)"
     )
+    parser.add_argument(
+        "--tasks", nargs="+", help="only the rows of these tasks; the others stay as they are"
+    )
     options = parser.parse_args()
+    kept = rows_to_keep(options)
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
-        write_scenes(options, work)
+        lines = evaluations(options, work)
+        if options.tasks:
+            lines = {name: line for name, line in lines.items() if task_of(line) in options.tasks}
+        if any(str(work) in argument for line in lines.values() for argument in line):
+            write_scenes(options, work)
         with ThreadPoolExecutor(options.jobs) as pool:
-            running = [
-                pool.submit(measure, *line, options, work) for line in evaluations(options, work).items()
-            ]
-            rows = [future.result() for future in running]
+            running = {name: pool.submit(measure, name, line, options, work) for name, line in lines.items()}
+            found = {name: future.result() for name, future in running.items()}
+    rows = [found.pop(row["name"], row) for row in kept] + list(found.values())
     print(f"written to {write_report('accuracy', {'scenes': options.count, 'rows': rows})}")
 
 
