@@ -6,6 +6,7 @@ model.embed_tokens, model.layers.0.{input_layernorm, self_attn.q_proj, …, mlp.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,12 @@ def llama_rules(head: str) -> list[Rule]:
 
 
 def llama_target(module: nn.Module) -> dict[str, Shape]:
-    """What a LLaMA fills of a module with `embedding`, `llm` and `text_head`, without adapters and scales."""
+    """What a LLaMA fills of a module with `embedding`, `llm` and `text_head`: no adapters, no scales."""
     return {
         name: tuple(tensor.shape)
         for name, tensor in module.state_dict().items()
         if name in ("embedding.weight", "text_head.rows")
-        or (name.startswith("llm.") and name.endswith(".weight"))
+        or re.fullmatch(r"llm\.(norm|layers\.\d+\.\w+)\.weight", name)
     }
 
 

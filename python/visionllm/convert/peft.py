@@ -126,6 +126,9 @@ def write_adapter(folder: str | Path, adapter: Adapter, base_model: str = "", dr
     """
     if not adapter.layers:
         raise ValueError("write_adapter: the adapter has no layers")
+    others = [name for name in adapter.layers if not name.startswith("layers.")]
+    if others:  # such as an LLM's word layers
+        raise ValueError(f"write_adapter: a LLaMA has no layers {', '.join(others[:SHOWN])}")
     tensors, ranks, alphas = {}, {}, {}
     for name, (a, b) in adapter.layers.items():
         _, layer, here = name.split(".")

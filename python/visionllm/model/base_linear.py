@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionllm import _core
 from visionllm.model.linear import Linear, PackedLinear, finish
 from visionllm.ops import lora_linear
 from visionllm.ops.choice import autocast, uses_operators
@@ -27,6 +28,7 @@ DTYPES = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
+FEW_ROWS = 64
 OWN = 0  # a row's number for the layer's own adapter; loaded ones follow
 NONE = -1  # for the base alone
 
@@ -119,17 +121,9 @@ class BaseLinear(Linear):
         """x Wᵀ + b, the base alone."""
         if not self.frozen:
             return super().forward(x)
-        if not self.int8:
-            # Not packed, which would hold the weights twice. A processor that does not multiply bf16 took 40
-            # times as long by torch (AMD EPYC with AVX2, 256 x 2048 x 2048).
-            if uses_operators(x):
-                return lora_linear(x, self.weight, self.bias)
-            return F.linear(x, self.weight, self.bias)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if uses_operators(x):
-            return lora_linear(x, self.weight, bias, weight_scale=self.weight_scale)
-        y = _Int8Product.apply(x, self.weight, self.weight_scale)
-        return y if bias is None else y + bias
+        # By torch without packed weights, which would hold them twice.
+        y = frozen_product(x, self.weight, self.weight_scale if self.int8 else None)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def adapted(self, x: Tensor, chosen: Tensor | None) -> Tensor:
         a, b, scale, index = self.low_rank(x, chosen)
@@ -268,6 +262,51 @@ def low_rank_term(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, index:
 def _without_autocast(x: Tensor) -> Any:
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def frozen_product(x: Tensor, weight: Tensor, weight_scale: Tensor | None = None) -> Tensor:
+    """x Wᵀ, differentiable in x, of which nothing is kept: x [..., K], W [N, K] of x's type, or int8 rows."""
+    if uses_operators(x) and (weight_scale is not None or _kernel_is_faster(x)):
+        x = autocast(x) if weight_scale is not None else x
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _KernelProduct.apply(x, weight, weight_scale)
+        return lora_linear(x, weight, weight_scale=weight_scale)
+    if weight_scale is None:
+        return F.linear(x, weight)
+    return _Int8Product.apply(x, weight, weight_scale)
+
+
+def _kernel_is_faster(x: Tensor) -> bool:
+    """Whether a bf16 or fp16 product is faster by our kernel than by torch's.
+
+    Without instructions for bf16, 500 rows × 4096 × 4096 took 2.4 s of a busy core by torch and 0.28 s by the
+    kernel, 256 × 2048 × 2048 a fortieth (AMD EPYC with AVX2). With them they are
+    equal (lora_linear.h), but for a few rows.
+    """
+    if x.device.type != "cpu":
+        return False
+    few = x.numel() <= FEW_ROWS * x.shape[-1]
+    return few or x.dtype == torch.float16 or "avx512_bf16" not in _core.available_isas()
+
+
+class _KernelProduct(torch.autograd.Function):
+    """x Wᵀ by `lora_linear`, which would keep x for adapters that are not there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return lora_linear(x, weight, weight_scale=scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, scale = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        x = rows.new_empty(len(rows), weight.shape[1])  # its shape and type alone are read
+        low_rank = rows.new_empty(len(rows), 0, dtype=torch.float32)
+        grad_x, _, _ = torch.ops.visionllm.lora_linear_backward(
+            rows, x, weight, scale, None, None, None, None, low_rank, 1.0, True, False, False
+        )
+        return grad_x.view(*grad.shape[:-1], -1), None, None
 
 
 class _Int8Product(torch.autograd.Function):

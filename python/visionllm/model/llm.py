@@ -279,8 +279,9 @@ class LLM(nn.Module):
         if config.word_layers:
             self.word_norm = RMSNorm(config.llm_dim, config.rms_epsilon)
         for layer in self.word_layers:
-            nn.init.zeros_(layer.o.weight)
-            nn.init.zeros_(layer.down.weight)
+            for linear in (layer.o, layer.down):
+                assert isinstance(linear, BaseLinear)
+                nn.init.zeros_(linear.weight)
         if config.base_dtype != "float32":
             for module in self.modules():
                 if isinstance(module, RMSNorm):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionllm.model.base_linear import frozen_product
 from visionllm.model.llm import row_dtype
 from visionllm.ops import slot_head_cross_entropy
 from visionllm.ops.choice import autocast, uses_operators
@@ -61,7 +62,10 @@ class TextHead(nn.Module):
     def forward(self, states: Tensor, pieces: Tensor) -> Tensor:
         """pieces: [V, C], the embeddings → fp32 [..., V]."""
         query, rows = self.operands(states, pieces)
-        logits = (query @ rows.to(query.dtype).T).float()
+        if rows.dtype != torch.float32 and not rows.requires_grad:
+            logits = frozen_product(query, rows).float()
+        else:
+            logits = (query @ rows.to(query.dtype).T).float()
         return logits if self.scale == 1.0 else logits * self.scale
 
     def loss(self, states: Tensor, pieces: Tensor, wanted: Tensor) -> Tensor:
