@@ -200,6 +200,9 @@ class Shards(_Engine):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        from visionllm.train.sharded_checkpoint import storage
+
+        storage()  # an old torch is told of at the start, not at the first checkpoint
         super().__init__(network, processes)
         for parameter in network.parameters():
             parameter.data = parameter.data.contiguous()  # channels-last kernels cannot be sharded

@@ -70,7 +70,7 @@ def write_shards(
             return stack.enter_context(replacing_folder(final))
 
         place = _agree(processes, begin)[0]
-        writer, _ = _storage()
+        writer, _ = storage()
         _collective("save", tensors, storage_writer=writer(str(place), save_distributed=True))
         files = sorted(place.glob("*.safetensors"))
         sums: dict[str, list[int]] = {}
@@ -124,7 +124,7 @@ def read_state(folder: str | Path, processes: Processes) -> dict[str, Any]:
 
 def stored_shapes(folder: str | Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Whole shapes and types of a checkpoint's tensors."""
-    _, reader = _storage()
+    _, reader = storage()
     stored: dict[str, Any] = reader(str(folder)).read_metadata().state_dict_metadata
     return {name: (one.size, one.properties.dtype) for name, one in stored.items()}
 
@@ -144,12 +144,12 @@ def read_shards(folder: str | Path, into: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise CheckpointError(f"{folder} does not fit: " + "; ".join(problems[:20]))
-    _, reader = _storage()
+    _, reader = storage()
     _collective("load", into, storage_reader=reader(str(folder)))
 
 
-def _storage() -> tuple[Any, Any]:
-    """Writer and reader of the safetensors form. Raises CheckpointError where torch has none."""
+def storage() -> tuple[Any, Any]:
+    """DCP's writer and reader of safetensors. Raises CheckpointError where torch has none."""
     try:
         from torch.distributed.checkpoint.hf_storage import (
             HuggingFaceStorageReader,
