@@ -52,6 +52,7 @@ class Found:
 @dataclass(frozen=True)
 class Config:
     image_size: int = 64
+    longest_side: int = 0
     score_threshold: float = 0.3
     tasks: tuple[str, ...] = TASKS
 

@@ -147,6 +147,7 @@ def test_class_counts_are_nested_subsets(settings, monkeypatch):
 @dataclasses.dataclass(frozen=True)
 class ScoredConfig:
     image_size: int = 64
+    longest_side: int = 0
     score_threshold: float = 0.3
     tasks: tuple[str, ...] = ("detection",)
     objectness_power: float = 0.5
