@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find cmake cpp cuda bindings python -type f -not -name '*.so' -not -path '*/__pycache__/*')
+SOURCES := pyproject.toml tests/published.txt CMakeLists.txt constraints.txt $(shell find cmake cpp cuda bindings python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 CPP_SOURCES := $(shell find cpp cuda bindings tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_SOURCES := python tests bench
 INSTRUCTION ?= The image is: <image>. Detect every object of {"person": <c0>, "cup": <c1>, "cat": <c2>, "sheep": <c3>, "bear": <c4>, "fire": <c5>, "wine glass": <c6>, "cupcake": <c7>}, with offsets within the range 512.
@@ -66,4 +66,5 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 
 $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[train,test,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/published.txt
 	touch $@ $(VENV)/.installed
