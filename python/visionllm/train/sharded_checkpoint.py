@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -169,7 +170,9 @@ def _collective(action: str, tensors: Mapping[str, Tensor], **storage: Any) -> N
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        getattr(dcp, action)(dict(tensors), no_dist=not dist.is_initialized(), **storage)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone is meant
+            getattr(dcp, action)(dict(tensors), no_dist=not dist.is_initialized(), **storage)
     except CheckpointException as error:  # raised on all processes, with the failures of each
         first = next(iter(error.failures.values()))[0]
         kind = OSError if action == "save" else CheckpointError
