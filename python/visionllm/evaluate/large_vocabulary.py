@@ -112,7 +112,8 @@ def detect_in_groups(
     instructions = groups.groups if isinstance(groups, NameGroups) else groups
     config, first = network.config, 0
     best: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(len(images))]
-    for group, answers in zip(instructions, find_groups(network, images, groups, sizes), strict=True):
+    found_in_groups = find_groups(network, images, groups, **({} if sizes is None else {"sizes": sizes}))
+    for group, answers in zip(instructions, found_in_groups, strict=True):
         scores = merged_scores(answers, config.objectness_power, config.known_power)
         count = scores.shape[2]
         for b, found in enumerate(best):
@@ -200,8 +201,8 @@ def predict_in_groups(
         entries = dataset.images[start : start + batch_size]
         pictures = [dataset.read(entry) for entry in entries]
         pixels, sizes = network_batch(pictures, config.image_size, config.longest_side)
-        shapes = None if sizes is None else torch.from_numpy(sizes)
-        found = detect_in_groups(model.network, torch.from_numpy(pixels), asked, sizes=shapes)
+        shapes = {} if sizes is None else {"sizes": torch.from_numpy(sizes)}
+        found = detect_in_groups(model.network, torch.from_numpy(pixels), asked, **shapes)
         for entry, picture, (boxes, scores, labels) in zip(entries, pictures, found, strict=True):
             height, width = picture.shape[:2]
             xyxy = boxes * np.array([width, height] * 2, np.float32)
