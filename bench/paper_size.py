@@ -5,7 +5,7 @@
 
 `r50-7b` with random weights: ResNet-50, BERT-Base, Deformable DETR (6 + 6 layers, 100 queries) in fp32, under
 bfloat16 autocast where the CPU multiplies bfloat16, LLaMA-7B in bfloat16 (or int8 rows), through the
-operators. It needs 17 GB for a prediction and 22 GB for a training step; fewer layers of the LLM need less.
+operators. It needs 16 GB for a prediction and 19 GB for a training step; fewer layers of the LLM need less.
 Weights are copies of one random block: the time of a product does not depend on its numbers, and seven
 billion random ones take minutes.
 

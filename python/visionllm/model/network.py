@@ -133,10 +133,11 @@ class Network(nn.Module):
         with base:
             self.text_head = TextHead(config)
         if config.llm_head != "query":
-            # A published LLM is changed by its adapter alone.
+            # A published LLM is changed by its adapter alone; layers for words are new.
             for part in (self.embedding, self.llm, self.text_head):
                 for name, parameter in part.named_parameters():
-                    parameter.requires_grad_(parameter.requires_grad and ".lora_" in name)
+                    new = ".lora_" in name or name.startswith("word_")
+                    parameter.requires_grad_(parameter.requires_grad and new)
         # The encoder's and the decoder's features against the names' text features: for training, and the
         # decoder's for the scores too (model/known_names.py). An encoder that proposes nothing is not asked.
         parts = ("encoder", "decoder") if config.detector == "two-stage" else ("decoder",)
