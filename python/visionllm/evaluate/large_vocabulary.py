@@ -201,7 +201,7 @@ def predict_in_groups(
         entries = dataset.images[start : start + batch_size]
         pictures = [dataset.read(entry) for entry in entries]
         pixels, sizes = network_batch(pictures, config.image_size, config.longest_side)
-        shapes = {} if sizes is None else {"sizes": torch.from_numpy(sizes)}
+        shapes: Any = {} if sizes is None else {"sizes": torch.from_numpy(sizes)}
         found = detect_in_groups(model.network, torch.from_numpy(pixels), asked, **shapes)
         for entry, picture, (boxes, scores, labels) in zip(entries, pictures, found, strict=True):
             height, width = picture.shape[:2]
