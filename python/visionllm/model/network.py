@@ -21,6 +21,7 @@ from visionllm.model.config import ModelConfig
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokenizer, ImageTokens
 from visionllm.model.known_names import probability_of_listed, rivals
 from visionllm.model.llm import LLM, KVCache, base_embedding
+from visionllm.model.outlines import settled
 from visionllm.model.slots import (
     SlotFormat,
     SlotHead,
@@ -457,6 +458,8 @@ class Network(nn.Module):
             bins = torch.where(turned.flatten(2), bins.roll(2, -1), bins)
             if spreads is not None:
                 spreads = torch.where(turned.flatten(2), spreads.roll(2, -1), spreads)
+        elif wanted.kind == "outlines":
+            points = settled(points, groups)
         boxes = cxcywh_to_xyxy(groups) if wanted.kind == "keypoints" else extent_of(points)
         points, boxes = points.clamp(0, 1), boxes.clamp(0, 1)
         visibility = reading.visibility_logits().softmax(-1) if wanted.kind == "keypoints" else None
