@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
-from small_network import pictures, small_network, text_batch
+from small_network import SMALL, pictures, small_network, text_batch
 
 from visionllm.data.mixture import RepeatedBatches
 from visionllm.instruction import Instruction
 from visionllm.instruction.instruction import TASKS
+from visionllm.model.llm import apply_rope, rope_table
+from visionllm.model.network import build_network
 from visionllm.model.word_tokens import COLOUR_GRID, COLOUR_SHARE, MEASURES, colours_at, measures_of
 from visionllm.tokenizer import IMAGE, PADDING
 from visionllm.train.build import freeze, with_parts
 from visionllm.train.text_loss import text_weights
 
+SMALL_WORDS = dataclasses.replace(SMALL, llm_dim=128, llm_heads=4, llm_kv_heads=2, word_layers=1)
 INSTRUCTIONS = [Instruction("vqa", question="What is it?"), Instruction("captioning")]
 WORDS_ALONE = [
     *("image_tokenizer.*", "text_encoder.*", "embedding.*", "slot_queries.*", "slot_head.*", "alignment.*"),
@@ -103,6 +107,21 @@ def test_at_first_they_change_nothing():
     assert wider.write(pictures(2), INSTRUCTIONS) == network.write(pictures(2), INSTRUCTIONS)
     asked = ["Give me the corners."]
     assert wider.write_format(asked) == network.write_format(asked)
+
+
+@torch.no_grad()
+def test_they_start_by_matching_words():
+    """Of forty tokens' keys, a query mostly goes best with that of the same words, near or far."""
+    layer = build_network(SMALL_WORDS, small_network().tokenizer).llm.word_layers[0]
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randn(40, SMALL_WORDS.llm_dim, generator=generator)
+    q, k, _ = layer.project(words[None], None)  # [1, T, H, D]
+    for distance, least in ((0, 0.6), (30, 0.6), (100, 0.4)):
+        table = rope_table(torch.tensor([distance]), layer.head_dim, 10000.0)
+        turned = apply_rope(k[:, :, :1], tuple(t[None] for t in table))
+        scores = q[0, :, 0] @ turned[0, :, 0].T
+        share = (scores.argmax(1) == torch.arange(40)).float().mean()
+        assert share > least, (distance, share)
 
 
 @torch.no_grad()
