@@ -46,11 +46,11 @@ def test_they_are_what_their_description_says(count):
 
 
 def test_an_ellipse_in_its_box_stays():
-    """Its only turn is the first, which fades by less than a hundredth."""
+    """Its only turn is the first, which fades by 3 %, and the box gives half of it back."""
     angle = torch.arange(24) / 24 * 2 * math.pi
     ellipse = torch.stack([0.5 + 0.2 * angle.sin(), 0.4 - 0.3 * angle.cos()], -1)[None, None]
     box = torch.tensor([[[0.5, 0.4, 0.4, 0.6]]])
-    torch.testing.assert_close(settled(ellipse, box), ellipse, rtol=0, atol=3e-3)
+    torch.testing.assert_close(settled(ellipse, box), ellipse, rtol=0, atol=6e-3)
 
 
 def test_noise_of_single_points_goes():
