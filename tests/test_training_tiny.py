@@ -95,6 +95,25 @@ def test_a_run_starts_from_exported_weights(folder, tmp_path):
         assert torch.equal(started[f"model.{name}"], parameter), name
 
 
+def test_words_alone_over_what_other_runs_know(folder, tmp_path):
+    """Batches that come again, resumed bit for bit; known names stay where no task lists any."""
+    rest = [entry for entry in SMALL if not entry.startswith(("model.", "validation."))]
+    frozen = "frozen=[image_tokenizer.*,text_encoder.*,embedding.*,llm.layers.*]"
+    own = ["model.word_layers=1", frozen, "repeat=2", "mixture.tasks={vqa: 1}", "validation.every=0"]
+    sets = ["validation.scenes=0", "validation.heldout=0", "validation.tasks=0", "checkpoint.keep=3"]
+    assert main(["steps=5", f"output={tmp_path}", f"init={folder / 'model'}", *rest, *own, *sets]) == 0
+    known = Network.from_pretrained(folder / "model").known_names
+    assert known and Network.from_pretrained(tmp_path / "model").known_names == known
+    last = checkpoints(tmp_path / "checkpoints")[-1]
+    whole, _ = read_checkpoint(last)
+    last.unlink()
+    assert main(["--resume", str(tmp_path)]) == 0
+    resumed, state = read_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])
+    assert state["step"] == 5
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    assert Network.from_pretrained(tmp_path / "model").known_names == known
+
+
 def broken_photos(folder):
     """A data set of three pictures, one of which is missing, and one annotation without its area."""
     folder.mkdir()

@@ -19,6 +19,7 @@ from visionllm.data.formats import FORMATS
 from visionllm.data.mixture import RepeatedBatches, Source, TrainingBatches, vocabulary_of
 from visionllm.data.scenes import SceneDataset
 from visionllm.instruction.instruction import TASKS
+from visionllm.model import known_names
 from visionllm.model.config import ModelConfig
 from visionllm.model.image_tokenizer import two_stage
 from visionllm.model.network import Network, build_network
@@ -67,7 +68,9 @@ def network_and_data(
     network = network.to(processes.device)
     tasks = dict.fromkeys([*network.config.tasks, *asked_tasks(config)])
     network.config = dataclasses.replace(network.config, tasks=tuple(tasks))
-    network.known_names = tuple(sorted({name for source in sources for name in vocabulary_of(source)}))
+    # What the weights knew at the start they still know: not every task of a run lists names.
+    names = {name for source in sources for name in vocabulary_of(source)}
+    network.known_names = tuple(sorted(names.union(network.known_names)))
     freeze(network, config.frozen)
     unmatched = UnmatchedWeights(config.no_object_weight, config.unlisted_weight)
     network.loss = functools.partial(network.loss, unmatched=unmatched)  # type: ignore[method-assign]
@@ -117,6 +120,11 @@ def make_network(config: TrainConfig, resuming: bool, write: bool) -> Network:
         network.tokenizer.save(config.output)
         with replacing(Path(config.output) / "network.json") as part:
             part.write_text(network.config.to_json())
+        if network.known_names:
+            with replacing(Path(config.output) / known_names.FILE) as part:
+                part.write_text(known_names.text_of(network.known_names), encoding="utf-8")
+    if resuming:
+        network.known_names = known_names.read_names(Path(config.output) / known_names.FILE)
     return network
 
 

@@ -70,7 +70,8 @@ def see(network: Network, batch: TrainBatch, prompts: Prompts) -> Seen:
         seen = Seen(tokens, colours_at(images, tokens.boxes[-1].detach(), sizes))
     network.image_tokenizer.train(was_training)
     if frozen and batch.comes_again:
-        batch.seen = Seen(tokens.of_last_layer(), seen.colours.half())
+        # The same the first time as when it comes again: a resumed run meets another first time.
+        batch.seen = seen = Seen(tokens.of_last_layer(), seen.colours.half())
     return seen
 
 
