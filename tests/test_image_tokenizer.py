@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from small_network import NAMES, SMALL, pictures, small_network
 
 from visionllm.instruction import Instruction
-from visionllm.model.backbone import OUTPUT_CHANNELS, EfficientNetLite
+from visionllm.model.backbone import OUTPUT_CHANNELS, EfficientNetLite, blocks_of
 from visionllm.model.boxes import cxcywh_to_xyxy, inverse_sigmoid, overlap
 from visionllm.model.image_tokenizer import DenoisingQueries, anchor_boxes
 from visionllm.model.position_encoding import sine_encoding
@@ -203,9 +205,16 @@ def test_pretrained_stages_beside_a_trained_network_change_nothing_at_first():
         torch.testing.assert_close(scale, known)
     pretrained = EfficientNetLite(3)
     pretrained.load_imagenet(state)
-    kept = wider.image_tokenizer.backbone.pretrained.state_dict()
+    trunk = wider.image_tokenizer.backbone
+    kept = trunk.pretrained.state_dict()
     for name, tensor in pretrained.stages[3:].state_dict().items():
-        assert torch.equal(kept[name], tensor), name
+        if ".depthwise." not in name:  # frozen ones are the trunk's own, and stand in a folder once
+            assert torch.equal(kept[name], tensor), name
+    for own, block in zip(blocks_of(trunk.stages[3:]), blocks_of(trunk.pretrained), strict=True):
+        assert block.depthwise is own.depthwise
+    assert not [name for name in kept if ".depthwise." in name]
+    copied = copy.deepcopy(trunk)
+    assert blocks_of(copied.pretrained)[0].depthwise is blocks_of(copied.stages[3:])[0].depthwise
 
 
 def known_features(seed, channels, side):

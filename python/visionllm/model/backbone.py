@@ -67,10 +67,19 @@ class InvertedResidual(nn.Module):
         self.project = SameConv(hidden, outputs, 1)
         self.shortcut = stride == 1 and inputs == outputs
 
+    def share_depthwise(self, other: InvertedResidual) -> None:
+        """Uses the other block's depthwise convolution, which stays a part of that block alone."""
+        del self.depthwise
+        object.__setattr__(self, "depthwise", other.depthwise)
+
     def forward(self, x: Tensor) -> Tensor:
         y = x if self.expand is None else self.expand(x, relu6=True)
         y = self.depthwise(y, relu6=True)
         return self.project(y, shortcut=x if self.shortcut else None)
+
+
+def blocks_of(stages: Iterable[nn.Module]) -> list[InvertedResidual]:
+    return [block for stage in stages for block in stage.children() if isinstance(block, InvertedResidual)]
 
 
 class EfficientNetLite(nn.Module):
@@ -79,7 +88,8 @@ class EfficientNetLite(nn.Module):
     Training on one kind of pictures unlearns the others: after four hours of mostly drawings, a linear probe
     on the trained C3 to C5 named 26 % of the large objects of photos never seen (people left out), on the
     pretrained ones 47 %. With `keep_pretrained` the stages that training changes stand there twice, and their
-    pretrained C4 and C5 follow: ``[C3, C4, C5, pretrained C4, pretrained C5]``.
+    pretrained C4 and C5 follow: ``[C3, C4, C5, pretrained C4, pretrained C5]``. Frozen depthwise convolutions
+    stand there once.
 
     Args:
         frozen_stages: the stem and this many stages get no gradient, so that training neither stores nor
@@ -118,6 +128,11 @@ class EfficientNetLite(nn.Module):
                     f"keep_pretrained: expected {OUTPUT_STAGES[0] + 1} frozen stages, got {frozen_stages}"
                 )
             self.pretrained = copy.deepcopy(self.stages[frozen_stages:]).requires_grad_(False)
+            if freeze_depthwise:
+                for own, kept in zip(
+                    blocks_of(self.stages[frozen_stages:]), blocks_of(self.pretrained), strict=True
+                ):
+                    kept.share_depthwise(own)
         for module in (self.stem, *self.stages[:frozen_stages]):
             module.requires_grad_(False)
         if freeze_depthwise:
@@ -176,11 +191,11 @@ class EfficientNetLite(nn.Module):
                 conv.bias.copy_(state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale)
 
         def fold_stages(stages: Iterable[nn.Module], first: int) -> None:
-            for i, block in enumerate((block for stage in stages for block in stage.children()), first):
-                assert isinstance(block, InvertedResidual)
+            for i, block in enumerate(blocks_of(stages), first):
                 if block.expand is not None:
                     fold(block.expand, f"_blocks.{i}._expand_conv", f"_blocks.{i}._bn0")
-                fold(block.depthwise, f"_blocks.{i}._depthwise_conv", f"_blocks.{i}._bn1")
+                if "depthwise" in block._modules:  # not another block's
+                    fold(block.depthwise, f"_blocks.{i}._depthwise_conv", f"_blocks.{i}._bn1")
                 fold(block.project, f"_blocks.{i}._project_conv", f"_blocks.{i}._bn2")
 
         if not pretrained_only:
