@@ -13,10 +13,11 @@ or not at all.
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -168,19 +169,30 @@ class WeightsReader:
         self.folder = Path(folder)
         self.unchecked = unchecked
         for _ in range(ATTEMPTS):
-            self._identity = self._now()
             self._stack = ExitStack()
+            self._identity = self._held()
             try:
                 self._open()
             except BaseException as error:
+                again = isinstance(error, (ValueError, OSError)) and self.replaced
                 self._stack.close()
-                if isinstance(error, (ValueError, OSError)) and self.replaced:
+                if again:
                     continue
                 raise
             if not self.replaced:
                 return
             self._stack.close()
         raise OSError(f"{self.folder}: replaced again and again while it was being read")
+
+    def _held(self) -> tuple[int, int] | None:
+        """As `_now`, of a folder that stays open: its number cannot become that of a folder made later."""
+        if os.name == "posix":
+            with suppress(FileNotFoundError, NotADirectoryError):
+                descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+                self._stack.callback(os.close, descriptor)
+                status = os.fstat(descriptor)
+                return status.st_dev, status.st_ino
+        return self._now()
 
     def _now(self) -> tuple[int, int] | None:
         """What tells this folder from others that were or will be at its path."""
