@@ -137,7 +137,7 @@ class RepeatedBatches:
             kept = self._kept[place] = replace(self.batches[place], comes_again=True)
             self._turns[place] = kept.turns
         elif kept.seen is not None:
-            kept.images = kept.images[:0]
+            kept.images = np.empty_like(kept.images[:0])  # a view would keep the pictures in memory
         rng = np.random.default_rng([self.seed, step])
         kept.turns = [[row[k] for k in rng.permutation(len(row))] for row in self._turns[place]]
         return kept
