@@ -1,0 +1,126 @@
+"""Names that a text mentions, looked up among the image tokens.
+
+"How many dogs are there?" asks for what the detector knows: which image tokens show a dog. An LLM of a few
+layers matches words with image tokens badly, so a mention of a known name is matched for it, by the likeness
+that names objects; what it finds is told where the name stands. The LLM says which of them are meant ("red
+dogs") and what to make of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionllm.english import plural
+from visionllm.model.config import ModelConfig
+from visionllm.tokenizer import Tokenizer
+
+ANYTHING = ("object", "thing")  # fit whatever is there
+GATE_DIM = 64
+GATE_OPEN = 3.0  # logit of "this one is meant" at the start
+THRESHOLDS = (0.2, 0.35, 0.5, 0.65)  # from which an image token counts as one of them
+STEEPNESS = 12.0  # of those thresholds
+MOST = 8  # counts from there on are told by their sum alone
+AMOUNTS = len(THRESHOLDS) * (MOST + 2) + 2
+
+
+class MentionFinder:
+    """Finds known names in pieces of text.
+
+    A phrase is a known name, or the last words of some that are none themselves ("circle" of "red circle" and
+    "blue circle"), each also in the plural, or one of ANYTHING.
+
+    Attributes:
+        fits: bool [phrases, V], the names that a phrase may mean.
+    """
+
+    def __init__(self, names: Sequence[str], tokenizer: Tokenizer) -> None:
+        meanings: dict[str, set[int]] = {name: {v} for v, name in enumerate(names)}
+        for v, name in enumerate(names):
+            words = name.split(" ")
+            for start in range(1, len(words)):
+                ending = " ".join(words[start:])
+                if ending not in names:
+                    meanings.setdefault(ending, set()).add(v)
+        for word in ANYTHING:
+            meanings[word] = set(range(len(names)))
+        self.fits = torch.zeros(len(meanings), len(names), dtype=torch.bool)
+        # From the last piece of a phrase to its first; None: a phrase starts here, its number.
+        self._backwards: dict[int | None, Any] = {}
+        singular = {tokenizer.encode_name(phrase) for phrase in meanings}
+        for number, (phrase, found) in enumerate(meanings.items()):
+            self.fits[number, list(found)] = True
+            for text in dict.fromkeys((phrase, plural(phrase))):
+                pieces = tokenizer.encode_name(text)
+                if text != phrase and pieces in singular:
+                    continue
+                place = self._backwards
+                for piece in reversed(pieces):
+                    place = place.setdefault(piece, {})
+                place[None] = number
+
+    def find(self, ids: Tensor) -> list[tuple[int, int, int]]:
+        """Pieces [B, T] → (row, column of its last piece, number) of each phrase: the longest that ends there.
+
+        What follows does not matter, so a text that is written piece by piece is read the same.
+        """
+        found = []
+        for row, pieces in enumerate(ids.tolist()):
+            for end, piece in enumerate(pieces):
+                place, number, column = self._backwards.get(piece), None, end
+                while place is not None:
+                    number = place.get(None, number)
+                    column -= 1
+                    place = place.get(pieces[column]) if column >= 0 else None
+                if number is not None:
+                    found.append((row, end, number))
+        return found
+
+
+class NameLookup(nn.Module):
+    """What is told where a name is mentioned: of the image tokens that it may mean, and how many they are."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.llm_dim
+        self.norm = nn.LayerNorm(dim)
+        self.asked = nn.Linear(dim, GATE_DIM)
+        self.shown = nn.Linear(dim, GATE_DIM, bias=False)
+        self.found = nn.Linear(dim, dim, bias=False)
+        self.amount = nn.Linear(AMOUNTS, dim, bias=False)
+        for module in (self.asked, self.found, self.amount):  # changes nothing at first
+            nn.init.zeros_(module.weight)
+        nn.init.zeros_(self.asked.bias)
+
+    def forward(self, states: Tensor, told: Tensor, likeness: Tensor) -> Tensor:
+        """For n mentions.
+
+        Args:
+            states: [n, C], of the LLM where they stand: which of the name are meant.
+            told: [n, M, C], of image tokens; likeness: fp32 [n, M] in 0..1, that they show the name.
+
+        Returns:
+            [n, C], to be added to the states.
+        """
+        keys = self.shown(told)
+        meant = (keys @ self.asked(self.norm(states))[..., None]).squeeze(-1).float() * GATE_DIM**-0.5
+        weight = likeness * (meant + GATE_OPEN).sigmoid()
+        sharp = weight.square()  # many tokens that are a little alike say nothing
+        share = sharp / (sharp.sum(1, keepdim=True) + 1e-3)
+        found = (share.to(told.dtype)[:, None] @ told).squeeze(1)
+        return self.found(found) + self.amount(amounts_of(weight).to(told.dtype))
+
+
+def amounts_of(weight: Tensor) -> Tensor:
+    """How many image tokens of weights [n, M] in 0..1 there are: [n, AMOUNTS]."""
+    threshold = torch.tensor(THRESHOLDS, device=weight.device)
+    counts = ((weight[:, None] - threshold[:, None]) * STEEPNESS).sigmoid().sum(-1)  # [n, thresholds]
+    order = torch.arange(MOST + 1, device=weight.device)
+    about = F.relu(1 - (counts[..., None] - order).abs())  # [n, thresholds, MOST + 1]
+    plain = [counts / MOST, weight.sum(1, keepdim=True) / MOST]
+    most = weight.max(1, keepdim=True).values if weight.shape[1] else weight.sum(1, keepdim=True)
+    return torch.cat([about.flatten(1), *plain, most], 1)
