@@ -252,6 +252,7 @@ PRESETS: dict[str, ModelConfig] = {
         lora_rank=8,
         lora_alpha=16.0,
         lora_targets=("q", "k", "v", "o"),
+        known_power=0.5,  # names go over from tiny before the slots have learned any
     ),
     # The paper's: ResNet-50, BERT-Base, Deformable DETR, LLaMA-7B. Class slots are read from the rows of
     # <c0> … <c511> as in the paper; "names" (tiny's) would add one 4096 × 4096 projection, trained in full.
