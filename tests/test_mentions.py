@@ -190,7 +190,7 @@ def test_reading_with_a_cache_is_the_pass_of_training():
 
 @torch.no_grad()
 def test_further_questions_are_looked_up_and_answers_are_not():
-    """Where a question stands in a training text, as if it were a prompt's; answers are written by nobody yet."""
+    """Where a question stands in a training text, as if it were a prompt's."""
     network = stirred_network()
     prompts, tokens, colours = asked(network, "What is it?", "Who is it?")
     assert len(told_of(network, prompts, tokens, colours).rows) == 0

@@ -40,9 +40,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"written to {options.output}; tensors by where they come from: {counts}")
     if found.explained is not None:
         share = f"{100 * found.explained:.0f} %"
-        print(
-            f"the detector's known names: {share} of what told them apart is in the new text encoder's features"
-        )
+        print(f"the detector's known names: {share} of what told them apart is in the new encoder's")
     return 0
 
 

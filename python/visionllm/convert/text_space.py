@@ -1,14 +1,17 @@
 """A detector that read one text encoder reads another: names keep their meaning.
 
 The text features of the names that the detector's model knows are a cloud of points in either encoder's
-space. A ridge regression takes the new points to the old ones, t ≈ W m + b; it goes into the linear layers that
-text features meet: what the language fusion makes of them, and what image tokens are compared with. On names
-that the model never knew it says little: those are to be learned.
+space. A ridge regression takes the new points to the old ones, t ≈ W m + b; it goes into the linear layers
+that text features meet: what the language fusion makes of them, and what image tokens are compared with. On
+names that the model never knew it says little: those are to be learned.
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import nn
 
 from visionllm.model.image_tokenizer import two_stage
 from visionllm.model.network import Network
@@ -43,8 +46,8 @@ def carry_names(old: Network, new: Network) -> float:
     reads.bias.copy_(read.bias.double() + weight @ b)
     # Likenesses are divided by the root of the text features' size.
     scale = (len(w) / w.shape[1]) ** 0.5
-    for part, linear in new.alignment.items():
-        known = old.alignment[part]
+    for part in new.alignment:
+        known, linear = (cast(nn.Linear, n.alignment[part]) for n in (old, new))
         linear.weight.copy_(scale * (w @ known.weight.double()))
         linear.bias.copy_(scale * (w @ known.bias.double()))
     return float(1 - (x @ w - y).square().sum() / y.square().sum())

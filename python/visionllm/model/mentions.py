@@ -64,7 +64,7 @@ class MentionFinder:
                 place[None] = number
 
     def find(self, ids: Tensor) -> list[tuple[int, int, int]]:
-        """Pieces [B, T] → (row, column of its last piece, number) of each phrase: the longest that ends there.
+        """Pieces [B, T] → (row, column of its last piece, number) of phrases: the longest that ends there.
 
         What follows does not matter, so a text that is written piece by piece is read the same.
         """

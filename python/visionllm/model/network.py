@@ -303,11 +303,12 @@ class Network(nn.Module):
         else:
             features = tokens.features.gather(1, groups[..., None].expand(-1, -1, tokens.features.shape[-1]))
             boxes = boxes.gather(1, groups[..., None].expand(-1, -1, 4))
-        slots = self.slot_queries(features, boxes, wanted or SlotFormat())
+        wanted = wanted or SlotFormat()
+        slots = self.slot_queries(features, boxes, wanted)
         prefix_states, states = self.llm(prefix, prompts.ids != PADDING, slots.to(prefix.dtype))
         name_states = pool_names(prefix_states, prompts.name_index, prompts.class_mask.shape[1])
         rows = self.slot_head.rows(name_states, text.names, self.class_tokens.weight)
-        return SlotReading(self.slot_head, states, rows, prompts.class_mask, boxes)
+        return SlotReading(self.slot_head, states, rows, prompts.class_mask, boxes, wanted.kind)
 
     @torch.inference_mode()
     def find(
