@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_network import SMALL, pictures, small_network, text_batch
 
-from visionllm.data.mixture import RepeatedBatches
+from visionllm.data.train_batch import RepeatedBatches
 from visionllm.instruction import Instruction
 from visionllm.instruction.instruction import TASKS
 from visionllm.model.llm import apply_rope, rope_table

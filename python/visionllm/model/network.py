@@ -40,7 +40,7 @@ from visionllm.text_options import TextOptions
 from visionllm.tokenizer import IMAGE, PADDING, Prompts, Tokenizer, pad
 
 if TYPE_CHECKING:
-    from visionllm.data.mixture import TrainBatch
+    from visionllm.data.train_batch import TrainBatch
     from visionllm.model.bert import Bert
     from visionllm.model.deformable_detr import DeformableDetr
     from visionllm.train.losses import UnmatchedWeights
@@ -571,7 +571,7 @@ class Network(nn.Module):
         return decode_text(self, cache, options, grammar=FormatGrammar())
 
     def loss(self, batch: TrainBatch, unmatched: UnmatchedWeights | None = None) -> dict[str, Tensor]:
-        """Training losses of a `visionllm.data.mixture.TrainBatch`; see `visionllm.train.losses`."""
+        """Training losses of a `visionllm.data.train_batch.TrainBatch`; see `visionllm.train.losses`."""
         from visionllm.train.losses import set_loss
         from visionllm.train.text_loss import text_loss
 

@@ -15,7 +15,7 @@ from visionllm.tokenizer import PADDING, pad
 from visionllm.train.losses import seen_in_training
 
 if TYPE_CHECKING:
-    from visionllm.data.mixture import TrainBatch
+    from visionllm.data.train_batch import TrainBatch
     from visionllm.model.image_tokenizer import ImageTokens
     from visionllm.model.network import Network
     from visionllm.model.told import Told
