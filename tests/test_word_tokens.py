@@ -208,3 +208,16 @@ def test_colours_beside_padding_are_those_without():
     for b, (height, width) in enumerate(sizes.tolist()):
         alone = colours_at(images[b : b + 1, :height, :width], boxes[b : b + 1])
         torch.testing.assert_close(found[b : b + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_lists_nothing_is_guided_by_all_known_names():
+    network = small_network(tasks=TASKS)
+    listing = [Instruction("detection", classes=("dog", "cat"))]
+    unguided = [network.asked(asked)[1] for asked in (INSTRUCTIONS[1:], listing)]
+    network.known_names = ("cat", "dog", "red heart")
+    words, detection = (network.asked(asked)[1] for asked in (INSTRUCTIONS[1:], listing))
+    known = network.encode_names(network.name_ids(network.known_names))
+    assert words.mask.all() and torch.equal(words.tokens[0, -3:], known)
+    assert torch.equal(words.tokens[:, :-3], unguided[0].tokens[:, : words.tokens.shape[1] - 3])
+    assert torch.equal(detection.tokens, unguided[1].tokens)

@@ -182,7 +182,7 @@ class Network(nn.Module):
         """
         weights = [self.embedding.weight, *self.text_encoder.parameters()]
         reduced = torch.is_autocast_enabled(self.device.type)
-        key = (tuple(instructions), reduced, *((w.data_ptr(), w._version) for w in weights))
+        key = (tuple(instructions), self.known_names, reduced, *((w.data_ptr(), w._version) for w in weights))
         keep = not self.training and not torch.is_grad_enabled()
         if keep and (found := self._asked.get(key)) is not None:
             return found
