@@ -47,6 +47,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def load_model(options: argparse.Namespace) -> VisionLLM:
     """Of `add_model_options`; raises as `visionllm.load`."""
-    from visionllm import load
+    from visionllm.pipeline import load
 
-    return load(options.model, options.device, adapter=options.adapter)
+    adapter = {} if options.adapter is None else {"adapter": options.adapter}
+    return load(options.model, options.device, **adapter)
