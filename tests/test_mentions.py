@@ -15,14 +15,16 @@ from visionllm.instruction.instruction import TASKS
 from visionllm.model.mentions import (
     AMOUNTS,
     MOST,
+    RELATIONS,
     STEEPNESS,
     THRESHOLDS,
     MentionFinder,
     NameLookup,
     amounts_of,
+    relation_of,
 )
 from visionllm.model.told import told_of
-from visionllm.model.word_tokens import colours_at
+from visionllm.model.word_tokens import MEASURES, colours_at
 from visionllm.tokenizer import PADDING, pad
 
 KNOWN = (
@@ -42,10 +44,11 @@ def names_in(finder, tokenizer, text):
     """[(last word, names)] of a text's mentions."""
     ids = tokenizer.encode(text)
     found = []
-    for row, column, number in finder.find(torch.tensor([ids])):
-        assert row == 0
-        words = tokenizer.decode(ids[: column + 1]).split(" ")
-        found.append((words[-1], {KNOWN[v] for v in finder.fits[number].nonzero().flatten().tolist()}))
+    for mention in finder.find(torch.tensor([ids])):
+        assert mention.row == 0
+        words = tokenizer.decode(ids[: mention.column + 1]).split(" ")
+        names = finder.fits[mention.phrase].nonzero().flatten().tolist()
+        found.append((words[-1], {KNOWN[v] for v in names}))
     return found
 
 
@@ -84,7 +87,7 @@ def test_a_text_that_is_still_written_reads_the_same(tokenizer):
     whole = finder.find(torch.tensor([ids]))
     for length in range(1, len(ids)):
         beginning = finder.find(torch.tensor([ids[:length]]))
-        assert beginning == [found for found in whole if found[1] < length]
+        assert beginning == [mention for mention in whole if mention.column < length]
 
 
 def test_every_known_name_is_found_alone_and_in_the_plural():
@@ -94,8 +97,8 @@ def test_every_known_name_is_found_alone_and_in_the_plural():
     for v, name in enumerate(names):
         for text in (name, plural(name)):
             ids = network.tokenizer.encode(f" two {text}.")
-            *_, (_, _, number) = finder.find(torch.tensor([ids]))
-            assert finder.fits[number].nonzero().flatten().tolist() == [v]
+            *_, last = finder.find(torch.tensor([ids]))
+            assert finder.fits[last.phrase].nonzero().flatten().tolist() == [v]
 
 
 def test_no_known_names(tokenizer):
@@ -118,13 +121,44 @@ def test_amounts_beside_their_description():
     assert amounts_of(torch.zeros(3, 0)).isfinite().all()
 
 
+def test_what_came_before_a_mention(tokenizer):
+    """Not a name within the same name; and PADDING ends a text."""
+    finder = MentionFinder(KNOWN, tokenizer)
+    ids = tokenizer.encode(" Is the cat face left of the person or below the bear?")
+    found = finder.find(torch.tensor([ids]))
+    assert [[KNOWN[v] for v in finder.fits[one.phrase].nonzero()] for one in found] == [
+        ["cat"], ["cat face"], ["person"], ["bear"],
+    ]  # fmt: skip
+    assert [one.previous for one in found] == [-1, -1, 1, 2]
+    two = torch.tensor([[*ids, PADDING, *ids], [*ids, *[PADDING] * (len(ids) + 1)]])
+    assert [one.previous for one in finder.find(two)] == [-1, -1, 1, 2, -1, -1, 5, 6, -1, -1, 9, 10]
+
+
+def test_relations_beside_their_description():
+    generator = torch.Generator().manual_seed(0)
+    measures = torch.randn(3, MEASURES, generator=generator)
+    counts = torch.rand(3, len(THRESHOLDS), generator=generator) * 4
+    found = relation_of(measures, counts, torch.tensor([-1, 0, 1])).double().numpy()
+    assert found.shape == (3, RELATIONS)
+    m, c = measures.double().numpy(), counts.double().numpy()
+    for n in range(3):
+        before, counted = (m[n - 1], c[n] - c[n - 1]) if n else (np.zeros(MEASURES), np.zeros(len(c[n])))
+        step = m[n] - before if n else before
+        wanted = [m[n], before, step, np.tanh(8 * step), counted / 2, np.tanh(2 * counted), [float(n > 0)]]
+        np.testing.assert_allclose(found[n], np.concatenate(wanted), atol=1e-5)
+    assert relation_of(measures[:0], counts[:0], torch.zeros(0).long()).shape == (0, RELATIONS)
+
+
 def test_what_is_found_is_the_likely_tokens():
     lookup = NameLookup(dataclasses.replace(SMALL, word_layers=1))
     told = torch.randn(1, 6, SMALL.llm_dim, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         lookup.found.weight.copy_(torch.eye(SMALL.llm_dim))
         likeness = torch.tensor([[0.01, 0.01, 0.9, 0.01, 0.01, 0.01]])
-        found = lookup(torch.randn(1, SMALL.llm_dim), told, likeness)
+        nothing_before = torch.tensor([-1])
+        found = lookup(
+            torch.randn(1, SMALL.llm_dim), told, torch.zeros(1, 6, MEASURES), likeness, nothing_before
+        )
     torch.testing.assert_close(found, told[:, 2], atol=0.05, rtol=0.02)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionllm.model.mentions import NameLookup
+from visionllm.model.word_tokens import measures_of
 from visionllm.tokenizer import IMAGE, PADDING, Prompts
 
 if TYPE_CHECKING:
@@ -25,15 +26,18 @@ class Told:
         places: [B, P, C_llm], of image tokens where they stand, 0 elsewhere.
         tokens: [B, M, C_llm], the same alone.
         lookup: what makes of a mention what is told there; None: no names are known.
-        rows, columns: int64 [n], where names are mentioned.
+        measures: [B, M, MEASURES], of image tokens' boxes.
+        rows, columns: int64 [n], where names are mentioned; previous: int64 [n], of `Mention`.
         likeness: fp32 [n, M] in 0..1, that an image token shows the name.
     """
 
     places: Tensor
     tokens: Tensor
     lookup: NameLookup | None = None
+    measures: Tensor | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
+    previous: Tensor | None = None
     likeness: Tensor | None = None
 
     def show(self, x: Tensor) -> Tensor:
@@ -42,10 +46,10 @@ class Told:
 
     def look_up(self, x: Tensor) -> Tensor:
         """After the first of them, which brings to a name what is said of it before."""
-        if self.lookup is None or self.rows is None or not len(self.rows):
+        if self.lookup is None or self.rows is None or self.measures is None or not len(self.rows):
             return x
-        where = self.rows, self.columns
-        told = self.lookup(x[where], self.tokens[self.rows], self.likeness)
+        where, rows = (self.rows, self.columns), self.rows
+        told = self.lookup(x[where], self.tokens[rows], self.measures[rows], self.likeness, self.previous)
         return x.index_put(where, told.to(x.dtype), accumulate=True)
 
 
@@ -64,9 +68,10 @@ def told_of(
     features = tokens.features[:, :m].detach()
     objectness = tokens.objectness[-1][:, :m].detach()
     names = name_chances(network, features) if network.known_names else None
+    boxes = tokens.boxes[-1][:, :m].detach()
     told = network.word_tokens(
         features,
-        tokens.boxes[-1][:, :m].detach(),
+        boxes,
         objectness,
         colours,
         None if names is None else names @ known_words(network),
@@ -76,15 +81,18 @@ def told_of(
     if names is None:
         return Told(places, told)
     finder = network.mention_finder()
-    found = finder.find(prompts.ids)
+    found = [(one.row, one.column, one.phrase, one.previous) for one in finder.find(prompts.ids)]
     if asked is not None:
-        lengths = (prompts.ids != PADDING).sum(1).tolist()
-        found += [(row, lengths[row] + column, name) for row, column, name in finder.find(asked)]
-    rows, columns, phrases = torch.tensor(found, device=features.device).view(-1, 3).long().T
+        lengths, first = (prompts.ids != PADDING).sum(1).tolist(), len(found)
+        for one in finder.find(asked):
+            previous = -1 if one.previous < 0 else first + one.previous
+            found.append((one.row, lengths[one.row] + one.column, one.phrase, previous))
+    rows, columns, phrases, before = torch.tensor(found, device=features.device).view(-1, 4).long().T
     fits = finder.fits.to(names)[phrases.to(finder.fits.device)]  # [n, V]
     chance = (names[rows] @ fits[..., None]).squeeze(-1)
     likeness = chance * objectness[rows].float().sigmoid()
-    return Told(places, told, network.name_lookup, rows, columns, likeness)
+    measures = measures_of(boxes, objectness)
+    return Told(places, told, network.name_lookup, measures, rows, columns, before, likeness)
 
 
 def name_chances(network: Network, features: Tensor) -> Tensor:
