@@ -22,14 +22,14 @@ from visionllm.model.word_tokens import MEASURES
 from visionllm.tokenizer import PADDING, Tokenizer
 
 ANYTHING = ("object", "thing")  # fit whatever is there
-GATE_DIM = 64
+GATE_DIM = 32
 GATE_OPEN = 3.0  # logit of "this one is meant" at the start
 THRESHOLDS = (0.2, 0.35, 0.5, 0.65)  # from which an image token counts as one of them
 STEEPNESS = 12.0  # of those thresholds
 MOST = 8  # counts from there on are told by their sum alone
 AMOUNTS = len(THRESHOLDS) * (MOST + 2) + 2
 RELATIONS = 4 * MEASURES + 2 * len(THRESHOLDS) + 1  # numbers that compare two mentions
-RELATION_HIDDEN = 96
+RELATION_HIDDEN = 64
 
 
 @dataclass(frozen=True)
