@@ -24,12 +24,12 @@ from harness import Limits, Row, Work, compare, measure_limits, print_rows, writ
 from torch import nn
 
 import visionllm
-from visionllm.data.mixture import TrainBatch
+from visionllm.data.train_batch import TrainBatch
 from visionllm.instruction import Instruction
 from visionllm.model.network import Network
 from visionllm.ops import use_operators
+from visionllm.ops.precision import use_autocast
 from visionllm.pipeline import VisionLLM
-from visionllm.train.precision import use_autocast
 
 COMPILED = ("image_tokenizer", "text_encoder", "llm")
 PEERS = {"visionllm": "kernels", "eager": "reference", "compile": "reference"}

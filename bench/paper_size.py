@@ -38,16 +38,16 @@ from harness import write_report
 from torch import Tensor, nn
 
 import visionllm
-from visionllm.data.mixture import TrainBatch
+from visionllm.data.train_batch import TrainBatch
 from visionllm.image import network_batch
 from visionllm.instruction import Instruction
 from visionllm.model.config import PRESETS, ModelConfig
 from visionllm.model.network import Network
 from visionllm.model.weights import NoRandomNumbers
+from visionllm.ops.precision import use_autocast
 from visionllm.pipeline import VisionLLM
 from visionllm.tokenizer import Tokenizer
 from visionllm.train.parallel import checkpoint_blocks
-from visionllm.train.precision import use_autocast
 from visionllm.words import open_words
 
 TOKENIZER = Path(visionllm.__file__).parent / "weights" / "tiny" / "tokenizer.model"

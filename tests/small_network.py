@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import visionllm
-from visionllm.data.mixture import TrainBatch
+from visionllm.data.train_batch import TrainBatch
 from visionllm.instruction import Instruction
 from visionllm.model.config import ModelConfig
 from visionllm.model.network import Network, build_network

@@ -15,7 +15,7 @@ from visionllm.data.scenes.colours import COLOUR_NAMES, clear_colour
 from visionllm.data.scenes.language import view_of
 from visionllm.data.scenes.questions import questions_of
 from visionllm.data.scenes.shapes import COLOURS, SHAPES, shape_picture
-from visionllm.data.scenes.words import NUMBERS, listed, one, plural, several
+from visionllm.english import NUMBERS, listed, one, plural, several
 
 
 @pytest.fixture(scope="module")

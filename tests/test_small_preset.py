@@ -74,7 +74,9 @@ def test_names_are_read_by_minilm(model):
 
 def test_tinys_detector_sees(model):
     """It brings what it has learned: of any picture, its image tokens say where things are."""
-    result = model.detect("examples/chelsea.jpg", ["cat", "dog"], threshold=0.0)
-    assert result.boxes.scores[0] > 0.1
+    result = model.detect("examples/chelsea.jpg", ["dog", "cat", "cup"], threshold=0.0)
+    assert result.boxes.names[0] == "cat" and result.boxes.scores[0] > 0.1
+    x1, y1, x2, y2 = result.boxes.xyxy[0]
+    assert (x2 - x1) * (y2 - y1) > 451 * 300 / 2  # it fills the picture
     assert all(parameter.requires_grad is (".lora_" in name)
                for name, parameter in model.network.llm.named_parameters())  # fmt: skip

@@ -10,11 +10,12 @@ import pytest
 import torch
 from small_network import SMALL, pictures, small_network, text_batch
 
-from visionllm.data.mixture import RepeatedBatches
+from visionllm.data.train_batch import RepeatedBatches
 from visionllm.instruction import Instruction
 from visionllm.instruction.instruction import TASKS
 from visionllm.model.llm import apply_rope, rope_table
 from visionllm.model.network import build_network
+from visionllm.model.told import known_words, name_chances, told_of
 from visionllm.model.word_tokens import COLOUR_GRID, COLOUR_SHARE, MEASURES, colours_at, measures_of
 from visionllm.tokenizer import IMAGE, PADDING
 from visionllm.train.build import freeze, with_parts
@@ -81,9 +82,13 @@ def test_likely_names_are_weighted_words():
                 pieces = network.tokenizer.encode_name(name)
                 words = network.embedding.weight[list(pieces)].double().sum(0) / len(pieces) ** 0.5
                 expected[b, i] += chance * words
-    torch.testing.assert_close(network.likely_names(features).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        (name_chances(network, features) @ known_words(network)).double(), expected, rtol=1e-4, atol=1e-4
+    )
     network.known_names = ("dog",)  # what was kept of the others is not used for it
-    assert not torch.allclose(network.likely_names(features).double(), expected, atol=1e-3)
+    assert not torch.allclose(
+        (name_chances(network, features) @ known_words(network)).double(), expected, atol=1e-3
+    )
 
 
 @torch.no_grad()
@@ -92,11 +97,11 @@ def test_they_are_told_of_image_tokens_alone():
     ids, tokens = seen_by(network)
     colours = colours_at(pictures(2), tokens.boxes[-1])
     is_image = ids.ids == IMAGE
-    told = network.told(ids, tokens, colours)
+    told = told_of(network, ids, tokens, colours).places
     assert not told[~is_image].any() and (told[is_image] != 0).any(-1).all()
     network.known_names = ("cat", "dog")
-    assert not torch.equal(network.told(ids, tokens, colours), told)
-    assert small_network(tasks=TASKS).told(ids, tokens, colours) is None
+    assert not torch.equal(told_of(network, ids, tokens, colours).places, told)
+    assert told_of(small_network(tasks=TASKS), ids, tokens, colours) is None
 
 
 @torch.no_grad()
@@ -203,3 +208,16 @@ def test_colours_beside_padding_are_those_without():
     for b, (height, width) in enumerate(sizes.tolist()):
         alone = colours_at(images[b : b + 1, :height, :width], boxes[b : b + 1])
         torch.testing.assert_close(found[b : b + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_lists_nothing_is_guided_by_all_known_names():
+    network = small_network(tasks=TASKS)
+    listing = [Instruction("detection", classes=("dog", "cat"))]
+    unguided = [network.asked(asked)[1] for asked in (INSTRUCTIONS[1:], listing)]
+    network.known_names = ("cat", "dog", "red heart")
+    words, detection = (network.asked(asked)[1] for asked in (INSTRUCTIONS[1:], listing))
+    known = network.encode_names(network.name_ids(network.known_names))
+    assert words.mask.all() and torch.equal(words.tokens[0, -3:], known)
+    assert torch.equal(words.tokens[:, :-3], unguided[0].tokens[:, : words.tokens.shape[1] - 3])
+    assert torch.equal(detection.tokens, unguided[1].tokens)

@@ -38,6 +38,9 @@ def main(argv: Sequence[str]) -> int:
     )
     counts = ", ".join(f"{part} {count}" for part, count in found.tensors.items())
     print(f"written to {options.output}; tensors by where they come from: {counts}")
+    if found.explained is not None:
+        share = f"{100 * found.explained:.0f} %"
+        print(f"the detector's known names: {share} of what told them apart is in the new encoder's")
     return 0
 
 

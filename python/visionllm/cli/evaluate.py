@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionllm.atomic_file import write_json
-from visionllm.cli.arguments import folder, positive
+from visionllm.cli.arguments import add_model_options, folder, load_model, positive
 from visionllm.cli.evaluate_language import (
     FORMATS,
     LANGUAGE_TASKS,
@@ -33,9 +33,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(problem)
 
     if options.task == FORMATS:
-        from visionllm.pipeline import load
-
-        evaluate_written_formats(load(options.model, options.device), options)
+        evaluate_written_formats(load_model(options), options)
         return 0
 
     from visionllm.instruction import EVAL_TEMPLATES
@@ -46,15 +44,14 @@ def main(argv: Sequence[str]) -> int:
     template = None if options.template is None else descriptions[options.template - 1]
     about = {
         "model": str(options.model),
+        **({} if options.adapter is None else {"adapter": options.adapter}),
         **described_source(options),
         "template": options.template,
         "seed": options.seed,
     }
     if options.task in LANGUAGE_TASKS:
-        from visionllm.pipeline import load
-
         samples = open_samples(options)
-        evaluate_language(load(options.model, options.device), samples, template, options, about)
+        evaluate_language(load_model(options), samples, template, options, about)
         return 0
     if options.group_size is not None:
         return evaluate_groups(options, template, about)
@@ -66,10 +63,9 @@ def evaluate_groups(options: argparse.Namespace, template: Any, about: dict[str,
     from tqdm import tqdm
 
     from visionllm.evaluate.large_vocabulary import evaluate_large_vocabulary
-    from visionllm.pipeline import load
 
     dataset = open_samples(options)
-    model = load(options.model, options.device)
+    model = load_model(options)
     with tqdm(total=len(dataset.images), unit="picture", disable=None) as progress:
         found = evaluate_large_vocabulary(
             model,
@@ -100,7 +96,6 @@ def evaluate_objects(options: argparse.Namespace, template: Any, about: dict[str
 
     from visionllm.evaluate.evaluation import PromptOptions, class_table, evaluate, passes, write_evaluation
     from visionllm.evaluate.keypoints import common_names
-    from visionllm.pipeline import load
 
     keypoints = options.keypoints
     if options.task == "keypoints":
@@ -122,7 +117,7 @@ def evaluate_objects(options: argparse.Namespace, template: Any, about: dict[str
         "list_classes": options.list_classes,
         "shuffle_classes": options.shuffle_classes,
     }
-    model = load(options.model, options.device)
+    model = load_model(options)
     if options.robustness:
         return robustness(model, dataset, prompts, options.batch_size, about, options.output)
     if options.task == "segmentation":
@@ -186,10 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=folder, required=True, metavar="DIR", help="folder for metrics.json and the rest"
     )
-    parser.add_argument(
-        "--model", default="tiny", metavar="DIR", help="model folder (default: the packaged tiny)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add_model_options(parser)
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="pictures in one pass (8)"
     )

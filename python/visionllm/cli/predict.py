@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionllm.atomic_file import write_json
-from visionllm.cli.arguments import folder, positive, score
+from visionllm.cli.arguments import add_model_options, folder, load_model, positive, score
 from visionllm.cli.questions import Question, add_questions, read_question
 from visionllm.image import IMAGE_SUFFIXES, MAX_PIXELS, ImageError
 
@@ -38,9 +38,7 @@ def main(argv: Sequence[str]) -> int:
         print("visionllm predict: no pictures", file=sys.stderr)
         return 1
 
-    from visionllm.pipeline import load
-
-    model = load(options.model, options.device)
+    model = load_model(options)
     request = question.request(model)
     threshold = model.threshold if options.threshold is None else options.threshold
     pictures: list[dict[str, Any]] = []
@@ -76,10 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=folder, required=True, metavar="DIR", help="folder for what is written"
     )
-    parser.add_argument(
-        "--model", default="tiny", metavar="DIR", help="model folder (default: the packaged tiny)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add_model_options(parser)
     parser.add_argument(
         "--threshold", type=score, metavar="SCORE", help="lowest score shown (default: the model's)"
     )

@@ -26,11 +26,13 @@ from visionllm.convert.llama import llama_config, llama_steps, rows_for
 from visionllm.convert.peft import read_adapter
 from visionllm.convert.resnet import resnet_steps
 from visionllm.convert.source import Source, open_source, read_config
+from visionllm.convert.text_space import carry_names
+from visionllm.model import known_names
 from visionllm.model.config import LORA_TARGETS, PRESETS, ModelConfig
 from visionllm.model.image_tokenizer import two_stage
 from visionllm.model.lora import Adapter
 from visionllm.model.network import Network
-from visionllm.model.new_rows import fit_new_rows
+from visionllm.model.new_rows import fit_new_rows, start_slot_head
 from visionllm.model.weight_files import CONFIG, WeightsReader, WeightsWriter
 from visionllm.model_folder import model_folder
 from visionllm.tokenizer import Tokenizer
@@ -77,10 +79,11 @@ class Parts:
 
 @dataclass
 class Assembly:
-    """What was done: the model's configuration, and tensors by where they come from."""
+    """What was done: the model's configuration, tensors by where they come from, and how names fared."""
 
     config: ModelConfig
     tensors: dict[str, int] = field(default_factory=dict)
+    explained: float | None = None  # of the known names' features, by those of the new text encoder
 
 
 # Where the parts of `small` are when they are installed: module, place inside, package.
@@ -176,6 +179,8 @@ def assemble(
         steps = plan(source.shapes, shapes_of(network.text_encoder), bert_rules(), where)
         fill(network.text_encoder, source, steps, where)
         report.tensors["text encoder"] = len(steps)
+        if config.detector == "two-stage" and parts.detector is not None:
+            report.explained = _carry_names(network, parts.detector)
         _write(network, llm, str(parts.llm), adapter, Path(output), report)
     return report
 
@@ -245,11 +250,6 @@ def _fill_detector(network: Network, parts: Parts, allow_pickle: bool) -> int:
         with WeightsReader(model_folder(parts.detector)) as reader:
             steps = plan(reader.shapes, shapes_of(module), DETECTOR_RULES, parts.detector, (FUSION,))
             fill(module, reader, steps, parts.detector)
-        # The gate is open already: what the fusion adds must come from what the new text encoder will say.
-        key_value = two_stage(module, "detector").fusion.key_value
-        key_value.weight[config.dim :].zero_()
-        assert key_value.bias is not None
-        key_value.bias.zero_()
         return len(steps)
     where = parts.detector
     check_config(read_config(where, MODEL_TYPES), config, where, first_queries=True)
@@ -257,6 +257,20 @@ def _fill_detector(network: Network, parts: Parts, allow_pickle: bool) -> int:
     steps = deformable_detr_steps(source, shapes_of(module), where, first_queries=True)
     fill(module, source, steps, where)
     return len(steps)
+
+
+@torch.no_grad()
+def _carry_names(network: Network, detector: str) -> float | None:
+    """Has the fusion read the new text encoder; the share of the old one's names that it still tells."""
+    old = Network.from_pretrained(model_folder(detector))
+    if old.config.text_guidance and old.known_names:
+        return carry_names(old, network)
+    # The gate is open already: what the fusion adds must come from what the new text encoder will say.
+    key_value = two_stage(network.image_tokenizer, "detector").fusion.key_value
+    key_value.weight[network.config.dim :].zero_()
+    assert key_value.bias is not None
+    key_value.bias.zero_()
+    return None
 
 
 def _write(
@@ -267,10 +281,13 @@ def _write(
         for name, data in network.tokenizer.files.items():
             writer.add_file(name, data)
         writer.add_file(CONFIG, network.config.to_json().encode())
+        if network.known_names:
+            writer.add_file(known_names.FILE, known_names.text_of(network.known_names).encode())
         added: set[str] = set()
         for target, tensor in convert(llm, llama_steps(llm, network, where), where):
             if target == "embedding.weight":
                 fit_new_rows(tensor, network.class_tokens, network.slot_queries)
+                start_slot_head(network.slot_head)
             for name, value in rows_for(target, tensor, state[target].dtype).items():
                 writer.add(name, value.clone(memory_format=torch.contiguous_format))
                 added.add(name)

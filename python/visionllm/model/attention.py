@@ -12,7 +12,7 @@ from torch import Tensor
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether this CPU does: on others torch's bf16 products take tens of times as long as those in fp32."""
-    from visionllm.train.precision import use_autocast
+    from visionllm.ops.precision import use_autocast
 
     return use_autocast("auto", torch.device("cpu"))
 

@@ -91,6 +91,7 @@ class ModelConfig:
     word_layers: int = 0
     # Slot head
     class_rows: str = "names"  # "names": the prompt's own states at each name; "static": rows of <c0>…<c511>
+    box_prior: bool = False  # corners start from the image token's own box (model/box_prior.py)
     location_bins: int = LOCATION_BINS  # location tokens, odd; the last is an offset of one picture size
     coordinate_window: int = 6  # decode by expectation within ± this many bins of the argmax; 0: argmax alone
     # score = objectness^a · class probability^(1 − a) · (probability among all known names)^c
@@ -252,6 +253,8 @@ PRESETS: dict[str, ModelConfig] = {
         lora_rank=8,
         lora_alpha=16.0,
         lora_targets=("q", "k", "v", "o"),
+        box_prior=True,
+        known_power=0.5,  # names go over from tiny before the slots have learned any
     ),
     # The paper's: ResNet-50, BERT-Base, Deformable DETR, LLaMA-7B. Class slots are read from the rows of
     # <c0> … <c511> as in the paper; "names" (tiny's) would add one 4096 × 4096 projection, trained in full.

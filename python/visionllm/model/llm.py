@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from visionllm.model.config import ModelConfig
 from visionllm.model.lora import Adapter, LoRALinear
 from visionllm.ops import query_attention
 from visionllm.ops.choice import uses_operators
+
+if TYPE_CHECKING:
+    from visionllm.model.told import Told
 
 # Layers for words that start with a head that matches words, and the scale of its weights: a half of the same
 # direction then gets a logit of about 4.
@@ -322,7 +326,7 @@ class LLM(nn.Module):
         slots: Tensor,
         adapters: Sequence[str | None] | Tensor | None = None,
         words: bool = False,
-        seen: Tensor | None = None,
+        seen: Told | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One pass over prefix and slots.
 
@@ -331,7 +335,7 @@ class LLM(nn.Module):
             adapters: the name of each sample's adapter, None for the base alone, or what `adapter_rows` makes
                 of these; without it all have the network's own.
             words: also through the layers for words, if there are any.
-            seen: [B, P, C], what those are told of image tokens (`WordTokens`); None: nothing.
+            seen: what those are told; None: nothing.
         """
         b, p, c = prefix.shape
         groups, size = slots.shape[1:3]
@@ -345,16 +349,17 @@ class LLM(nn.Module):
         for layer in self.layers:
             x = layer(x, layout)
         if words and self.word_layers:
-            x = x if seen is None else x + F.pad(seen, (0, 0, 0, x.shape[1] - p))
-            for layer in self.word_layers:
+            x = x if seen is None else seen.show(x)
+            for i, layer in enumerate(self.word_layers):
                 x = layer(x, layout)
+                x = seen.look_up(x) if seen is not None and i == 0 else x
             x = self.word_norm(x)
         else:
             x = self.norm(x)
         return x[:, :p], x[:, p:].reshape(b, groups, size, c)
 
     def read(
-        self, x: Tensor, mask: Tensor, cache: KVCache, words: bool = False, seen: Tensor | None = None
+        self, x: Tensor, mask: Tensor, cache: KVCache, words: bool = False, seen: Told | None = None
     ) -> Tensor:
         """Reads on: x [B, T, C] behind what the cache holds, which then holds it too → states [B, T, C].
 
@@ -378,9 +383,10 @@ class LLM(nn.Module):
             x = layer.read(x, rope, sees, cache, i)  # type: ignore[operator]
         norm = self.norm
         if words and self.word_layers:
-            x = x if seen is None else x + seen
-            for i, layer in enumerate(self.word_layers, len(self.layers)):
-                x = layer.read(x, rope, sees, cache, i)  # type: ignore[operator]
+            x = x if seen is None else seen.show(x)
+            for i, layer in enumerate(self.word_layers):
+                x = layer.read(x, rope, sees, cache, len(self.layers) + i)  # type: ignore[operator]
+                x = seen.look_up(x) if seen is not None and i == 0 else x
             norm = self.word_norm
         cache.used = end
         cache.lengths = cache.lengths + mask.sum(1)

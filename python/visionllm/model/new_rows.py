@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from visionllm.model.slots import SlotQueries
+    from visionllm.model.slots import SlotHead, SlotQueries
 
 DRAWN_STD = 0.5
 ROWS_AT_ONCE = 4096  # in fp32: LLaMA's 32000 × 4096 would be half a gigabyte
@@ -67,3 +67,10 @@ def fit_new_rows(published: Tensor, class_tokens: nn.Embedding, slot_queries: Sl
         if linear.bias is not None:
             linear.bias.mul_(factor)
     return factor
+
+
+@torch.no_grad()
+def start_slot_head(head: SlotHead) -> None:
+    """Has the slots' head say nothing at first: all rows alike, whatever the published states' scale is."""
+    head.class_query.weight.zero_()
+    head.locations.zero_()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionllm.instruction.instruction import MAX_CLASSES
+from visionllm.model.box_prior import BoxPrior
 from visionllm.model.config import LOCATION_BINS, ModelConfig
 from visionllm.model.position_encoding import sine_encoding
 from visionllm.ops import SlotPrediction, slot_head_cross_entropy, slot_head_predict
@@ -160,6 +161,7 @@ class SlotHead(nn.Module):
         self.no_object = nn.Parameter(torch.empty(dim).normal_())
         self.locations = nn.Parameter(torch.empty(config.location_bins, dim).normal_(std=0.02))
         self.visibility = nn.Linear(dim, VISIBILITIES)  # of a keypoint, read at its x
+        self.box_prior = BoxPrior(config.location_bins) if config.box_prior else None
         self.scale = dim**-0.5
 
     def rows(self, name_states: Tensor, name_features: Tensor, class_tokens: Tensor) -> Tensor:
@@ -185,9 +187,10 @@ class SlotHead(nn.Module):
             torch.cat([logits, (query @ self.no_object.to(query.dtype)).float()[..., None]], -1) * self.scale
         )
 
-    def location_logits(self, states: Tensor) -> Tensor:
-        """[..., C] → [..., 1025] in fp32."""
-        return (states @ self.locations.to(states.dtype).T).float()
+    def location_logits(self, states: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[..., C] → [..., 1025] in fp32; rows: [1025, C], location tokens other than `locations`."""
+        rows = self.locations if rows is None else rows
+        return (states @ rows.to(states.dtype).T).float()
 
 
 class SlotReading:
@@ -197,10 +200,20 @@ class SlotReading:
         states: [B, G, 1 + 2N, C], the LLM's last.
         rows: [B, K, C], of `SlotHead.rows`; mask: bool [B, K], which of them a prompt lists.
         boxes: [B, G, 4] cxcywh, to whose centres the locations are relative.
+        kind: of `SlotFormat`.
     """
 
-    def __init__(self, head: SlotHead, states: Tensor, rows: Tensor, mask: Tensor, boxes: Tensor) -> None:
+    def __init__(
+        self,
+        head: SlotHead,
+        states: Tensor,
+        rows: Tensor,
+        mask: Tensor,
+        boxes: Tensor,
+        kind: str = "boxes",
+    ) -> None:
         self.head, self.states, self.rows, self.mask, self.boxes = head, states, rows, mask, boxes
+        self.kind = kind
         self.by_operator = uses_operators(states)
 
     @cached_property
@@ -208,7 +221,7 @@ class SlotReading:
         with torch.set_grad_enabled(self.states.requires_grad):  # answers ask first, without gradients
             return SlotLogits(
                 self.head.class_logits(self.states[:, :, 0], self.rows, self.mask),
-                self.head.location_logits(self.states[:, :, 1:]),
+                self.head.location_logits(*self._location_operands()),
             )
 
     def answers(self, window: int, groups: int | None = None) -> SlotAnswers:
@@ -228,8 +241,9 @@ class SlotReading:
             states, rows, valid=valid, scale=self.head.scale, probabilities=True
         )
         half = self.head.bins_per_unit
+        coordinates, locations = self._location_operands(groups)
         places: SlotPrediction = slot_head_predict(
-            autocast(self.states[:, :groups, 1:]), self.head.locations, window=window, offset=half
+            autocast(coordinates), locations, window=window, offset=half
         )
         assert classes.probabilities is not None and places.expectation is not None
         return SlotAnswers(classes.probabilities, places.expectation / half, places.best - half)
@@ -262,14 +276,24 @@ class SlotReading:
         if not self.by_operator:
             counts = weight > 0
             return location_loss(self.logits.locations[counts], offsets[counts], weight[counts])
+        states, locations = self._location_operands()
         return slot_head_cross_entropy(
-            autocast(self.states[:, :, 1:]),
-            self.head.locations,
+            autocast(states),
+            locations,
             offsets + self.head.bins_per_unit,
             weight=weight.to(offsets.dtype),
             sigma=LOCATION_SIGMA * self.head.bins_per_unit / BINS_PER_UNIT,
             reduction="sum",
         )
+
+    def _location_operands(self, groups: int | None = None) -> tuple[Tensor, Tensor]:
+        """States [B, G, 2N, C'] of the coordinate slots and location tokens [1025, C']."""
+        states, rows = self.states[:, :groups, 1:], self.head.locations
+        prior = self.head.box_prior
+        if prior is None or self.kind != "boxes":
+            return states, rows
+        corners = prior.of_boxes(self.boxes[:, :groups])
+        return torch.cat([states, corners.to(states.dtype)], -1), torch.cat([rows, prior.of_bins()], -1)
 
     def _class_operands(self, groups: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """States [B, G, C], rows [B, K + 1, C] and which of them each picture allows."""

@@ -16,8 +16,9 @@ import torch
 from visionllm.atomic_file import replacing
 from visionllm.data.coco import CocoDataset
 from visionllm.data.formats import FORMATS
-from visionllm.data.mixture import RepeatedBatches, Source, TrainingBatches, vocabulary_of
+from visionllm.data.mixture import Source, TrainingBatches, vocabulary_of
 from visionllm.data.scenes import SceneDataset
+from visionllm.data.train_batch import RepeatedBatches
 from visionllm.instruction.instruction import TASKS
 from visionllm.model import known_names
 from visionllm.model.config import ModelConfig

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from visionllm.atomic_file import recover_folder, replacing_folder
+from visionllm.ops.precision import use_autocast
 from visionllm.train.average import WeightAverage
 from visionllm.train.checkpoint import (
     CheckpointError,
@@ -41,7 +42,6 @@ from visionllm.train.config import TrainConfig, accumulation, config_to_dict
 from visionllm.train.distributed import Processes
 from visionllm.train.launch import launcher_lost
 from visionllm.train.parallel import checkpoint_blocks, parallel, share, with_state
-from visionllm.train.precision import use_autocast
 from visionllm.train.run_log import RunLog
 from visionllm.train.schedule import ActiveClock, learning_rate_factor
 from visionllm.train.sharded_checkpoint import read_shards, read_state, stored_shapes, write_shards

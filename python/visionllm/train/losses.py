@@ -27,7 +27,7 @@ from visionllm.tokenizer import PADDING
 from visionllm.train.matcher import CLASS_COST, GIOU_COST, L1_COST, match, match_proposals, pair_costs
 
 if TYPE_CHECKING:
-    from visionllm.data.mixture import TrainBatch
+    from visionllm.data.train_batch import TrainBatch
     from visionllm.model.network import Network, Text
 
 OBJECTNESS_WEIGHT, CENTRE_WEIGHT, BOX_WEIGHT, GIOU_WEIGHT = 1.0, 2.5, 2.5, 2.0

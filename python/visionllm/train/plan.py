@@ -352,7 +352,7 @@ def _forward(network: Any, work: Workload) -> Tensor:
 
     rows = network.slot_head.rows(read[:, : work.names], names, network.class_tokens.weight)
     listed = torch.ones(b, work.names, dtype=torch.bool)
-    reading = SlotReading(network.slot_head, states, rows, listed, boxes)
+    reading = SlotReading(network.slot_head, states, rows, listed, boxes, kind.kind)
     losses = [reading.class_loss(ids(b, work.groups)).mean()]
     places = torch.zeros(b, work.groups, 2 * work.points)
     losses.append(reading.location_loss(places, torch.ones_like(places)))

@@ -20,7 +20,7 @@ from visionllm.ops.choice import uses_operators
 from visionllm.train.losses import pad_boxes, router_loss
 
 if TYPE_CHECKING:
-    from visionllm.data.mixture import TrainBatch
+    from visionllm.data.train_batch import TrainBatch
     from visionllm.model.network import Network
 
 # Four points per scale, in box sizes from the centre: where an object's own pixels are likely.

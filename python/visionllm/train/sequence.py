@@ -38,7 +38,7 @@ from visionllm.train.losses import (
 from visionllm.train.matcher import match, pair_costs
 
 if TYPE_CHECKING:
-    from visionllm.data.mixture import TrainBatch
+    from visionllm.data.train_batch import TrainBatch
     from visionllm.model.image_tokenizer import ImageTokens
     from visionllm.model.network import Network, Text
 

@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionllm.model.told import told_of
 from visionllm.model.word_tokens import colours_at
 from visionllm.tokenizer import PADDING, pad
 from visionllm.train.losses import seen_in_training
 
 if TYPE_CHECKING:
-    from visionllm.data.mixture import TrainBatch
+    from visionllm.data.train_batch import TrainBatch
     from visionllm.model.image_tokenizer import ImageTokens
     from visionllm.model.network import Network
+    from visionllm.model.told import Told
     from visionllm.tokenizer import Prompts, Tokenizer
 
 FORMAT_WEIGHT = 0.3  # of the output formats that are written beside captions and answers
@@ -42,14 +44,16 @@ def text_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     seen = batch.seen or see(network, batch, prompts)
     prefix = network.embed(prompts, seen.tokens)
     lengths = (prompts.ids != PADDING).sum(1)
-    told = network.told(prompts, seen.tokens, seen.colours)
-    loss, right = written_loss(network, prefix, lengths, batch.answers, batch.turns, told)
+    given, wanted = written(network, batch.answers, batch.turns)
+    asked = given.masked_fill(wanted != PADDING, PADDING)  # further questions; answers are not read for names
+    told = told_of(network, prompts, seen.tokens, seen.colours, asked)
+    loss, right = written_loss(network, prefix, lengths, given, wanted, told)
     losses = {"text": loss}
     if batch.formats:
         ids = network.tokenizer.text_ids([words for words, _ in batch.formats]).to(device)
         words = network.word_embeddings(ids)
-        formats = [wanted for _, wanted in batch.formats]
-        found, _ = written_loss(network, words, (ids != PADDING).sum(1), formats)
+        formats = written(network, [wanted for _, wanted in batch.formats])
+        found, _ = written_loss(network, words, (ids != PADDING).sum(1), *formats)
         losses["format"] = FORMAT_WEIGHT * found
     result = dict(losses)
     result["total"] = torch.stack(list(losses.values())).sum()
@@ -79,16 +83,15 @@ def written_loss(
     network: Network,
     prefix: Tensor,
     lengths: Tensor,
-    texts: list[str],
-    turns: list[list[tuple[str, str]]] | None = None,
-    told: Tensor | None = None,
+    given: Tensor,
+    wanted: Tensor,
+    told: Told | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of texts behind their prompts.
 
     Args:
         prefix: [B, P, C], prompts with their padding last; lengths: int64 [B], their tokens.
-        turns: as `TrainBatch.turns`.
-        told: [B, P, C], of `Network.told`.
+        given, wanted: of `written`.
 
     Returns:
         the mean cross-entropy of a piece, those of a text of n pieces weighing 1 / √n: neither the many of a
@@ -96,8 +99,6 @@ def written_loss(
         (detached).
     """
     device, b = prefix.device, len(prefix)
-    rows = [written_ids(network.tokenizer, *row) for row in zip(texts, turns or [[]] * b, strict=True)]
-    given, wanted = (pad(part, PADDING).to(device) for part in zip(*rows, strict=True))  # [B, T]
     # The answer stands directly behind its prompt, where decoding puts it: rows are shifted together.
     p, t = prefix.shape[1], given.shape[1]
     order = torch.arange(p + t, device=device)
@@ -109,8 +110,6 @@ def written_loss(
         is_answer[..., None], words[row, behind.clamp(0, t - 1)], prefix[row, order.clamp(max=p - 1)]
     )
     mask = order < lengths[:, None] + (given != PADDING).sum(1, keepdim=True)
-    if told is not None:
-        told = F.pad(told, (0, 0, 0, t))
     states, _ = network.llm(x, mask, x.new_zeros(b, 0, 1, x.shape[-1]), words=True, seen=told)
     at = (lengths[:, None] + torch.arange(t, device=device)).clamp(max=p + t - 1)
     known = wanted != PADDING
@@ -131,6 +130,19 @@ def text_weights(wanted: Tensor) -> Tensor:
     counts = torch.zeros(len(wanted), int(which.max()) + 1, device=wanted.device)
     counts = counts.scatter_add(1, which, torch.ones_like(wanted, dtype=counts.dtype))
     return counts.gather(1, which).rsqrt() * known
+
+
+def written(
+    network: Network, texts: list[str], turns: list[list[tuple[str, str]]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pieces that are read, [B, T], and what follows each where that is learned; PADDING elsewhere.
+
+    turns: as `TrainBatch.turns`.
+    """
+    rows = zip(texts, turns or [[]] * len(texts), strict=True)
+    ids = [written_ids(network.tokenizer, *row) for row in rows]
+    given, wanted = (pad(part, PADDING).to(network.device) for part in zip(*ids, strict=True))
+    return given, wanted
 
 
 def written_ids(

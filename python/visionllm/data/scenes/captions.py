@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from visionllm.data.expressions import YES, Thing, View
-from visionllm.data.scenes.words import NUMBERS, is_or_are, listed, one, plural, several
+from visionllm.english import NUMBERS, is_or_are, listed, one, plural, several
 
 GROUPS = {"short": 3, "long": 4}  # at most
 DETAILED_OBJECTS = 6  # at most

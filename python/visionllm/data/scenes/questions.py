@@ -24,7 +24,7 @@ from visionllm.data.expressions import (
     pick,
 )
 from visionllm.data.sample import QUESTION_KINDS, Question
-from visionllm.data.scenes.words import MASS, PLURAL, is_or_are, one, plural
+from visionllm.english import MASS, PLURAL, is_or_are, one, plural
 
 PER_KIND = 2  # questions of each kind, where a scene has so many
 TRIES = 4

@@ -1,4 +1,4 @@
-"""English forms of the scenes' nouns: articles, plurals, number words."""
+"""English forms of nouns: articles, plurals, number words; the exceptions are those of the scenes' nouns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether to train in bfloat16 autocast."""
+"""Whether bfloat16 is worth it on a device."""
 
 from __future__ import annotations
 

@@ -1,0 +1,176 @@
+"""Names that a text mentions, looked up among the image tokens.
+
+"How many dogs are there?" asks for what the detector knows: which image tokens show a dog. An LLM of a few
+layers matches words with image tokens badly, so a mention of a known name is matched for it, by the likeness
+that names objects; what it finds is told where the name stands. The LLM says which of them are meant ("red
+dogs") and what to make of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionllm.english import plural
+from visionllm.model.config import ModelConfig
+from visionllm.model.word_tokens import MEASURES
+from visionllm.tokenizer import PADDING, Tokenizer
+
+ANYTHING = ("object", "thing")  # fit whatever is there
+GATE_DIM = 32
+GATE_OPEN = 3.0  # logit of "this one is meant" at the start
+THRESHOLDS = (0.2, 0.35, 0.5, 0.65)  # from which an image token counts as one of them
+STEEPNESS = 12.0  # of those thresholds
+MOST = 8  # counts from there on are told by their sum alone
+AMOUNTS = len(THRESHOLDS) * (MOST + 2) + 2
+RELATIONS = 4 * MEASURES + 2 * len(THRESHOLDS) + 1  # numbers that compare two mentions
+RELATION_HIDDEN = 64
+
+
+@dataclass(frozen=True)
+class Mention:
+    """Where a text mentions names: row, column of the last piece, the phrase's number in `MentionFinder`.
+
+    previous: the last mention before it in the same text, by its place in the list; −1: none. Names within
+        this one's ("cat" of "cat face") are not before it.
+    """
+
+    row: int
+    column: int
+    phrase: int
+    previous: int
+
+
+class MentionFinder:
+    """Finds known names in pieces of text.
+
+    A phrase is a known name, or the last words of some that are none themselves ("circle" of "red circle" and
+    "blue circle"), each also in the plural, or one of ANYTHING.
+
+    Attributes:
+        fits: bool [phrases, V], the names that a phrase may mean.
+    """
+
+    def __init__(self, names: Sequence[str], tokenizer: Tokenizer) -> None:
+        meanings: dict[str, set[int]] = {name: {v} for v, name in enumerate(names)}
+        for v, name in enumerate(names):
+            words = name.split(" ")
+            for start in range(1, len(words)):
+                ending = " ".join(words[start:])
+                if ending not in names:
+                    meanings.setdefault(ending, set()).add(v)
+        for word in ANYTHING:
+            meanings[word] = set(range(len(names)))
+        self.fits = torch.zeros(len(meanings), len(names), dtype=torch.bool)
+        # From the last piece of a phrase to its first; None: a phrase starts here, its number.
+        self._backwards: dict[int | None, Any] = {}
+        singular = {tokenizer.encode_name(phrase) for phrase in meanings}
+        for number, (phrase, found) in enumerate(meanings.items()):
+            self.fits[number, list(found)] = True
+            for text in dict.fromkeys((phrase, plural(phrase))):
+                pieces = tokenizer.encode_name(text)
+                if text != phrase and pieces in singular:
+                    continue
+                place = self._backwards
+                for piece in reversed(pieces):
+                    place = place.setdefault(piece, {})
+                place[None] = number
+
+    def find(self, ids: Tensor) -> list[Mention]:
+        """Of the longest phrase that ends at each place of pieces [B, T], if one does.
+
+        What follows does not matter, so a text that is written piece by piece is read the same.
+        """
+        found: list[Mention] = []
+        for row, pieces in enumerate(ids.tolist()):
+            text = len(found)  # the first mention of this text: PADDING ends one
+            for end, piece in enumerate(pieces):
+                if piece == PADDING:
+                    text = len(found)
+                place, number, column, start = self._backwards.get(piece), None, end, end
+                while place is not None:
+                    if None in place:
+                        number, start = place[None], column
+                    column -= 1
+                    place = place.get(pieces[column]) if column >= 0 else None
+                if number is not None:
+                    before = (i for i in range(len(found) - 1, text - 1, -1) if found[i].column < start)
+                    found.append(Mention(row, end, number, next(before, -1)))
+        return found
+
+
+class NameLookup(nn.Module):
+    """What is told where a name is mentioned: of the image tokens that it may mean, how many they are, and
+    how they compare with what the mention before it found ("is the cat larger than the dog?").
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.llm_dim
+        self.norm = nn.LayerNorm(dim)
+        self.asked = nn.Linear(dim, GATE_DIM)
+        self.shown = nn.Linear(dim, GATE_DIM, bias=False)
+        self.found = nn.Linear(dim, dim, bias=False)
+        self.amount = nn.Linear(AMOUNTS, dim, bias=False)
+        compared = nn.Linear(RELATION_HIDDEN, dim, bias=False)
+        self.relation = nn.Sequential(nn.Linear(RELATIONS, RELATION_HIDDEN), nn.GELU(), compared)
+        for module in (self.asked, self.found, self.amount, compared):  # changes nothing at first
+            nn.init.zeros_(module.weight)
+        nn.init.zeros_(self.asked.bias)
+
+    def forward(
+        self, states: Tensor, told: Tensor, measures: Tensor, likeness: Tensor, previous: Tensor
+    ) -> Tensor:
+        """For n mentions.
+
+        Args:
+            states: [n, C], of the LLM where they stand: which of the name are meant.
+            told: [n, M, C], of image tokens; measures: [n, M, MEASURES], their boxes as numbers.
+            likeness: fp32 [n, M] in 0..1, that they show the name.
+            previous: int64 [n], of `Mention`.
+
+        Returns:
+            [n, C], to be added to the states.
+        """
+        keys = self.shown(told)
+        meant = (keys @ self.asked(self.norm(states))[..., None]).squeeze(-1).float() * GATE_DIM**-0.5
+        weight = likeness * (meant + GATE_OPEN).sigmoid()
+        sharp = weight.square()  # many tokens that are a little alike say nothing
+        share = sharp / (sharp.sum(1, keepdim=True) + 1e-3)
+        found = (share.to(told.dtype)[:, None] @ told).squeeze(1)
+        relation = relation_of((share[:, None] @ measures.float()).squeeze(1), counts_of(weight), previous)
+        told_here = self.found(found) + self.amount(amounts_of(weight).to(told.dtype))
+        return told_here + self.relation(relation.to(told.dtype))
+
+
+def counts_of(weight: Tensor) -> Tensor:
+    """Image tokens of weights [n, M] in 0..1 above each of THRESHOLDS: [n, thresholds]."""
+    threshold = torch.tensor(THRESHOLDS, device=weight.device)
+    return ((weight[:, None] - threshold[:, None]) * STEEPNESS).sigmoid().sum(-1)
+
+
+def relation_of(measures: Tensor, counts: Tensor, previous: Tensor) -> Tensor:
+    """Measures [n, MEASURES] and counts [n, thresholds] beside those of the mention before: [n, RELATIONS].
+
+    Of differences also the tanh: which of two things is larger is a matter of sign.
+    """
+    there = (previous >= 0)[:, None].to(measures.dtype)
+    before = measures[previous.clamp(min=0)] * there
+    step = (measures - before) * there
+    more = (counts - counts[previous.clamp(min=0)]) * there
+    return torch.cat([measures, before, step, (8 * step).tanh(), more / 2, (2 * more).tanh(), there], 1)
+
+
+def amounts_of(weight: Tensor) -> Tensor:
+    """How many image tokens of weights [n, M] in 0..1 there are: [n, AMOUNTS]."""
+    counts = counts_of(weight)
+    order = torch.arange(MOST + 1, device=weight.device)
+    about = F.relu(1 - (counts[..., None] - order).abs())  # [n, thresholds, MOST + 1]
+    plain = [counts / MOST, weight.sum(1, keepdim=True) / MOST]
+    most = weight.max(1, keepdim=True).values if weight.shape[1] else weight.sum(1, keepdim=True)
+    return torch.cat([about.flatten(1), *plain, most], 1)
