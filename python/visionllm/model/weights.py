@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from visionllm.model import known_names
 from visionllm.model.config import ModelConfig
-from visionllm.model.weight_files import ATTEMPTS, CONFIG, WeightsReader, WeightsWriter
+from visionllm.model.weight_files import ATTEMPTS, BASE, CONFIG, WeightsReader, WeightsWriter
 from visionllm.tensor_file import is_finite
 from visionllm.tokenizer import Tokenizer
 
@@ -86,6 +86,10 @@ def load_network(network_class: type[Network], directory: Path) -> Network:
 
 def _load(network_class: type[Network], reader: WeightsReader) -> Network:
     folder = reader.folder
+    if BASE in reader.files:
+        raise ValueError(
+            f"{folder}: an adapter, not a model: load the model it was trained from, with this as adapter"
+        )
     config = ModelConfig.from_json(reader.file(CONFIG, editable=True), str(folder / CONFIG))
     for name in reader.files.keys() - {CONFIG}:
         reader.file(name)  # checked
