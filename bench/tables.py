@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, of tiny's model card and of docs/performance.md from bench/results/*.json.
+"""Writes the tables of README.md, of tiny's model card and of docs/ from bench/results/*.json.
 
     python bench/tables.py            # rewrites what stands between <!-- name --> and <!-- /name -->
     python bench/tables.py --check    # says which blocks differ from the results, and fails
@@ -19,7 +19,12 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-FILES = ("README.md", "python/visionllm/weights/tiny/README.md", "docs/performance.md")
+FILES = (
+    "README.md",
+    "python/visionllm/weights/tiny/README.md",
+    "docs/performance.md",
+    "docs/published_weights.md",
+)
 
 EVALUATIONS = {
     "scenes, 20 names listed": "generated scenes never trained on, 469 classes, 20 listed per picture",
@@ -239,6 +244,30 @@ def paper_size() -> str:
     return f"{table([*header, 'backward, s', 'peak, GB'], lines)}\n\n{wrap(text)}"
 
 
+def small() -> str:
+    """AP of `small` as converted and trained beside tiny's, and its learning curve."""
+    found = read("small")
+    numbers = ("AP", "AP50", "AP75")
+    lines = [
+        [row["model"], *(f"{100 * row[kind][n]:.1f}" for kind in ("scenes", "photos") for n in numbers)]
+        for row in found["rows"]
+    ]
+    scenes, photos = (f"{found[kind]} {kind}" for kind in ("scenes", "photos"))
+    text = (
+        f"The first {scenes} of the validation split, {found['names_listed']} names listed, and the first "
+        f"{photos} of `DATA/val`, all 80 names listed."
+    )
+    if "curve" in found:
+        steps = [
+            f"{one['step']:.0f} steps, {one['active_minutes']:.0f} minutes: {one['scenes/AP']:.1f} / "
+            f"{one['photos/AP']:.1f}"
+            for one in found["curve"]
+        ]
+        text += f" On the way, AP of few pictures, scenes / photos: {'; '.join(steps)}."
+    header = ["model", *(f"{kind}, {n}" for kind in ("scenes", "photos") for n in numbers)]
+    return f"{table(header, lines)}\n\n{wrap(text)}"
+
+
 def binding_cost() -> str:
     lines = [[row["way"], f"{1e6 * row['seconds']:.2f}"] for row in read("binding_cost")["rows"]]
     return table(["a call by", "µs"], lines)
@@ -272,6 +301,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "two_processes": two_processes,
     "behind_torch": behind_torch,
     "paper_size": paper_size,
+    "small": small,
     **{name: lambda name=name: operator_table(name) for name in (*OPERATORS, "model")},  # type: ignore[misc]
 }
 

@@ -254,6 +254,7 @@ PRESETS: dict[str, ModelConfig] = {
         lora_alpha=16.0,
         lora_targets=("q", "k", "v", "o"),
         box_prior=True,
+        score_threshold=0.08,  # 80 % of the listed objects of generated scenes are above it
         known_power=0.5,  # names go over from tiny before the slots have learned any
     ),
     # The paper's: ResNet-50, BERT-Base, Deformable DETR, LLaMA-7B. Class slots are read from the rows of
