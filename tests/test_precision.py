@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from visionllm.ops import precision
 from visionllm.ops.precision import cpu_instructions, use_autocast
-from visionllm.train import precision
 
 CPU = torch.device("cpu")
 LINES = "processor\t: 0\nflags\t\t: fpu avx2 {}\nbugs\t\t: amx_tile\n\nprocessor\t: 1\nflags\t\t: amx_bf16\n"
