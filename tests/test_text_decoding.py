@@ -15,7 +15,7 @@ from visionllm.model.llm import KVCache
 from visionllm.model.text_decoding import decode_text
 from visionllm.text_options import TextOptions
 from visionllm.tokenizer import PADDING
-from visionllm.train.text_loss import written_loss
+from visionllm.train.text_loss import written, written_loss
 
 INSTRUCTIONS = [
     Instruction("vqa", question="What is it?"),
@@ -87,7 +87,7 @@ def test_the_loss_is_a_mean_over_the_pieces_of_every_text(network, prompts):
             weights += weight
             right += int(logits.argmax()) == wanted
             count += 1
-    loss, accuracy = written_loss(network, prompts[0], prompts[1].sum(1), texts)
+    loss, accuracy = written_loss(network, prompts[0], prompts[1].sum(1), *written(network, texts))
     assert float(loss) == pytest.approx(total / weights, abs=SAME)
     assert float(accuracy) == pytest.approx(right / count)
 
@@ -111,7 +111,7 @@ def test_further_turns_teach_their_answers_alone(network, prompts):
                 weights += len(pieces) ** -0.5
                 if piece != EOS:
                     before.append(piece)
-    loss, _ = written_loss(network, prompts[0], prompts[1].sum(1), texts, turns)
+    loss, _ = written_loss(network, prompts[0], prompts[1].sum(1), *written(network, texts, turns))
     assert float(loss) == pytest.approx(total / weights, abs=SAME)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from visionllm.model.slots import SlotHead, SlotQueries
 
 DRAWN_STD = 0.5
+QUIET = 0.01  # of a head's rows as they are drawn
 ROWS_AT_ONCE = 4096  # in fp32: LLaMA's 32000 × 4096 would be half a gigabyte
 
 
@@ -71,6 +72,9 @@ def fit_new_rows(published: Tensor, class_tokens: nn.Embedding, slot_queries: Sl
 
 @torch.no_grad()
 def start_slot_head(head: SlotHead) -> None:
-    """Has the slots' head say nothing at first: all rows alike, whatever the published states' scale is."""
-    head.class_query.weight.zero_()
-    head.locations.zero_()
+    """Has the slots' head say next to nothing at first, whatever the published states' scale is.
+
+    Not nothing at all: then no gradient would reach the adapters in the first step.
+    """
+    head.class_query.weight.mul_(QUIET)
+    head.locations.mul_(QUIET)
