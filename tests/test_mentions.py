@@ -21,6 +21,7 @@ from visionllm.model.mentions import (
     MentionFinder,
     NameLookup,
     amounts_of,
+    counts_of,
     relation_of,
 )
 from visionllm.model.told import told_of
@@ -109,7 +110,7 @@ def test_no_known_names(tokenizer):
 
 def test_amounts_beside_their_description():
     weight = torch.rand(7, 11, generator=torch.Generator().manual_seed(0))
-    found = amounts_of(weight).double().numpy()
+    found = amounts_of(weight, counts_of(weight)).double().numpy()
     assert found.shape == (7, AMOUNTS)
     w = weight.double().numpy()
     for n in range(7):
@@ -117,8 +118,9 @@ def test_amounts_beside_their_description():
         wanted = [max(0.0, 1 - abs(c - k)) for c in counts for k in range(MOST + 1)]
         wanted += [c / MOST for c in counts] + [w[n].sum() / MOST, w[n].max()]
         np.testing.assert_allclose(found[n], wanted, atol=1e-5)
-    assert amounts_of(torch.zeros(0, 5)).shape == (0, AMOUNTS)
-    assert amounts_of(torch.zeros(3, 0)).isfinite().all()
+    none = torch.zeros(0, 5)
+    assert amounts_of(none, counts_of(none)).shape == (0, AMOUNTS)
+    assert amounts_of(none.T, counts_of(none.T)).isfinite().all()
 
 
 def test_what_came_before_a_mention(tokenizer):

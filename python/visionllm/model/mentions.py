@@ -143,8 +143,9 @@ class NameLookup(nn.Module):
         sharp = weight.square()  # many tokens that are a little alike say nothing
         share = sharp / (sharp.sum(1, keepdim=True) + 1e-3)
         found = (share.to(told.dtype)[:, None] @ told).squeeze(1)
-        relation = relation_of((share[:, None] @ measures.float()).squeeze(1), counts_of(weight), previous)
-        told_here = self.found(found) + self.amount(amounts_of(weight).to(told.dtype))
+        counts = counts_of(weight)
+        relation = relation_of((share[:, None] @ measures.float()).squeeze(1), counts, previous)
+        told_here = self.found(found) + self.amount(amounts_of(weight, counts).to(told.dtype))
         return told_here + self.relation(relation.to(told.dtype))
 
 
@@ -166,9 +167,8 @@ def relation_of(measures: Tensor, counts: Tensor, previous: Tensor) -> Tensor:
     return torch.cat([measures, before, step, (8 * step).tanh(), more / 2, (2 * more).tanh(), there], 1)
 
 
-def amounts_of(weight: Tensor) -> Tensor:
-    """How many image tokens of weights [n, M] in 0..1 there are: [n, AMOUNTS]."""
-    counts = counts_of(weight)
+def amounts_of(weight: Tensor, counts: Tensor) -> Tensor:
+    """How many image tokens of weights [n, M] in 0..1 there are, with their `counts_of`: [n, AMOUNTS]."""
     order = torch.arange(MOST + 1, device=weight.device)
     about = F.relu(1 - (counts[..., None] - order).abs())  # [n, thresholds, MOST + 1]
     plain = [counts / MOST, weight.sum(1, keepdim=True) / MOST]

@@ -69,10 +69,11 @@ def told_of(
     objectness = tokens.objectness[-1][:, :m].detach()
     names = name_chances(network, features) if network.known_names else None
     boxes = tokens.boxes[-1][:, :m].detach()
+    measures = measures_of(boxes, objectness)
     told = network.word_tokens(
         features,
         boxes,
-        objectness,
+        measures,
         colours,
         None if names is None else names @ known_words(network),
     )
@@ -91,7 +92,6 @@ def told_of(
     fits = finder.fits.to(names)[phrases.to(finder.fits.device)]  # [n, V]
     chance = (names[rows] @ fits[..., None]).squeeze(-1)
     likeness = chance * objectness[rows].float().sigmoid()
-    measures = measures_of(boxes, objectness)
     return Told(places, told, network.name_lookup, measures, rows, columns, before, likeness)
 
 

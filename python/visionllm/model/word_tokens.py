@@ -39,18 +39,18 @@ class WordTokens(nn.Module):
         )
 
     def forward(
-        self, features: Tensor, boxes: Tensor, objectness: Tensor, colours: Tensor, names: Tensor | None
+        self, features: Tensor, boxes: Tensor, measures: Tensor, colours: Tensor, names: Tensor | None
     ) -> Tensor:
         """What is told.
 
         Args:
-            features: [B, M, C]; boxes: [B, M, 4] cxcywh in 0..1; objectness: [B, M] logits.
+            features: [B, M, C]; boxes: [B, M, 4] cxcywh in 0..1; measures: of `measures_of`.
             colours: [B, M, 3 · COLOUR_GRID²], of `colours_at`.
             names: [B, M, C_llm], the words of the likely names; None: none are known.
         """
         kind = features.dtype
         told = self.feature(features) + self.position(sine_encoding(boxes, self.dim).to(kind))
-        told = told + self.measures(measures_of(boxes, objectness).to(kind))
+        told = told + self.measures(measures.to(kind))
         told = told + self.colours(colours.to(kind))
         return told if names is None else told + self.names(names.to(kind))
 

@@ -91,7 +91,7 @@ def written_loss(
 
     Args:
         prefix: [B, P, C], prompts with their padding last; lengths: int64 [B], their tokens.
-        given, wanted: of `written`.
+        given, wanted: int64 [B, T], of `written`; told: of `told_of`.
 
     Returns:
         the mean cross-entropy of a piece, those of a text of n pieces weighing 1 / √n: neither the many of a
