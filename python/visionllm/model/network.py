@@ -165,7 +165,7 @@ class Network(nn.Module):
         wanted, wanted_mask = names, prompts.class_mask
         if self.known_names and not prompts.class_mask.any():
             # Captions and answers list nothing. Guided by no names image tokens found 8 % of the objects of
-            # generated scenes, by all known ones 97 %.
+            # generated scenes, by all known ones 98 %.
             wanted = self.known_features().expand(len(names), -1, -1)
             wanted_mask = wanted_mask.new_ones(wanted.shape[:2])
         mask = torch.cat([prompts.description >= 0, wanted_mask], 1)
