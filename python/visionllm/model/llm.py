@@ -24,6 +24,7 @@ from visionllm.ops import query_attention
 from visionllm.ops.choice import uses_operators
 
 if TYPE_CHECKING:
+    from visionllm.model.copying import CopySource
     from visionllm.model.told import Told
 
 # Layers for words that start with a head that matches words, and the scale of its weights: a half of the same
@@ -159,6 +160,7 @@ class KVCache:
         self.mask = torch.zeros(batch, capacity, dtype=torch.bool, device=device)  # columns that hold a token
         self.used = 0  # columns written, padding included
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # tokens of each row
+        self.source: CopySource | None = None  # what the words that are written may be copied from
 
     def select(self, rows: Tensor) -> None:
         """Keeps the rows [n] in this order; a row may be taken several times."""
@@ -166,6 +168,7 @@ class KVCache:
         self.values = [v[rows] for v in self.values]
         self.mask, self.lengths = self.mask[rows], self.lengths[rows]
         self.adapters = None if self.adapters is None else self.adapters[rows]
+        self.source = None if self.source is None else self.source.select(rows)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds [B, T, H_kv, D] behind the used columns; all columns of this layer so far [B, n, H_kv, D]."""

@@ -18,7 +18,9 @@ from visionllm.instruction.instruction import SET_TASKS
 from visionllm.model import weights
 from visionllm.model.boxes import cxcywh_to_xyxy
 from visionllm.model.config import ModelConfig
+from visionllm.model.copying import CopyHead, CopySource, copyable
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokenizer, ImageTokens
+from visionllm.model.kept import Kept
 from visionllm.model.known_names import probability_of_listed, rivals
 from visionllm.model.llm import LLM, KVCache, base_embedding
 from visionllm.model.mentions import MentionFinder, NameLookup
@@ -48,7 +50,6 @@ if TYPE_CHECKING:
 # Deformable DETR's: where queries look is learned at a tenth of the rate.
 PLACES, PLACES_RATE = re.compile(r"\.(sampling_offsets|reference)\."), 0.1
 BERT_RATE = 0.1  # of a published text encoder's: it is fine-tuned, not learned
-KEPT_INSTRUCTIONS = 4  # batches of instructions whose text features are kept
 
 
 @dataclass
@@ -148,11 +149,9 @@ class Network(nn.Module):
         if config.word_layers:
             self.word_tokens = WordTokens(config)
             self.name_lookup = NameLookup(config)
+            self.copy_head = CopyHead(config)
         self.known_names: tuple[str, ...] = ()  # that training knew
-        self._known_features: Tensor | None = None  # of those, kept while nothing trains
-        self._spelled: tuple[tuple[str, ...], Tensor] | None = None  # those and their pieces
-        self._finder: tuple[tuple[str, ...], MentionFinder] | None = None  # of those in texts
-        self._asked: dict[Any, tuple[Prompts, Text]] = {}  # the last instructions, for `asked`
+        self.kept: Kept[tuple[Prompts, Text]] = Kept()
 
     @property
     def device(self) -> torch.device:
@@ -176,54 +175,41 @@ class Network(nn.Module):
         return mean_pool(self.text_encoder(ids), ids)
 
     def asked(self, instructions: Sequence[Instruction]) -> tuple[Prompts, Text]:
-        """Tokens and text features of a batch's instructions, kept for the next call in prediction.
+        """Tokens and text features of a batch's instructions, kept for the next call in prediction."""
 
-        Pictures are mostly asked the same, one after the other.
-        """
+        def make() -> tuple[Prompts, Text]:
+            prompts = self.tokenizer.prompts(instructions, self.config.num_queries).to(self.device)
+            return prompts, self.encode_text(prompts)
+
+        if self.training or torch.is_grad_enabled():
+            return make()
         weights = [self.embedding.weight, *self.text_encoder.parameters()]
         reduced = torch.is_autocast_enabled(self.device.type)
         key = (tuple(instructions), self.known_names, reduced, *((w.data_ptr(), w._version) for w in weights))
-        keep = not self.training and not torch.is_grad_enabled()
-        if keep and (found := self._asked.get(key)) is not None:
-            return found
-        prompts = self.tokenizer.prompts(instructions, self.config.num_queries).to(self.device)
-        answer = prompts, self.encode_text(prompts)
-        if keep:
-            if len(self._asked) >= KEPT_INSTRUCTIONS:
-                self._asked.pop(next(iter(self._asked)), None)
-            self._asked[key] = answer
-        return answer
+        return self.kept.asked(key, make)
 
     def known_features(self) -> Tensor:
         """[V, C], the text features of `known_names`."""
-        self.known_ids()  # forgets the features of other names
-        changes = self.training and any(p.requires_grad for p in self.text_encoder.parameters())
-        if changes or self._known_features is None or self._known_features.device != self.device:
-            features = self.encode_names(self.name_ids(self.known_names))
-            if changes:
-                return features
-            self._known_features = features
-        return self._known_features
+        if self.training and any(p.requires_grad for p in self.text_encoder.parameters()):
+            return self.encode_names(self.name_ids(self.known_names))
+        return self.kept.features(
+            self.known_names, self.device, lambda: self.encode_names(self.name_ids(self.known_names))
+        )
 
     def known_ids(self) -> Tensor:
         """Their pieces for the LLM, padded [V, T]."""
-        if self._spelled is None or self._spelled[0] != self.known_names:
-            self._spelled = self.known_names, self.tokenizer.word_ids(self.known_names)
-            self._known_features = None
-        return self._spelled[1].to(self.device)
+        return self.kept.pieces(self.known_names, self.tokenizer).to(self.device)
 
     def mention_finder(self) -> MentionFinder:
         """Of `known_names`."""
-        if self._finder is None or self._finder[0] != self.known_names:
-            self._finder = self.known_names, MentionFinder(self.known_names, self.tokenizer)
-        return self._finder[1]
+        return self.kept.finder(self.known_names, self.tokenizer)
 
     def train(self, mode: bool = True) -> Network:
-        self._known_features = None  # weights may change from here on
+        self.kept.forget_features()  # weights may change from here on
         return super().train(mode)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._known_features = None
+        self.kept.forget_features()
         return super().load_state_dict(*args, **kwargs)
 
     def image_tokens(
@@ -513,7 +499,11 @@ class Network(nn.Module):
         cache = KVCache(len(instructions), prompts.ids.shape[1] + 1 + options.max_tokens, self.device)
         colours = colours_at(images.to(self.device), tokens.boxes[-1], sizes)
         told = told_of(self, prompts, tokens, colours)
-        self.llm.read(self.embed(prompts, tokens), prompts.ids != PADDING, cache, words=True, seen=told)
+        prefix = self.embed(prompts, tokens)
+        states = self.llm.read(prefix, prompts.ids != PADDING, cache, words=True, seen=told)
+        if self.config.word_layers:
+            copied = copyable(prompts.ids, self.tokenizer)
+            cache.source = CopySource(prompts.ids, copied, self.copy_head.keys(states))
         return decode_text(self, cache, options, on_text)
 
     @torch.inference_mode()

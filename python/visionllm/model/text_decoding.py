@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionllm.model.base_linear import frozen_product
+from visionllm.model.copying import mixed
 from visionllm.model.llm import row_dtype
 from visionllm.ops import slot_head_cross_entropy
 from visionllm.ops.choice import autocast, uses_operators
@@ -137,7 +138,11 @@ def _next_logits(network: Network, cache: KVCache, last: Tensor) -> Tensor:
     """Reads one piece a row, int64 [B], and gives the logits of what follows, fp32 [B, V]."""
     there = torch.ones(len(last), 1, dtype=torch.bool, device=last.device)
     states = network.llm.read(network.word_embeddings(last[:, None]), there, cache, words=True)
-    return network.text_head(states[:, 0], network.embedding.weight[: network.tokenizer.vocab_size])
+    logits = network.text_head(states[:, 0], network.embedding.weight[: network.tokenizer.vocab_size])
+    if cache.source is None:
+        return logits
+    chances, gate = network.copy_head(states, last[:, None], cache.source)
+    return mixed(logits, chances[:, 0], gate[:, 0], cache.source.ids)
 
 
 def _draw(logits: Tensor, options: TextOptions, generator: torch.Generator) -> Tensor:

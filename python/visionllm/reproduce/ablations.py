@@ -27,6 +27,11 @@ EVERY_TASK = f"mixture.tasks={{{', '.join(f'{task}: 1' for task in TASKS)}}}"
 FROZEN_LLM = "frozen=[llm.*.weight]"
 # What reads the image tokens; and the rows and adapters that are added to an LLM.
 LLM_SIDE = ("llm.*", "slot_queries.*", "slot_head.*", "class_tokens.*")
+# What makes queries of the encoder's features, where pooling needs nothing.
+QUERY_SIDE = tuple(
+    f"image_tokenizer.{part}*"
+    for part in ("queries", "denoising_query", "proposal_", "box", "decoder", "objectness")
+)
 ADDED = ("llm.*.lora_?", "slot_queries.*", "slot_head.*", "class_tokens.*")
 TEXT_SIDE = ("text_encoder.*", "image_tokenizer.fusion.*", "alignment.*", *LLM_SIDE)
 NOT_CONVERGED = 0.2  # of the AP that the same time gives in parallel
@@ -120,7 +125,7 @@ ABLATIONS = {
         measure_boxes,
         notes=("As many tokens in both: 64, for pooling the cells of an 8 × 8 grid.",),
         heading="image tokens",
-        fresh=LLM_SIDE,
+        fresh=(*QUERY_SIDE, *LLM_SIDE),
     ),
     "T3c": Ablation(
         "T3c",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionllm.model.copying import CopySource, copyable, mixed, mixed_loss
 from visionllm.model.told import told_of
 from visionllm.model.word_tokens import colours_at
 from visionllm.tokenizer import PADDING, pad
@@ -47,7 +48,7 @@ def text_loss(network: Network, batch: TrainBatch) -> dict[str, Tensor]:
     given, wanted = written(network, batch.answers, batch.turns)
     asked = given.masked_fill(wanted != PADDING, PADDING)  # further questions; answers are not read for names
     told = told_of(network, prompts, seen.tokens, seen.colours, asked)
-    loss, right = written_loss(network, prefix, lengths, given, wanted, told)
+    loss, right = written_loss(network, prefix, lengths, given, wanted, told, prompts.ids)
     losses = {"text": loss}
     if batch.formats:
         ids = network.tokenizer.text_ids([words for words, _ in batch.formats]).to(device)
@@ -86,12 +87,14 @@ def written_loss(
     given: Tensor,
     wanted: Tensor,
     told: Told | None = None,
+    prompt_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of texts behind their prompts.
 
     Args:
         prefix: [B, P, C], prompts with their padding last; lengths: int64 [B], their tokens.
         given, wanted: int64 [B, T], of `written`; told: of `told_of`.
+        prompt_ids: int64 [B, P], of prompts that answers may copy from; None: they may not.
 
     Returns:
         the mean cross-entropy of a piece, those of a text of n pieces weighing 1 / √n: neither the many of a
@@ -116,10 +119,26 @@ def written_loss(
     chosen = states[row, at][known]  # [n, C]
     pieces = network.embedding.weight[: network.tokenizer.vocab_size]
     weight = text_weights(wanted)[known]
-    loss = (network.text_head.loss(chosen, pieces, wanted[known]) * weight).sum() / weight.sum()
+    losses = network.text_head.loss(chosen, pieces, wanted[known])
     with torch.no_grad():
-        likeliest = network.text_head(chosen, pieces).argmax(-1)
-    return loss, (likeliest == wanted[known]).float().mean()
+        logits = network.text_head(chosen, pieces)
+    if prompt_ids is not None and network.config.word_layers:
+        # Every place's pieces and turn, as they stand in x.
+        ids = torch.where(
+            is_answer, given[row, behind.clamp(0, t - 1)], prompt_ids[row, order.clamp(max=p - 1)]
+        ).masked_fill(~mask, PADDING)
+        turn = (given == network.tokenizer.eos).cumsum(1)
+        asked = torch.where(is_answer, wanted[row, behind.clamp(0, t - 1)], PADDING) == PADDING
+        asked &= copyable(ids, network.tokenizer) & (ids != network.tokenizer.eos)
+        same = torch.where(is_answer, turn[row, behind.clamp(0, t - 1)], 0)[:, None] == turn[..., None]
+        source = CopySource(ids, asked, network.copy_head.keys(states))
+        chances, gate = network.copy_head(states[row, at], given, source, asked[:, None] & same)
+        chances, gate, there = chances[known], gate[known], ids[known.nonzero()[:, 0]]
+        copied = (chances * (there == wanted[known][:, None])).sum(1)
+        losses = mixed_loss(losses, copied, gate)
+        logits = mixed(logits, chances.detach(), gate.detach(), there)
+    loss = (losses * weight).sum() / weight.sum()
+    return loss, (logits.argmax(-1) == wanted[known]).float().mean()
 
 
 def text_weights(wanted: Tensor) -> Tensor:
