@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from visionllm.tokenizer import Tokenizer
 
 COPY_DIM = 16
-GATE_CLOSED = -4.0  # logit of "copied" at the start
+GATE_CLOSED = -8.0  # logit of "copied" at the start: nothing changes by it, and it can be learned
 FOLLOW = 4.0  # logit at the start of what stood behind the last piece
 LEAST = 1e-12  # chance of a piece that stands nowhere
 
