@@ -15,6 +15,7 @@ from visionllm.instruction.instruction import TASKS
 from visionllm.model.mentions import (
     AMOUNTS,
     MOST,
+    NOUN_FLOOR,
     RELATIONS,
     STEEPNESS,
     THRESHOLDS,
@@ -22,9 +23,10 @@ from visionllm.model.mentions import (
     NameLookup,
     amounts_of,
     counts_of,
+    noun_factor,
     relation_of,
 )
-from visionllm.model.told import told_of
+from visionllm.model.told import name_chances, told_of
 from visionllm.model.word_tokens import MEASURES, colours_at
 from visionllm.tokenizer import PADDING, pad
 
@@ -134,6 +136,51 @@ def test_what_came_before_a_mention(tokenizer):
     assert [one.previous for one in found] == [-1, -1, 1, 2]
     two = torch.tensor([[*ids, PADDING, *ids], [*ids, *[PADDING] * (len(ids) + 1)]])
     assert [one.previous for one in finder.find(two)] == [-1, -1, 1, 2, -1, -1, 5, 6, -1, -1, 9, 10]
+
+
+def test_what_an_expression_is_about(tokenizer):
+    finder = MentionFinder(KNOWN, tokenizer)
+    texts = ["the cat face left of the person", "leftmost red circle", "the biggest thing", "what barks", ""]
+    nouns = finder.nouns(pad([tokenizer.encode_name(text) for text in texts], PADDING))
+    found = [{KNOWN[v] for v in finder.fits[noun].nonzero()} if noun >= 0 else None for noun in nouns]
+    assert found == [{"cat face"}, {"red circle"}, set(KNOWN), None, None]
+
+
+def test_the_factor_of_nouns_beside_its_description():
+    generator = torch.Generator().manual_seed(0)
+    names = torch.randn(2, 6, 4, generator=generator).softmax(-1)
+    fits = torch.tensor([[True, False, False, False], [False, True, True, False]])
+    nouns = torch.tensor([[0, 1, -1], [1, -1, -1]])
+    found = noun_factor(names, fits, nouns, 0.5)
+    for b in range(2):
+        for k in range(3):
+            chance = torch.ones(6)
+            if nouns[b, k] >= 0:
+                chance = names[b, :, fits[nouns[b, k]]].sum(-1) + NOUN_FLOOR
+            torch.testing.assert_close(found[b, :, k], (chance / chance.max()).sqrt())
+    assert noun_factor(names, fits[:0], nouns[:, :0], 0.5).shape == (2, 6, 0)
+
+
+@torch.no_grad()
+def test_expressions_are_scored_by_their_nouns_and_names_are_not():
+    network = small_network(tasks=TASKS)
+    network.known_names = KNOWN
+    asked = [
+        Instruction("grounding", classes=("the bear on the left", "what barks")),
+        Instruction(classes=KNOWN[:2]),
+    ]
+
+    def scores(power):
+        network.config = dataclasses.replace(network.config, noun_power=power)
+        prompts, text, tokens = network.see("find", pictures(2), asked, ("grounding", "detection"))
+        probabilities = network.read_slots(prompts, text, tokens).answers(6).probabilities
+        return network.scores(prompts, text, tokens, asked, probabilities), tokens
+
+    (plain, tokens), (found, _) = scores(0.0), scores(0.7)
+    names = name_chances(network, tokens.features)
+    chance = names[0, :, KNOWN.index("bear")] + NOUN_FLOOR
+    torch.testing.assert_close(found[0, :, 0], plain[0, :, 0] * (chance / chance.max()) ** 0.7)
+    assert torch.equal(found[0, :, 1:], plain[0, :, 1:]) and torch.equal(found[1], plain[1])
 
 
 def test_relations_beside_their_description():

@@ -24,6 +24,7 @@ from visionllm.tokenizer import PADDING, Tokenizer
 ANYTHING = ("object", "thing")  # fit whatever is there
 GATE_DIM = 32
 GATE_OPEN = 3.0  # logit of "this one is meant" at the start
+NOUN_FLOOR = 0.01  # chance of a noun below which image tokens differ no more
 THRESHOLDS = (0.2, 0.35, 0.5, 0.65)  # from which an image token counts as one of them
 STEEPNESS = 12.0  # of those thresholds
 MOST = 8  # counts from there on are told by their sum alone
@@ -102,6 +103,34 @@ class MentionFinder:
                     before = (i for i in range(len(found) - 1, text - 1, -1) if found[i].column < start)
                     found.append(Mention(row, end, number, next(before, -1)))
         return found
+
+    def nouns(self, ids: Tensor) -> list[int]:
+        """What each of the expressions [B, T] is about, a phrase's number: the name that it mentions first,
+        as in "the cat left of the dog"; -1 where it mentions none.
+        """
+        first = [-1] * len(ids)
+        for one in self.find(ids):
+            # Of names within names ("cat face") the last is the longest.
+            if one.previous < 0:
+                first[one.row] = one.phrase
+        return first
+
+
+def noun_factor(names: Tensor, fits: Tensor, nouns: Tensor, power: float) -> Tensor:
+    """How well image tokens suit the nouns of expressions, beside the one that suits each best.
+
+    That is 1 for this one: which of them is meant, and whether any is, remains the class slot's to say.
+
+    Args:
+        names: fp32 [B, M, V], of `visionllm.model.told.name_chances`.
+        fits: bool [phrases, V], of `MentionFinder`; nouns: int64 [B, K], of its `nouns`.
+
+    Returns:
+        fp32 [B, M, K] in 0..1; 1 where there is no noun.
+    """
+    chance = names @ fits[nouns.clamp(min=0)].to(names).transpose(1, 2) + NOUN_FLOOR
+    factor = (chance / chance.amax(1, keepdim=True)) ** power
+    return torch.where((nouns >= 0)[:, None], factor, 1.0)
 
 
 class NameLookup(nn.Module):
