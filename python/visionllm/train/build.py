@@ -157,7 +157,8 @@ def _new_network(config: TrainConfig, resuming: bool) -> Network:
         if sizes_file.is_file():  # neither a changed preset nor a lost first folder breaks a run
             return Network(ModelConfig.from_json(sizes_file.read_text(), str(sizes_file)), tokenizer)
         if config.init is not None:  # the checkpoint has the weights, its first folder still has the shapes
-            sizes = Network.from_pretrained(config.init).config
+            sizes_file = Path(config.init) / "config.json"
+            sizes = ModelConfig.from_json(sizes_file.read_text(), str(sizes_file))
             return Network(dataclasses.replace(sizes, image_size=config.image_size), tokenizer)
         return build_network(model_config(config), tokenizer, config.seed)
     sizes = model_config(config)
