@@ -27,6 +27,7 @@ def test_rivals_are_the_known_names_that_a_prompt_does_not_list():
     mask = rivals(KNOWN, [("teddy bear", "cup"), (), ("DOG", "truck", "spoon", "teddy bear")])
     assert mask.tolist() == [[True, False, True, True], [True] * 4, [False] * 4]
     assert rivals((), [("dog",)]).shape == (1, 0)
+    assert rivals(("Dog", "cat", "dog"), [("DOG",)]).tolist() == [[False, True, False]]
 
 
 def test_probability_against_the_definition():
@@ -91,15 +92,28 @@ def test_a_broken_file_is_refused(tmp_path, text, line):
         read_names(tmp_path / FILE)
 
 
+@torch.no_grad()
 def test_features_follow_the_weights(knowing):
     before = knowing.known_features()
     assert knowing.known_features() is before  # kept while nothing trains
-    with torch.no_grad():
-        knowing.train()
-        for parameter in knowing.text_encoder.parameters():
-            parameter.mul_(1.5)
-        knowing.eval()
-    assert not torch.equal(knowing.known_features(), before)
+    knowing.train()
+    for parameter in knowing.text_encoder.parameters():
+        parameter.mul_(1.5)
+    knowing.eval()
+    changed = knowing.known_features()
+    assert not torch.equal(changed, before)
+    knowing.text_encoder.norm.weight.mul_(1.5)  # in place, while nothing trains
+    assert not torch.equal(knowing.known_features(), changed)
+
+
+def test_a_loss_may_follow_a_prediction(knowing):
+    """What prediction has kept is no obstacle to gradients."""
+    knowing.find(pictures(1), [Instruction(classes=NAMES)])
+    set_loss(knowing, two_pictures())["total"].backward()
+    for parameter in knowing.text_encoder.parameters():
+        parameter.requires_grad_(False)
+    knowing.find(pictures(1), [Instruction(classes=NAMES)])
+    set_loss(knowing, two_pictures())["total"].backward()
 
 
 def test_training_holds_objects_against_known_names():

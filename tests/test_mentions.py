@@ -65,32 +65,21 @@ def names_in(finder, tokenizer, text):
         (" Do you see people or a person?", [("people", {"person"}), ("person", {"person"})]),
         (" Is the bear larger than the teddy bear?", [("bear", {"bear"}), ("bear", {"teddy bear"})]),
         (" What colour are the glasses?", [("glasses", {"glasses"})]),
+        (" Is there a catalogue of bearings, or a cat's?", [("cat", {"cat"})]),
+        (" Cats? cats, cats", [("cats", {"cat"}), ("cats", {"cat"})]),
         (" Nothing at all.", []),
         ("", []),
     ],
 )
 def test_a_mention_is_the_longest_phrase_that_ends_there(tokenizer, text, wanted):
     finder = MentionFinder(KNOWN, tokenizer)
-    # A plural's first pieces may be the singular's: the last mention within a word is the word's.
-    found = names_in(finder, tokenizer, text)
-    kept = [entry for i, entry in enumerate(found) if entry in wanted or i == len(found) - 1]
-    assert kept == wanted
+    assert names_in(finder, tokenizer, text) == wanted
 
 
 def test_anything_is_every_name(tokenizer):
     finder = MentionFinder(KNOWN, tokenizer)
     for word in ("object", "things"):
         assert names_in(finder, tokenizer, f" How many {word} are there?")[-1][1] == set(KNOWN)
-
-
-def test_a_text_that_is_still_written_reads_the_same(tokenizer):
-    """Mentions of a beginning are those of the whole that end in it."""
-    finder = MentionFinder(KNOWN, tokenizer)
-    ids = tokenizer.encode(" Is the cat face left of the red circles or of the wine glasses?")
-    whole = finder.find(torch.tensor([ids]))
-    for length in range(1, len(ids)):
-        beginning = finder.find(torch.tensor([ids[:length]]))
-        assert beginning == [mention for mention in whole if mention.column < length]
 
 
 def test_every_known_name_is_found_alone_and_in_the_plural():
@@ -140,7 +129,13 @@ def test_what_came_before_a_mention(tokenizer):
 
 def test_what_an_expression_is_about(tokenizer):
     finder = MentionFinder(KNOWN, tokenizer)
-    texts = ["the cat face left of the person", "leftmost red circle", "the biggest thing", "what barks", ""]
+    texts = [
+        "the cat face left of the person",
+        "leftmost red circle",
+        "the biggest thing",
+        "the catalogue",
+        "",
+    ]
     nouns = finder.nouns(pad([tokenizer.encode_name(text) for text in texts], PADDING))
     found = [{KNOWN[v] for v in finder.fits[noun].nonzero()} if noun >= 0 else None for noun in nouns]
     assert found == [{"cat face"}, {"red circle"}, set(KNOWN), None, None]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_network import NAMES, pictures, small_network
 
-from visionllm.instruction import Instruction
+from visionllm.instruction import EVAL_TEMPLATES, Instruction
 from visionllm.model.backbone import DepthwiseConv, SameConv
 from visionllm.model.convolution import Convolution
 from visionllm.model.linear import PACKED_ROWS, Linear
@@ -133,3 +133,8 @@ def test_features_of_an_instruction_are_kept_until_weights_change(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         network.find(pictures(1), asked)
     assert len(encodings) == 3
+    network.find(pictures(1), asked)
+    assert len(encodings) == 3
+    other = Instruction(classes=NAMES, text=asked[0].render(EVAL_TEMPLATES["detection"][0]))
+    assert other == asked[0] and not torch.equal(network.find(pictures(1), [other])[0].scores, first)
+    assert len(encodings) == 4

@@ -14,7 +14,14 @@ from visionllm.model.network import Network
 from visionllm.reproduce.ablations import ABLATIONS, measure_boxes, measure_decoded
 from visionllm.reproduce.experiments import TRAININGS, run
 from visionllm.reproduce.settings import Settings
-from visionllm.reproduce.training import Ablation, Variant, check_variant, run_ablation, train_variant
+from visionllm.reproduce.training import (
+    Ablation,
+    Variant,
+    check_variant,
+    run_ablation,
+    train_variant,
+    what_decides,
+)
 from visionllm.train.config import ConfigError, load_config
 
 SMALL = (
@@ -133,6 +140,24 @@ def test_a_start_from_other_weights_takes_what_fits(settings, tmp_path):
     assert torch.equal(old.llm.layers[0].q.weight, new.llm.layers[0].q.weight)
     assert new.image_tokenizer.queries.shape[0] == 9
     assert not torch.equal(old.llm.layers[0].k.weight, new.llm.layers[0].k.weight)
+
+
+def test_what_decides_a_run_is_its_whole_configuration_and_its_start(settings, tmp_path):
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "config.json").write_text("{}")
+    (start / "model.safetensors").write_bytes(b"a")
+    begun = dataclasses.replace(settings, init=str(start))
+
+    def decided(of=begun, seed=0):
+        return what_decides(COUNTS, COUNTS.variants[0], of, seed)
+
+    first = decided()
+    assert decided() == first and json.dumps(first)
+    assert decided(seed=1) != first and decided(settings) != first
+    assert decided(dataclasses.replace(begun, overrides=(*SMALL, "lr=1e-5"))) != first
+    (start / "model.safetensors").write_bytes(b"b")
+    assert decided() != first
 
 
 def test_location_tokens_are_decoded_both_ways(settings):

@@ -125,6 +125,23 @@ def test_padding_beside_shorter_prompts_changes_nothing(network, prompts):
         assert decode_text(network, cache_of(network, alone, slice(row, row + 1)), options) == [together[row]]
 
 
+@torch.no_grad()
+def test_beams_of_a_row_do_not_depend_on_the_others():
+    """Rows that have found their texts wait for the others, and collect no more."""
+    network = small_network(tasks=TASKS)
+    network.text_head.query.weight *= 4
+    often = torch.zeros(network.tokenizer.vocab_size)
+    often[EOS] = 4.0
+    head = network.text_head.forward
+    network.text_head.forward = lambda states, pieces: head(states, pieces) + often
+    words = ("dog", "two red cars", "cup", "a very long question about a teddy bear", "left", "person")
+    asked = [Instruction("vqa", question=f"Is it {text}?") for text in words]
+    options = TextOptions(max_tokens=30, beams=2)
+    together = network.write(pictures(6), asked, options)
+    alone = [network.write(pictures(6)[i : i + 1], asked[i : i + 1], options)[0] for i in range(6)]
+    assert together == alone
+
+
 def log_probability(network, prompts, row, text_ids):
     """Mean over the pieces, <eos> among them."""
     total = 0.0

@@ -203,6 +203,9 @@ def test_what_is_trained_is_not_kept():
 def test_colours_beside_padding_are_those_without():
     images = pictures(2, size=24)
     boxes = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(1)) * 0.3 + 0.3
+    boxes = torch.cat(
+        [boxes, torch.tensor([[[0.9, 0.1, 0.4, 0.4], [0.05, 0.97, 0.3, 0.2]]] * 2)], 1
+    )  # beyond
     sizes = torch.tensor([[16, 24], [24, 10]])
     found = colours_at(images, boxes, sizes)
     for b, (height, width) in enumerate(sizes.tolist()):

@@ -28,7 +28,7 @@ class BoxPrior(nn.Module):
     def __init__(self, bins: int) -> None:
         super().__init__()
         self.last_bin = (bins - 1) // 2
-        self.strength = nn.Parameter(torch.tensor(STRENGTH))
+        self.strength = nn.Parameter(torch.tensor([STRENGTH]))  # of a dimension: FSDP shards no scalars
 
     def of_boxes(self, boxes: Tensor) -> Tensor:
         """boxes: [B, G, 4] cxcywh → [B, G, 4, 2 · HARMONICS], of x1, y1, x2, y2 relative to the centre."""

@@ -24,19 +24,17 @@ class Kept(Generic[Answer]):
     """Every answer is of the names, or the key, that it was made for; others take its place."""
 
     def __init__(self) -> None:
-        self._features: tuple[tuple[str, ...], Tensor] | None = None
+        self._features: tuple[Any, Tensor] | None = None
         self._pieces: tuple[tuple[str, ...], Tensor] | None = None
         self._finder: tuple[tuple[str, ...], MentionFinder] | None = None
         self._asked: dict[Any, Answer] = {}
 
-    def forget_features(self) -> None:
-        """To be called where weights may change: features of names are not of these weights any more."""
-        self._features = None
-
-    def features(self, names: tuple[str, ...], device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-        """[V, C], text features of the names."""
-        if self._features is None or self._features[0] != names or self._features[1].device != device:
-            self._features = names, make()
+    def features(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """[V, C], text features of known names; key: all that decides them."""
+        if self._features is None or self._features[0] != key:
+            # A tensor made in inference could not train later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._features = key, make()
         return self._features[1]
 
     def pieces(self, names: tuple[str, ...], tokenizer: Tokenizer) -> Tensor:

@@ -45,12 +45,12 @@ def text_of(names: Sequence[str]) -> str:
 def rivals(known: Sequence[str], listed: Sequence[Sequence[str]]) -> Tensor:
     """bool [B, V], True where picture b's prompt does not list known name v, whatever its case."""
     mask = torch.ones(len(listed), len(known), dtype=torch.bool)
-    row = {name.casefold(): v for v, name in enumerate(known)}
+    rows: dict[str, list[int]] = {}
+    for v, name in enumerate(known):
+        rows.setdefault(name.casefold(), []).append(v)
     for b, names in enumerate(listed):
         for name in names:
-            v = row.get(name.casefold())
-            if v is not None:
-                mask[b, v] = False
+            mask[b, rows.get(name.casefold(), [])] = False
     return mask
 
 

@@ -68,6 +68,8 @@ class MentionFinder:
         for word in ANYTHING:
             meanings[word] = set(range(len(names)))
         self.fits = torch.zeros(len(meanings), len(names), dtype=torch.bool)
+        self._tokenizer = tokenizer
+        self._goes_on: dict[int, bool] = {}  # pieces that `goes_on` was asked about
         # From the last piece of a phrase to its first; None: a phrase starts here, its number.
         self._backwards: dict[int | None, Any] = {}
         singular = {tokenizer.encode_name(phrase) for phrase in meanings}
@@ -83,10 +85,7 @@ class MentionFinder:
                 place[None] = number
 
     def find(self, ids: Tensor) -> list[Mention]:
-        """Of the longest phrase that ends at each place of pieces [B, T], if one does.
-
-        What follows does not matter, so a text that is written piece by piece is read the same.
-        """
+        """Of the longest phrase that ends, with its word, at each place of pieces [B, T], if one does."""
         found: list[Mention] = []
         for row, pieces in enumerate(ids.tolist()):
             text = len(found)  # the first mention of this text: PADDING ends one
@@ -99,9 +98,18 @@ class MentionFinder:
                         number, start = place[None], column
                     column -= 1
                     place = place.get(pieces[column]) if column >= 0 else None
-                if number is not None:
+                if number is not None and not (end + 1 < len(pieces) and self.goes_on(pieces[end + 1])):
                     before = (i for i in range(len(found) - 1, text - 1, -1) if found[i].column < start)
                     found.append(Mention(row, end, number, next(before, -1)))
+        return found
+
+    def goes_on(self, piece: int) -> bool:
+        """Whether a piece goes on with the word before it, as "board" of "cup" + "board"."""
+        found = self._goes_on.get(piece)
+        if found is None:
+            before = self._tokenizer.encode_name("a")
+            text = self._tokenizer.decode([*before, piece])[len(self._tokenizer.decode(before)) :]
+            found = self._goes_on[piece] = text[:1].isalnum()
         return found
 
     def nouns(self, ids: Tensor) -> list[int]:
@@ -173,7 +181,8 @@ class NameLookup(nn.Module):
         share = sharp / (sharp.sum(1, keepdim=True) + 1e-3)
         found = (share.to(told.dtype)[:, None] @ told).squeeze(1)
         counts = counts_of(weight)
-        relation = relation_of((share[:, None] @ measures.float()).squeeze(1), counts, previous)
+        # No product of matrices: autocast would round what is compared.
+        relation = relation_of((share[..., None] * measures.float()).sum(1), counts, previous)
         told_here = self.found(found) + self.amount(amounts_of(weight, counts).to(told.dtype))
         return told_here + self.relation(relation.to(told.dtype))
 

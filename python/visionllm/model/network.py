@@ -183,18 +183,25 @@ class Network(nn.Module):
 
         if self.training or torch.is_grad_enabled():
             return make()
-        weights = [self.embedding.weight, *self.text_encoder.parameters()]
+        # Instructions of another wording are equal: their texts count too.
+        texts = tuple(one.text for one in instructions)
+        return self.kept.asked((tuple(instructions), texts, self.known_names, self._encoding()), make)
+
+    def _encoding(self) -> tuple[Any, ...]:
+        """All that decides a text's features but the text."""
+        weights = (self.embedding.weight, *self.text_encoder.parameters())
         reduced = torch.is_autocast_enabled(self.device.type)
-        key = (tuple(instructions), self.known_names, reduced, *((w.data_ptr(), w._version) for w in weights))
-        return self.kept.asked(key, make)
+        return (self.device, reduced, *((w.data_ptr(), w._version) for w in weights))
 
     def known_features(self) -> Tensor:
         """[V, C], the text features of `known_names`."""
-        if self.training and any(p.requires_grad for p in self.text_encoder.parameters()):
+
+        def make() -> Tensor:
             return self.encode_names(self.name_ids(self.known_names))
-        return self.kept.features(
-            self.known_names, self.device, lambda: self.encode_names(self.name_ids(self.known_names))
-        )
+
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.text_encoder.parameters()):
+            return make()
+        return self.kept.features((self.known_names, self._encoding()), make)
 
     def known_ids(self) -> Tensor:
         """Their pieces for the LLM, padded [V, T]."""
@@ -203,14 +210,6 @@ class Network(nn.Module):
     def mention_finder(self) -> MentionFinder:
         """Of `known_names`."""
         return self.kept.finder(self.known_names, self.tokenizer)
-
-    def train(self, mode: bool = True) -> Network:
-        self.kept.forget_features()  # weights may change from here on
-        return super().train(mode)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self.kept.forget_features()
-        return super().load_state_dict(*args, **kwargs)
 
     def image_tokens(
         self,

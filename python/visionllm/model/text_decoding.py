@@ -190,13 +190,15 @@ def _beam_search(
         steps = F.log_softmax(_next_logits(network, cache, last), -1).view(rows, width, -1)
         vocabulary = steps.shape[-1]
         best, index = (totals[..., None] + steps).flatten(1).topk(2 * width, dim=1)
+        done = [len(found) >= width for found in finished]  # as if they had been asked alone
         parents, pieces = [], []
         for row in range(rows):
             kept: list[tuple[float, int, int]] = []
             for total, flat in zip(best[row].tolist(), index[row].tolist(), strict=True):
                 parent, piece = row * width + flat // vocabulary, flat % vocabulary
                 if piece == network.tokenizer.eos:
-                    finished[row].append((total / length, ids[parent]))
+                    if not done[row]:
+                        finished[row].append((total / length, ids[parent]))
                 elif len(kept) < width:
                     kept.append((total, parent, piece))
             totals[row] = torch.tensor([total for total, _, _ in kept], device=device)

@@ -78,8 +78,9 @@ def colours_at(images: Tensor, boxes: Tensor, sizes: Tensor | None = None) -> Te
     places = torch.stack([x, y], -1).view(-1, 2)  # [G², 2]
     where = boxes[..., None, :2] + places * boxes[..., None, 2:]  # [B, M, G², 2]
     if sizes is not None:
-        height_width = sizes.to(where) / torch.tensor(images.shape[1:3]).to(where)
-        where = where * height_width.flip(1)[:, None, None]
+        width_height = sizes.flip(1).to(where)[:, None, None]
+        where = (where * width_height).clamp(min=0.5).minimum(width_height - 0.5)  # not of the padding
+        where = where / torch.tensor(images.shape[1:3]).flip(0).to(where)
     pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     found = F.grid_sample(
         pixels, 2 * where - 1, mode="bilinear", padding_mode="border", align_corners=False

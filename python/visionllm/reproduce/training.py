@@ -14,6 +14,7 @@ import json
 import shlex
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -176,11 +177,7 @@ def train_variant(ablation: Ablation, variant: Variant, settings: Settings, seed
     from visionllm.train.command import main as train
 
     command = training_command(ablation, variant, settings, seed)
-    decides = {
-        "command": command,
-        "data": training_data(settings),
-        "init": None if settings.init is None else [settings.init, *sorted(ablation.fresh)],
-    }
+    decides = what_decides(ablation, variant, settings, seed)
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     folder = settings.work / "runs" / digest
     if not (folder / "finished.json").is_file():
@@ -202,6 +199,21 @@ def train_variant(ablation: Ablation, variant: Variant, settings: Settings, seed
         for leftover in ("checkpoints", "start"):  # a quarter of a gigabyte a run
             shutil.rmtree(folder / leftover, ignore_errors=True)
     return read_run(folder)
+
+
+def what_decides(ablation: Ablation, variant: Variant, settings: Settings, seed: int) -> dict[str, Any]:
+    """All that a run's weights depend on but the data's files: its whole configuration, and its start."""
+    config = dataclasses.asdict(configuration(ablation, variant, settings, seed, settings.work))
+    start = None
+    if settings.init is not None:
+        from visionllm.pipeline import model_folder
+
+        files = sorted(path for path in model_folder(settings.init).iterdir() if path.is_file())
+        start = {
+            "files": {path.name: zlib.crc32(path.read_bytes()) for path in files},
+            "anew": sorted(ablation.fresh),
+        }
+    return {"config": config, "start": start}
 
 
 def with_start(
@@ -236,6 +248,7 @@ def with_start(
         and not any(fnmatchcase(name, pattern) for pattern in fresh)
     }
     network.load_state_dict(fitting, strict=False)
+    network.known_names = whole.known_names
     say(f"{len(fitting)} of {len(own)} tensors start from {init}")
     network.save_pretrained(folder)
     kept = [word for word in words if not word.startswith(("model.", "init_backbone="))]
@@ -286,7 +299,6 @@ def _table(
         verdict = ordering(rows, ablation.column, NOISE)
     else:
         verdict = ablation.verdict(rows) if complete else ""
-    everything = training_command(ablation, Variant(""), settings, settings.seeds[0])
     return Table(
         ablation.experiment,
         ablation.title,
@@ -296,8 +308,7 @@ def _table(
         notes=list(ablation.notes),
         settings=describe_training(ablation, settings),
         commands=[
-            f"visionllm train {shlex.join([*everything, *variant.changes])}  # {variant.name}"
-            for variant in ablation.variants
+            f"#   {variant.name}: {shlex.join(variant.changes) or '-'}" for variant in ablation.variants
         ],
     )
 
