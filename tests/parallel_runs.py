@@ -70,7 +70,8 @@ class Batches:
 
 def build(config, processes, resuming):
     """As ``visionllm.train.build`` does for real runs: the small network, a part of whose LLM is frozen."""
-    network = small_network(tasks=("detection", "segmentation", "grounding", "keypoints", "vqa"))
+    tasks = ("detection", "segmentation", "grounding", "keypoints", "vqa")
+    network = small_network(tasks=tasks, box_prior=True, word_layers=1, known_power=0.3)
     network.known_names = ("cup", "dog", "truck")
     freeze(network, FROZEN)
 
