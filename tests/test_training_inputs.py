@@ -93,6 +93,10 @@ def test_pretrained_stages_for_a_model_that_has_none(tmp_path):
     check(f"init={tmp_path / 'with'}", "model.keep_pretrained=true")
     check(f"init={tmp_path / 'with'}", "model.word_layers=2")
     check(f"init={tmp_path / 'with'}", "model.heads=4", "model.lora_targets=[q,v]")  # as it is
+    small_network(word_layers=2, keep_pretrained=True).save_pretrained(tmp_path / "words")
+    check(f"init={tmp_path / 'words'}", "model.word_layers=2")
+    with pytest.raises(ConfigError, match="model.word_layers: the model comes from init=.*, where it is 2"):
+        check(f"init={tmp_path / 'words'}", "model.word_layers=3")
     with pytest.raises(ConfigError, match="model.heads: the model comes from init=.*, where it is 4"):
         check(f"init={tmp_path / 'with'}", "model.heads=8")
     with pytest.raises(ConfigError, match="model.keep_pretrained with init=.* needs init_backbone"):

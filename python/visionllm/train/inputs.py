@@ -197,9 +197,10 @@ def _check_start(config: TrainConfig) -> None:
             own = ModelConfig.from_json(sizes.read_bytes(), str(sizes))
         except ValueError as error:
             raise ConfigError(f"init: {error}") from error
-        for key in config.model.keys() - ADDED_PARTS:
-            value = config.model[key]
+        for key, value in config.model.items():
             there = getattr(own, key, None)
+            if key in ADDED_PARTS and not there:
+                continue
             if (tuple(value) if isinstance(value, list) else value) != there:
                 raise ConfigError(
                     f"model.{key}: the model comes from init={config.init}, where it is {there!r}"
