@@ -198,6 +198,7 @@ def write_overview(folder: Path) -> None:
         "",
         "Each is one command, `visionllm reproduce NAME`, which stands in its table. T and fig: the tables",
         "and figures of the VisionLLM paper (arXiv:2305.11175); the others: questions that it leaves open.",
+        "Those that train do so for the minutes that their table states: they compare what is learned first.",
         "",
     ]
     lines += ["| experiment | what is compared | finding |", "|---|---|---|"]
