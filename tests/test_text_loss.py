@@ -7,7 +7,7 @@ import torch
 from small_network import small_network, text_batch
 
 from visionllm.instruction.instruction import TASKS
-from visionllm.train.text_loss import FORMAT_WEIGHT
+from visionllm.train.text_loss import joined, FORMAT_WEIGHT
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +61,14 @@ def test_it_can_be_learned():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_answers_stand_directly_behind_their_prompts():
+    first = torch.tensor([[1, 2, 3], [4, -1, -1], [5, 6, -1]])
+    second = torch.tensor([[10, 11], [12, 13], [14, -2]])
+    lengths = torch.tensor([3, 1, 2])
+    found = joined(first, second, lengths)
+    assert found.tolist() == [[1, 2, 3, 10, 11], [4, 12, 13, -1, -1], [5, 6, 14, -2, -1]]
+    wide = joined(first[..., None].expand(-1, -1, 4), second[..., None].expand(-1, -1, 4), lengths)
+    assert torch.equal(wide, found[..., None].expand(-1, -1, 4))
+    assert joined(first, second[:, :0], lengths).tolist() == first.tolist()

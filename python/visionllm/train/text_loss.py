@@ -101,44 +101,61 @@ def written_loss(
         caption nor the few of an answer drown the others; and the share of pieces that are the likeliest
         (detached).
     """
-    device, b = prefix.device, len(prefix)
-    # The answer stands directly behind its prompt, where decoding puts it: rows are shifted together.
-    p, t = prefix.shape[1], given.shape[1]
-    order = torch.arange(p + t, device=device)
-    behind = order - lengths[:, None]  # [B, P + T], position in the answer
-    row = torch.arange(b, device=device)[:, None]
-    words = network.word_embeddings(given).to(prefix.dtype)
-    is_answer = (behind >= 0) & (behind < t)
-    x = torch.where(
-        is_answer[..., None], words[row, behind.clamp(0, t - 1)], prefix[row, order.clamp(max=p - 1)]
-    )
-    mask = order < lengths[:, None] + (given != PADDING).sum(1, keepdim=True)
+    device, (b, p), t = prefix.device, prefix.shape[:2], given.shape[1]
+    # The answer stands directly behind its prompt, where decoding puts it.
+    x = joined(prefix, network.word_embeddings(given).to(prefix.dtype), lengths)
+    mask = torch.arange(p + t, device=device) < lengths[:, None] + (given != PADDING).sum(1, keepdim=True)
     states, _ = network.llm(x, mask, x.new_zeros(b, 0, 1, x.shape[-1]), words=True, seen=told)
     at = (lengths[:, None] + torch.arange(t, device=device)).clamp(max=p + t - 1)
+    answers = states[torch.arange(b, device=device)[:, None], at]  # [B, T, C]
     known = wanted != PADDING
-    chosen = states[row, at][known]  # [n, C]
     pieces = network.embedding.weight[: network.tokenizer.vocab_size]
     weight = text_weights(wanted)[known]
-    losses = network.text_head.loss(chosen, pieces, wanted[known])
+    losses = network.text_head.loss(answers[known], pieces, wanted[known])
     with torch.no_grad():
-        logits = network.text_head(chosen, pieces)
+        logits = network.text_head(answers[known], pieces)
     if prompt_ids is not None and network.config.word_layers:
-        # Every place's pieces and turn, as they stand in x.
-        ids = torch.where(
-            is_answer, given[row, behind.clamp(0, t - 1)], prompt_ids[row, order.clamp(max=p - 1)]
-        ).masked_fill(~mask, PADDING)
-        turn = (given == network.tokenizer.eos).cumsum(1)
-        asked = torch.where(is_answer, wanted[row, behind.clamp(0, t - 1)], PADDING) == PADDING
-        asked &= copyable(ids, network.tokenizer) & (ids != network.tokenizer.eos)
-        same = torch.where(is_answer, turn[row, behind.clamp(0, t - 1)], 0)[:, None] == turn[..., None]
-        source = CopySource(ids, asked, network.copy_head.keys(states))
-        chances, gate = network.copy_head(states[row, at], given, source, asked[:, None] & same)
-        chances, gate, there = chances[known], gate[known], ids[known.nonzero()[:, 0]]
-        copied = (chances * (there == wanted[known][:, None])).sum(1)
+        source, mask = copy_source(network, states, prompt_ids, lengths, given, wanted)
+        chances, gate = network.copy_head(answers, given, source, mask)
+        chances, gate, ids = chances[known], gate[known], source.ids[known.nonzero()[:, 0]]
+        copied = (chances * (ids == wanted[known][:, None])).sum(1)
         losses = mixed_loss(losses, copied, gate)
-        logits = mixed(logits, chances.detach(), gate.detach(), there)
+        logits = mixed(logits, chances.detach(), gate.detach(), ids)
     loss = (losses * weight).sum() / weight.sum()
     return loss, (logits.argmax(-1) == wanted[known]).float().mean()
+
+
+def joined(first: Tensor, second: Tensor, lengths: Tensor) -> Tensor:
+    """Rows [B, T, ...] directly behind the first `lengths` [B] entries of rows [B, P, ...] → [B, P + T, ...].
+
+    What was behind those entries, their padding, comes last.
+    """
+    p, t = first.shape[1], second.shape[1]
+    order = torch.arange(p + t, device=first.device)
+    behind = order - lengths[:, None]  # [B, P + T], place in the second
+    place = torch.where(behind < 0, order, torch.where(behind < t, p + behind, order - t))
+    return torch.cat([first, second], 1)[torch.arange(len(first), device=first.device)[:, None], place]
+
+
+def copy_source(
+    network: Network, states: Tensor, prompt_ids: Tensor, lengths: Tensor, given: Tensor, wanted: Tensor
+) -> tuple[CopySource, Tensor]:
+    """What answers may copy from: each from the question of its own turn.
+
+    Args:
+        states: [B, P + T, C], of prompts and answers as `joined`; the others: as for `written_loss`.
+
+    Returns:
+        all places, and bool [B, T, P + T], which of them may be copied behind each piece that is given.
+    """
+    tokenizer = network.tokenizer
+    ids = joined(prompt_ids, given, lengths)
+    turn = (given == tokenizer.eos).cumsum(1)  # [B, T]
+    asked = joined(torch.ones_like(prompt_ids), (wanted == PADDING).long(), lengths).bool()
+    asked &= copyable(ids, tokenizer) & (ids != tokenizer.eos)
+    of_turn = joined(torch.zeros_like(prompt_ids), turn, lengths)
+    may = asked[:, None] & (of_turn[:, None] == turn[..., None])
+    return CopySource(ids, asked, network.copy_head.keys(states)), may
 
 
 def text_weights(wanted: Tensor) -> Tensor:
