@@ -7,7 +7,7 @@ import torch
 from small_network import small_network, text_batch
 
 from visionllm.instruction.instruction import TASKS
-from visionllm.train.text_loss import joined, FORMAT_WEIGHT
+from visionllm.train.text_loss import FORMAT_WEIGHT, joined
 
 
 @pytest.fixture(scope="module")
