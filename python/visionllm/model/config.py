@@ -97,9 +97,8 @@ class ModelConfig:
     # score = objectness^a · class probability^(1 − a) · (probability among all known names)^c
     objectness_power: float = 0.35  # a
     known_power: float = 0.0  # c; 0: known names play no part
-    noun_power: float = (
-        0.0  # of the noun that an expression starts with (model/mentions.py); 0: plays no part
-    )
+    # For an expression times (how well its noun fits)^noun_power (model/mentions.py); 0: nouns play no part
+    noun_power: float = 0.0
     score_threshold: float = 0.3  # shown and answered boxes; evaluation uses all
     tasks: tuple[str, ...] = ("detection",)  # that the weights were trained for
 

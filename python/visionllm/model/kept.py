@@ -1,7 +1,6 @@
 """What a network keeps between calls: of the names it knows, and of the last instructions.
 
-Pictures are mostly asked the same, one after the other; and the text features of hundreds of known names cost
-more than a picture does.
+Pictures are mostly asked the same, one after the other, and the known names are the same for all of them.
 """
 
 from __future__ import annotations

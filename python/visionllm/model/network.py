@@ -468,10 +468,8 @@ class Network(nn.Module):
         named = [one.task != "grounding" for one in instructions]
         if self.config.noun_power > 0 and self.known_names and not all(named):
             names = name_chances(self, tokens.features[:, : self.config.num_queries])
-            nouns, fits = (
-                self.nouns(instructions, scores.shape[2]),
-                self.mention_finder().fits.to(self.device),
-            )
+            nouns = self.nouns(instructions, scores.shape[2])
+            fits = self.mention_finder().fits.to(self.device)
             scores = scores * noun_factor(names, fits, nouns, self.config.noun_power)
         if self.config.known_power > 0 and self.config.text_guidance and self.known_names and any(named):
             features = self.alignment["decoder"](tokens.features[:, : self.config.num_queries])
