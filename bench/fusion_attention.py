@@ -34,7 +34,7 @@ from visionllm.ops.fusion_attention import SampleInputs, sample_inputs
 
 # An 800 x 1333 picture at strides 8, 16, 32, 64.
 PAPER = dict(batch=1, positions=22223, channels=256, heads=8)
-# 224 x 224 pictures at the same strides, in the packaged model: a batch of training, and one.
+# 224 x 224 pictures at the same strides: a batch of training, and one.
 TINY = dict(batch=8, positions=1045, channels=128, heads=4)
 TINY_ONE = TINY | dict(batch=1)
 CASES = {

@@ -13,7 +13,7 @@ import torch
 from visionllm.ops import ms_deform_attn
 from visionllm.ops.ms_deform_attn import sample_inputs
 
-# A 224 x 224 picture at strides 8, 16, 32, 64, as the embedded model sees it.
+# A 224 x 224 picture at strides 8, 16, 32, 64.
 TINY = dict(batch=1, levels=((28, 28), (14, 14), (7, 7), (4, 4)), heads=8, channels=16)
 CASES = {"encoder": TINY | {"encoder": True}, "decoder": TINY | {"queries": 100}}
 

@@ -118,7 +118,8 @@ def test_outlines_and_points_of_scenes() -> None:
             assert outline is not None and outline.dtype == np.float32
             x1, y1, x2, y2 = sample.boxes[k]
             assert (outline >= (x1, y1)).all() and (outline <= (x2, y2)).all()
-            overlaps.append(mask_iou([polygon_rle(outline, 224, 224)], [sample.masks[k]])[0, 0])
+            outlined = polygon_rle(outline, *sample.image.shape[:2])
+            overlaps.append(mask_iou([outlined], [sample.masks[k]])[0, 0])
             points = sample.keypoints[k]
             assert points["topmost point"][1] == y1 and points["rightmost point"][0] == x2
             assert points["bottommost point"][1] == y2 and points["leftmost point"][0] == x1

@@ -18,14 +18,14 @@ CLASSES = 80  # COCO's number
 
 
 def evaluation_set(
-    settings: Settings, part: str = "val", size: int = 224, seed: int = 0, **scene_options: Any
+    settings: Settings, part: str = "val", size: int | None = None, seed: int = 0, **scene_options: Any
 ) -> ObjectSet:
     """The first ``settings.count`` pictures of a part of the data.
 
     Args:
         settings: of the command.
         part: "val", or "train" for what may only be chosen on training data.
-        size: side of generated scenes in pixels.
+        size: side of generated scenes in pixels; None: the usual one.
         seed: of generated scenes.
         scene_options: further arguments of SceneDataset, such as ``language=True``.
 
@@ -38,15 +38,18 @@ def evaluation_set(
     return SampleSet(scenes(settings, part, size, seed, **scene_options))
 
 
-def scenes(settings: Settings, part: str, size: int, seed: int = 0, **options: Any) -> SceneDataset:
+def scenes(
+    settings: Settings, part: str, size: int | None = None, seed: int = 0, **options: Any
+) -> SceneDataset:
     """The generated scenes of ``settings.count`` pictures; options: further arguments of SceneDataset."""
     from visionllm.data.scenes import SceneDataset
 
     behind = settings.photos is not None
+    if size is not None:
+        options["size"] = size
     return SceneDataset(
         part,
         seed,
-        size,
         length=settings.count,
         glyphs=settings.glyphs,
         backgrounds=_train(settings) if behind else None,

@@ -102,7 +102,7 @@ def boundary_points(settings: Settings) -> Table:
     )
 
 
-def grounding_precision(model: VisionLLM, settings: Settings, size: int = 224) -> float | None:
+def grounding_precision(model: VisionLLM, settings: Settings, size: int | None = None) -> float | None:
     """P@0.5 in points, of the expressions that fit something."""
     from visionllm.evaluate.grounding import evaluate_grounding
 
@@ -147,7 +147,7 @@ def _answers(model: VisionLLM, settings: Settings) -> Numbers:
 
     if settings.data == "coco":
         raise NoData("the photos have no questions")
-    dataset = SampleSet(scenes(settings, "val", 224, language=True))
+    dataset = SampleSet(scenes(settings, "val", language=True))
     numbers = evaluate_answers(model, dataset, batch_size=settings.batch_size).to_dict()
     return {"exact match": 100 * numbers["exact_match"], "token F1": 100 * numbers["f1"]}
 
@@ -157,7 +157,7 @@ def _keypoints(model: VisionLLM, settings: Settings) -> Numbers:
 
     if settings.data == "coco":
         raise NoData("the photos have no keypoints")
-    dataset = SampleSet(scenes(settings, "val", 224, keypoints=True))
+    dataset = SampleSet(scenes(settings, "val", keypoints=True))
     asked = PromptOptions(task="keypoints", keypoints=common_names(dataset.content["annotations"]))
     metrics = evaluate(model, dataset, asked, settings.batch_size).coco.metrics
     return {f"OKS {name}": 100 * metrics[name] for name in ("AP", "AP50", "AP75")}
@@ -167,7 +167,7 @@ def _with_masks(settings: Settings) -> ObjectSet:
     return evaluation_set(settings, masks=True)
 
 
-def _with_expressions(settings: Settings, size: int) -> SampleSet:
+def _with_expressions(settings: Settings, size: int | None) -> SampleSet:
     """Scenes with their expressions; photos with those made from their annotations."""
     if settings.data == "scenes":
         return SampleSet(scenes(settings, "val", size, language=True))
@@ -181,7 +181,7 @@ def _with_expressions(settings: Settings, size: int) -> SampleSet:
 
 def _with_captions(settings: Settings) -> SampleSet:
     if settings.data == "scenes":
-        return SampleSet(scenes(settings, "val", 224, language=True))
+        return SampleSet(scenes(settings, "val", language=True))
     from visionllm.data.coco import CocoDataset
 
     captions = settings.annotations("val").with_name("captions_val.json")

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from visionllm.atomic_file import replacing
 from visionllm.data.sample import Sample
-from visionllm.data.scenes.dataset import SPLITS, SceneDataset
+from visionllm.data.scenes.dataset import SCENE_SIZE, SPLITS, SceneDataset
 from visionllm.data.scenes.export_text import SceneText
 from visionllm.data.scenes.keypoints import point_names
 
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=positive, default=100, help="number of scenes")
     parser.add_argument("--split", choices=SPLITS, default="val")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=224, help="side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=SCENE_SIZE, help="side of the pictures in pixels")
     parser.add_argument(
         "--glyphs", type=Path, help="glyph atlas (visionllm glyphs); without one: plain shapes only"
     )
