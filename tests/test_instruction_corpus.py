@@ -116,9 +116,20 @@ def check_round_trip(instruction: Instruction, template: Template | None) -> Non
     assert sum(s.kind == "image" for s in pieces) == 1
 
 
+LISTED_KEYPOINTS = [template for template in SET_TEMPLATES if "<keypoints>" in template.text]
+
+
+def listed(template: Template, *names: str) -> tuple[Instruction, Template]:
+    """An instruction with these keypoints, and its template."""
+    points = len(names)
+    return Instruction("keypoints", ("dog",), 512, template.coordinates, points, keypoints=names), template
+
+
 @settings(max_examples=400, deadline=None)
 @given(written_instructions())
 @example((Instruction(classes=TRICKY), DETECTION[0]))
+@example(listed(LISTED_KEYPOINTS[0], "C"))
+@example(listed(LISTED_KEYPOINTS[-1], "cls", "nose"))
 def test_render_then_parse_is_the_identity(case):
     check_round_trip(*case)
 

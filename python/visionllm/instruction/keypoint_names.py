@@ -39,8 +39,9 @@ _COORDINATE_NAMES = re.compile(
 # Words that say how to write points are no names of points.
 _NO_NAMES = re.compile(r"\b(?:offsets?|coordinates?|range|within|format|absolute|relative|pixels?)\b", re.I)
 
-
-_CLASS_WORDS = ("c", "cls", "class")  # they begin an output format
+# An output format lists a class and then coordinates: "c", "x1", "y1", …; "c", "nose_x", "nose_y".
+_CLASS_WORDS = ("c", "cls", "class")
+_COORDINATE = re.compile(r"(?:\w*_)?[xyv][ _]?(?:\d+|n)?|\.{2,3}|…", re.IGNORECASE)
 
 
 class KeypointNames(NamedTuple):
@@ -84,7 +85,7 @@ def _first_quoted(text: str, start: int, end: int) -> KeypointNames | None:
     for match in _QUOTED_LIST.finditer(text):
         if not start <= match.start() < end:
             found = _read_quoted(text, match.start(), match.end())
-            if found is not None and found.names[0].lower() not in _CLASS_WORDS:
+            if found is not None and not _is_format(found.names):
                 return found
     return None
 
@@ -128,9 +129,15 @@ def _first_of_words(text: str, start: int, end: int) -> KeypointNames | None:
                 names = _words(match.group(2))
             elif pattern in (_COLON_LIST, _PLAIN_LIST):
                 names = _words(match.group(1))
-            if names is not None and names[0].lower() not in _CLASS_WORDS:
+            if names is not None and not _is_format(names):
                 return KeypointNames(names, match.start(), match.end())
     return None
+
+
+def _is_format(names: Sequence[str]) -> bool:
+    """Whether a list is an output format and not of points, one of which may be called "C"."""
+    first, *others = (name.strip() for name in names)
+    return first.lower() in _CLASS_WORDS and bool(others) and all(map(_COORDINATE.fullmatch, others))
 
 
 def _words(listed: str) -> tuple[str, ...] | None:
