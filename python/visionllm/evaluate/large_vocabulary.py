@@ -107,6 +107,7 @@ def detect_in_groups(
     """
     import torch
 
+    from visionllm.model.boxes import repeats_lowered
     from visionllm.model.groups import NameGroups, find_groups
 
     instructions = groups.groups if isinstance(groups, NameGroups) else groups
@@ -117,17 +118,20 @@ def detect_in_groups(
         scores = merged_scores(answers, config.objectness_power, config.known_power)
         count = scores.shape[2]
         for b, found in enumerate(best):
-            score, index = scores[b].flatten().topk(min(top, scores[b].numel()))
+            # Twice as many as wanted: repeats among the best give their places to others.
+            score, index = scores[b].flatten().topk(min(2 * top, scores[b].numel()))
             found.append((answers.boxes[b, index // count], score, index % count + first))
         first += len(group.classes)
     merged = []
     for found in best:
         boxes, scores, labels = (torch.cat(column) for column in zip(*found, strict=True))
-        order = scores.argsort(descending=True, stable=True)[:top]
+        order = scores.argsort(descending=True, stable=True)[: 2 * top]
+        scores, lowered = repeats_lowered(boxes[order], scores[order], labels[order])
+        scores, order = scores[:top], order[lowered[:top]]
         merged.append(
             (
                 boxes[order].float().cpu().numpy(),
-                scores[order].float().cpu().numpy(),
+                scores.float().cpu().numpy(),
                 labels[order].cpu().numpy(),
             )
         )
