@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from small_network import small_network
 
 from visionllm.data.sample import Sample
-from visionllm.model.network import Detections, Network
-from visionllm.train.calibrate import KNOWN_POWERS, POWERS, best_threshold, calibrate, fit_router, main
+from visionllm.model.network import Network
+from visionllm.train.calibrate import (
+    POWERS,
+    Absent,
+    Candidates,
+    Outcome,
+    calibrate,
+    candidates,
+    choose,
+    fit_router,
+    main,
+    measure,
+    rank,
+)
 from visionllm.train.validation import ValidationSet
 
 GROUND_TRUTH = {
@@ -33,38 +47,29 @@ def test_the_threshold_keeps_the_hits_and_drops_what_is_below():
         answer(1, 1, [5, 5, 10, 10], 0.5),  # another class
         answer(0, 1, [0, 0, 10, 9], 0.4),  # the same object again
     ]
-    assert best_threshold(GROUND_TRUTH, predictions) == (0.6, 1.0)
+    assert rank(GROUND_TRUTH, predictions).best_threshold() == (0.6, 1.0)
 
 
 def test_the_threshold_drops_a_false_answer_above_no_hit():
     predictions = [answer(0, 1, [0, 0, 10, 10], 0.9), answer(0, 1, [40, 40, 5, 5], 0.8)]
-    score, f1 = best_threshold(GROUND_TRUTH, predictions)
+    score, f1 = rank(GROUND_TRUTH, predictions).best_threshold()
     assert score == 0.9 and f1 == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("truth", [GROUND_TRUTH, {**GROUND_TRUTH, "annotations": []}])
 def test_nothing_to_choose_from(truth):
-    assert best_threshold(truth, []) == (0.0, 0.0)
+    assert rank(truth, []).best_threshold() == (0.0, 0.0)
 
 
-class Weighing:
-    """Stands for a network whose right boxes have high objectness and wrong ones high class scores."""
-
-    def __init__(self) -> None:
-        self.config, self.known_names = small_network().config, ()
-
-    def parameters(self):
-        yield torch.zeros(1)
-
-    def find(self, images, instructions, top):
-        a = self.config.objectness_power
-        boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]])
-        scores = torch.tensor([0.9**a * 0.3 ** (1 - a), 0.1**a * 0.8 ** (1 - a)])
-        order = scores.argsort(descending=True)
-        labels, bins = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64)
-        points = boxes[order].unflatten(1, (2, 2))
-        one = Detections(boxes[order], scores[order], labels, boxes[order, :2], bins, points)
-        return [one] * len(images)
+def test_the_score_that_finds_a_share_of_the_objects():
+    predictions = [
+        answer(0, 1, [0, 0, 10, 10], 0.9),
+        answer(1, 1, [5, 5, 10, 10], 0.7),
+        answer(1, 2, [5, 5, 10, 9], 0.6),
+    ]
+    ranking = rank(GROUND_TRUTH, predictions)
+    assert [ranking.score_that_finds(share) for share in (0.5, 0.8, 1.0)] == [0.9, 0.6, 0.6]
+    assert rank(GROUND_TRUTH, predictions[:2]).score_that_finds(0.8) == 0.0  # one of two is never found
 
 
 @pytest.fixture
@@ -80,36 +85,76 @@ def sample() -> Sample:
     )
 
 
-def test_the_power_that_puts_right_boxes_first_is_chosen(sample):
-    network = Weighing()
-    config = calibrate(network, [ValidationSet("one", [sample], 1, None, 20)])
-    power, threshold = config.objectness_power, config.score_threshold
-    assert power == max(POWERS)
-    assert threshold == pytest.approx(0.9**power * 0.3 ** (1 - power), abs=5e-4)
-    assert network.config.objectness_power == small_network().config.objectness_power
+def two(known: tuple[float, float]) -> Candidates:
+    """A right box of high objectness, and a wrong one of a higher class score."""
+    return Candidates(
+        boxes=torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]]),
+        labels=torch.zeros(2, dtype=torch.int64),
+        objectness=torch.tensor([0.9, 0.1]),
+        probability=torch.tensor([0.3, 0.8]),
+        known=torch.tensor(known),
+    )
 
 
-class Knowing(Weighing):
-    """Has a false box above the right one, which known names push down; too much of them, the right one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known_names = ("cat",)
-
-    def find(self, images, instructions, top):
-        found = super().find(images, instructions, top)
-        for one in found:
-            c = self.config.known_power
-            right = one.boxes[:, 0] < 0.5
-            one.scores = torch.where(right, 0.5 if c <= 0.75 else 0.0, 0.9 * 0.2**c)
-        return found
+@pytest.mark.parametrize(("a", "c"), [(0.15, 0.0), (0.7, 0.0), (0.15, 0.5)])
+def test_powers_are_measured(sample, a, c):
+    one = ValidationSet("one", [sample], 1, None, 20)
+    outcome = measure((a, c), [(one, [two(known=(0.9, 0.1))])], [two(known=(0.01, 0.01))])
+    right = 0.9**a * 0.3 ** (1 - a) * 0.9**c
+    wrong = 0.1**a * 0.8 ** (1 - a) * 0.1**c
+    assert outcome.precision == pytest.approx(1.0 if right > wrong else 0.5)
+    assert outcome.threshold == pytest.approx(right)
+    assert outcome.shown == (c == 0)  # known names speak against both
 
 
-def test_the_largest_known_power_that_costs_nothing_is_chosen(sample):
-    config = calibrate(Knowing(), [ValidationSet("one", [sample], 1, None, 20)])
-    # 0.9 · 0.2^c < 0.5 from c = 0.37 on
-    assert config.known_power == 0.75 in KNOWN_POWERS
-    assert config.score_threshold == 0.5
+def test_of_what_is_nearly_the_best_the_one_that_shows_least_is_chosen():
+    def outcome(precision, shown):
+        return Outcome(0.7, 0.2, precision, 0.4, shown)
+
+    outcomes = [outcome(0.5, 0.06), outcome(0.498, 0.02), outcome(0.499, 0.02), outcome(0.49, 0.0)]
+    assert choose(outcomes) is outcomes[2]
+
+
+def test_scores_are_those_that_the_network_gives():
+    names = ("dog", "red car", "cup")
+    network = small_network()
+    network.known_names = ("dog", "cat", "tree")
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    some = Sample(
+        image=picture,
+        boxes=np.zeros((0, 4), np.float32),
+        names=[],
+        area=np.zeros(0, np.float32),
+        iscrowd=np.zeros(0, bool),
+        image_id=0,
+        vocabulary=names,
+    )
+    one = ValidationSet("one", [some], 1, None, 64)
+    network.config = dataclasses.replace(network.config, objectness_power=0.55, known_power=0.35)
+    (mine,) = candidates(network, one)
+    assert network.config.known_power == 0.35
+    found = mine.found(0.55, 0.35, top=30)
+    (there,) = network.find(torch.from_numpy(picture)[None], one.pictures[0].asked.instructions, top=30)
+    np.testing.assert_allclose([score for _, score, _ in found], there.scores, rtol=2e-4)
+    np.testing.assert_allclose(np.array([box for box, _, _ in found])[0], there.boxes[0], atol=1e-4)
+
+
+def test_pictures_asked_for_absent_names_only(sample):
+    sample.vocabulary = ("cat", "dog", "tree")
+    one = ValidationSet("absent", Absent([sample]), 1, 20, 20)
+    assert set(one.pictures[0].asked.classes) == {"cat", "tree"}
+    assert one.ground_truth["annotations"] == []
+
+
+def test_a_network_is_calibrated(sample):
+    sample.vocabulary = ("dog", "cat")
+    network = small_network()
+    one, absent = (ValidationSet("one", samples, 1, None, 64) for samples in ([sample], Absent([sample])))
+    config = calibrate(network, [one], absent)
+    assert config.known_power == 0.0 and not network.known_names
+    assert dataclasses.replace(config, objectness_power=0, score_threshold=0) == dataclasses.replace(
+        network.config, objectness_power=0, score_threshold=0, known_power=0.0
+    )
 
 
 def test_the_command_writes_a_model_in_bfloat16(tmp_path, capsys):

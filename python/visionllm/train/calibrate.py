@@ -1,10 +1,10 @@
 """Chooses, on training pictures, how a score is made and from which one a box is shown.
 
-score = objectness^a · class probability^(1 − a) · (probability among all known names)^c. a is the one with
-the highest AP while c is 0; c is the largest that costs no more than SPARED_AP against the best c, since more
-of it leaves alone more of what is not listed; the threshold is the score with the highest F1 (IoU ≥ 0.5, same
-class). All go into config.json; no validation picture is looked at. The model is written as it ships, its
-weights in bfloat16.
+score = objectness^a · class probability^(1 − a) · (probability among all known names)^c. Of all a and c that
+cost no more than SPARED_AP against the best, those are taken under which the fewest pictures show a box when
+they are asked for absent names only, at the score where 80 % of the objects are found; the threshold is the
+score with the highest F1 (IoU ≥ 0.5, same class). All go into config.json; no validation picture is looked
+at. The model is written as it ships, its weights in bfloat16.
 
     python -m visionllm.train.calibrate --model runs/tiny/model --glyphs glyphs --output DIR
 """
@@ -24,24 +24,121 @@ from scipy.special import expit
 
 from visionllm.data.coco import box_corners
 from visionllm.data.photo_augmentation import AugmentedPhotos
+from visionllm.data.sample import Sample
 from visionllm.evaluate.coco import coco_metrics
 from visionllm.evaluate.matching import box_iou, match_greedily
+from visionllm.evaluate.rejection import FOUND_SHARE
+from visionllm.image import network_batch
+from visionllm.model.boxes import repeats_lowered
 from visionllm.model.config import ModelConfig
+from visionllm.model.groups import find_groups
 from visionllm.model.image_tokenizer import two_stage
 from visionllm.model.network import Network
-from visionllm.train.validation import ValidationSet
+from visionllm.train.validation import Samples, ValidationSet
 
+TOP = 100  # boxes kept per picture
 POWERS = (0.15, 0.35, 0.45, 0.55, 0.7, 0.8)
 SPARED_AP = 0.0025
+LISTED = 20  # names a scene is asked for
+ABSENT = 2  # scenes asked for absent names only, per picture of each kind
 ROUTER_VIEWS = 8  # pictures of each kind that it is fitted on, per picture that scores are chosen on
 ROUTER_DECAY = 3e-3  # L2 on the weights of standardised features
 KNOWN_POWERS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
-def best_threshold(
-    ground_truth: dict[str, Any], predictions: Sequence[dict[str, Any]]
-) -> tuple[float, float]:
-    """The score with the highest F1, and that F1 (0, 0 without predictions or objects)."""
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """What the scores of one picture are made of, for every image token and name that it is asked for.
+
+    Attributes:
+        boxes: fp32 [n, 4], x1 y1 x2 y2 in shares of the picture.
+        labels: int64 [n], positions in the picture's names.
+        objectness, probability, known: fp32 [n]; known is the probability among all known names, 1 where a
+            model has none.
+    """
+
+    boxes: torch.Tensor
+    labels: torch.Tensor
+    objectness: torch.Tensor
+    probability: torch.Tensor
+    known: torch.Tensor
+
+    def found(
+        self, objectness_power: float, known_power: float, top: int = TOP
+    ) -> list[tuple[list[float], float, int]]:
+        """Box, score and label of the best ones, as `Network.find` has them."""
+        scores = (
+            self.objectness**objectness_power
+            * self.probability ** (1 - objectness_power)
+            * self.known**known_power
+        )
+        best, index = scores.topk(min(2 * top, len(scores)))
+        best, order = repeats_lowered(self.boxes[index], best, self.labels[index])
+        index = index[order[:top]]
+        return list(
+            zip(self.boxes[index].tolist(), best[:top].tolist(), self.labels[index].tolist(), strict=True)
+        )
+
+
+def candidates(network: Network, one: ValidationSet) -> list[Candidates]:
+    """Those of all pictures of a set; each goes through the network once, whatever is then tried."""
+    original, rows = network.config, []
+    # Any power above 0: names are then held against the known ones, and `known` is told.
+    network.config = dataclasses.replace(original, known_power=1.0)
+    try:
+        for picture in one.pictures:
+            pixels, sizes = network_batch([picture.image], one.image_size, one.longest_side)
+            shapes = {} if sizes is None else {"sizes": torch.from_numpy(sizes)}
+            instructions, parts, first = picture.asked.instructions, [], 0
+            for answers in find_groups(network, torch.from_numpy(pixels), instructions, **shapes):
+                names = answers.probabilities[0, :, :-1]  # [M, K]
+                known = torch.ones_like(names) if answers.known is None else answers.known[0]
+                parts.append(
+                    (
+                        answers.boxes[0][:, None].expand(*names.shape, 4).flatten(0, 1),
+                        torch.arange(first, first + names.shape[1]).expand_as(names).flatten(),
+                        answers.objectness[0][:, None].expand_as(names).flatten(),
+                        names.flatten(),
+                        known.flatten(),
+                    )
+                )
+                first += names.shape[1]
+            rows.append(Candidates(*(torch.cat(column).cpu() for column in zip(*parts, strict=True))))
+    finally:
+        network.config = original
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Answers in descending order of their scores, and which of them are right.
+
+    Attributes:
+        scores: float64 [n].
+        true: int64 [n], how many of the first ones are right.
+        objects: how many there are to find.
+    """
+
+    scores: np.ndarray
+    true: np.ndarray
+    objects: int
+
+    def best_threshold(self) -> tuple[float, float]:
+        """The score with the highest F1, and that F1 (0, 0 without predictions or objects)."""
+        if not len(self.scores) or not self.objects:
+            return 0.0, 0.0
+        f1 = 2 * self.true / (np.arange(1, len(self.true) + 1) + self.objects)
+        best = int(f1.argmax())
+        return float(self.scores[best]), float(f1[best])
+
+    def score_that_finds(self, share: float) -> float:
+        """The highest score at which this share of the objects is found; 0 if none does."""
+        enough = np.flatnonzero(self.true >= np.ceil(share * self.objects))
+        return float(self.scores[enough[0]]) if len(enough) else 0.0
+
+
+def rank(ground_truth: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> Ranking:
+    """COCO results of all pictures against what is there; crowds are left out."""
     objects: dict[int, list[dict[str, Any]]] = {}
     for entry in ground_truth["annotations"]:
         if not entry["iscrowd"]:
@@ -49,7 +146,7 @@ def best_threshold(
     answers: dict[int, list[dict[str, Any]]] = {}
     for entry in predictions:
         answers.setdefault(entry["image_id"], []).append(entry)
-    scores, hits = [], []
+    scores, hits = list[float](), list[bool]()
     for image, found in answers.items():
         found = sorted(found, key=lambda entry: -entry["score"])
         there = objects.get(image, [])
@@ -58,64 +155,103 @@ def best_threshold(
         matched = match_greedily(iou, same.reshape(iou.shape))
         scores += [entry["score"] for entry in found]
         hits += (matched >= 0).tolist()
-    total = sum(map(len, objects.values()))
-    if not scores or not total:
-        return 0.0, 0.0
     order = np.argsort(-np.array(scores), kind="stable")
-    true = np.cumsum(np.array(hits)[order])
-    f1 = 2 * true / (np.arange(1, len(true) + 1) + total)
-    best = int(f1.argmax())
-    return float(np.array(scores)[order][best]), float(f1[best])
+    true = np.cumsum(np.array(hits, np.int64)[order])
+    return Ranking(np.array(scores)[order], true, sum(map(len, objects.values())))
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one way to make scores gives: means over the sets of AP and of the threshold with the best F1."""
+    """What one way to make scores gives.
 
-    config: ModelConfig
+    Attributes:
+        objectness_power, known_power: a and c.
+        precision, threshold: means over the sets, of AP and of the threshold with the best F1.
+        shown: share of the pictures asked for absent names only that show a box, at the score where 80 % of
+            the first set's objects are found.
+    """
+
+    objectness_power: float
+    known_power: float
     precision: float
     threshold: float
+    shown: float
 
 
-def measure(network: Network, config: ModelConfig, sets: Sequence[ValidationSet], batch_size: int) -> Outcome:
-    """AP and threshold under another way to make scores; prints them and F1 for each set."""
-    original, rows = network.config, []
-    network.config = config
-    try:
-        for one in sets:
-            predictions = one.predictions(network, range(len(one.pictures)), batch_size, top=100)
-            threshold, f1 = best_threshold(one.ground_truth, predictions)
-            rows.append((coco_metrics(one.ground_truth, predictions)["AP"], f1, threshold))
-    finally:
-        network.config = original
-    each = ", ".join(
-        f"{one.name}: AP {100 * ap:.1f}, F1 {100 * f1:.1f} at {score:.2f}"
-        for one, (ap, f1, score) in zip(sets, rows, strict=True)
-    )
-    print(f"a = {config.objectness_power:.2f}, c = {config.known_power:.2f}  {each}", file=sys.stderr)
-    precision, _, threshold = np.mean(rows, 0)
-    return Outcome(config, float(precision), float(threshold))
-
-
-def calibrate(network: Network, sets: Sequence[ValidationSet], batch_size: int = 8) -> ModelConfig:
-    """The network's configuration with the chosen powers and threshold."""
-    plain = dataclasses.replace(network.config, known_power=0.0)
-    outcomes = [
-        measure(network, dataclasses.replace(plain, objectness_power=power), sets, batch_size)
-        for power in POWERS
-    ]
-    best = max(outcomes, key=lambda outcome: (outcome.precision, outcome.config.objectness_power))
-    if network.known_names:
-        outcomes = [best] + [
-            measure(network, dataclasses.replace(best.config, known_power=power), sets, batch_size)
-            for power in KNOWN_POWERS
+def measure(
+    powers: tuple[float, float],
+    sets: Sequence[tuple[ValidationSet, Sequence[Candidates]]],
+    absent: Sequence[Candidates],
+) -> Outcome:
+    """The outcome of a and c; prints it, with F1, for each set."""
+    rows, told, usual = [], [], list[float]()
+    for one, pictures in sets:
+        predictions = [
+            entry
+            for index, picture in enumerate(pictures)
+            for entry in one.results(index, picture.found(*powers), TOP)
         ]
-        least = max(outcome.precision for outcome in outcomes) - SPARED_AP
-        best = max(
-            (outcome for outcome in outcomes if outcome.precision >= least),
-            key=lambda outcome: outcome.config.known_power,
+        ranking = rank(one.ground_truth, predictions)
+        usual.append(ranking.score_that_finds(FOUND_SHARE))
+        threshold, f1 = ranking.best_threshold()
+        rows.append((coco_metrics(one.ground_truth, predictions)["AP"], threshold))
+        told.append(f"{one.name}: AP {100 * rows[-1][0]:.1f}, F1 {100 * f1:.1f} at {threshold:.2f}")
+    best = [max((score for _, score, _ in picture.found(*powers, top=1)), default=-1.0) for picture in absent]
+    shown = float(np.mean([score >= usual[0] for score in best])) if best else 0.0
+    told.append(f"absent names shown: {100 * shown:.1f} %")
+    print(f"a = {powers[0]:.2f}, c = {powers[1]:.2f}  {', '.join(told)}", file=sys.stderr)
+    precision, threshold = np.mean(rows, 0).tolist()
+    return Outcome(*powers, precision=precision, threshold=threshold, shown=shown)
+
+
+def choose(outcomes: Sequence[Outcome]) -> Outcome:
+    """Of those whose AP is nearly the best, the one that shows the least of what is absent."""
+    least = max(outcome.precision for outcome in outcomes) - SPARED_AP
+    allowed = [outcome for outcome in outcomes if outcome.precision >= least]
+    return min(allowed, key=lambda outcome: (outcome.shown, -outcome.precision))
+
+
+def calibrate(
+    network: Network, sets: Sequence[ValidationSet], absent: ValidationSet | None = None
+) -> ModelConfig:
+    """The network's configuration with the chosen powers and threshold.
+
+    Args:
+        sets: what AP is measured on.
+        absent: pictures like the first set's, asked for absent names only.
+    """
+    seen = [(one, candidates(network, one)) for one in sets]
+    nothing = candidates(network, absent) if absent else []
+    known_powers = (0.0, *KNOWN_POWERS) if network.known_names and network.config.text_guidance else (0.0,)
+    best = choose([measure((a, c), seen, nothing) for a in POWERS for c in known_powers])
+    return dataclasses.replace(
+        network.config,
+        objectness_power=best.objectness_power,
+        known_power=best.known_power,
+        score_threshold=round(best.threshold, 3),
+    )
+
+
+class Absent:
+    """Pictures of a data set without their objects, so that prompts list none of them."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples[index]
+        return Sample(
+            image=sample.image,
+            boxes=sample.boxes[:0],
+            names=[],
+            area=sample.area[:0],
+            iscrowd=sample.iscrowd[:0],
+            image_id=sample.image_id,
+            vocabulary=tuple(name for name in sample.vocabulary if name not in sample.names),
         )
-    return dataclasses.replace(best.config, score_threshold=round(best.threshold, 3))
 
 
 def fit_router(network: Network, photos: Iterable[np.ndarray], drawings: Iterable[np.ndarray]) -> float:
@@ -165,32 +301,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     network = Network.from_pretrained(arguments.model)
     size = network.config.image_size
-    scenes = SceneDataset("train", seed=arguments.seed, size=size, glyphs=arguments.glyphs)
-    sets = [ValidationSet("scenes", scenes, arguments.count, 20, size)]
+    scenes = SceneDataset(
+        "train",
+        seed=arguments.seed,
+        size=size,
+        glyphs=arguments.glyphs,
+        backgrounds=arguments.images,
+        background_annotations=arguments.annotations,
+    )
+    sets = [ValidationSet("scenes", scenes, arguments.count, LISTED, size)]
+    absent = ValidationSet("absent", Absent(scenes), ABSENT * arguments.count, LISTED, size)
     if arguments.annotations:
         photos = CocoDataset(arguments.annotations, arguments.images)
         sets.append(ValidationSet("photos", photos, arguments.count, None, size))
         if network.config.keep_pretrained:
             views, rng = AugmentedPhotos(photos, size), np.random.default_rng(arguments.seed)
-            drawn = SceneDataset(
-                "train",
-                seed=arguments.seed,
-                size=size,
-                glyphs=arguments.glyphs,
-                backgrounds=arguments.images,
-                background_annotations=arguments.annotations,
-            )
             count = ROUTER_VIEWS * arguments.count
             mistaken = fit_router(
                 network,
                 (views.draw(rng).image for _ in range(count)),
-                (drawn[i].image for i in range(count)),
+                (scenes[i].image for i in range(count)),
             )
             print(
                 f"router: takes {100 * mistaken:.1f} % of {2 * count} pictures for the other kind",
                 file=sys.stderr,
             )
-    network.config = config = calibrate(network, sets)
+    network.config = config = calibrate(network, sets, absent)
     network.save_pretrained(arguments.output, torch.bfloat16)
     print(
         f"objectness_power {config.objectness_power}, known_power {config.known_power}, "

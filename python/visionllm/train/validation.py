@@ -29,7 +29,9 @@ class Samples(Protocol):
 
 
 @dataclass
-class _Picture:
+class AskedPicture:
+    """A picture with what it is asked."""
+
     image: np.ndarray  # uint8 [S, S, 3], or [H, W, 3] where pictures keep their shape
     asked: Request  # one instruction, or several for more names than one can list
     size: tuple[int, int]  # width, height before resizing
@@ -62,7 +64,7 @@ class ValidationSet:
     ) -> None:
         self.name = name
         self.image_size, self.longest_side = image_size, longest_side
-        self.pictures: list[_Picture] = []
+        self.pictures: list[AskedPicture] = []
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         self.categories: dict[str, int] = {}
@@ -77,7 +79,7 @@ class ValidationSet:
                 if longest_side
                 else resize_square(sample.image, image_size)
             )
-            self.pictures.append(_Picture(picture, class_request(listed), (width, height)))
+            self.pictures.append(AskedPicture(picture, class_request(listed), (width, height)))
             images.append({"id": index, "width": width, "height": height})
             for entry in listed:
                 self.categories.setdefault(entry, len(self.categories) + 1)
@@ -111,19 +113,30 @@ class ValidationSet:
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
             for index, found in zip(chosen, self._answers(network, chosen, top), strict=True):
-                picture = self.pictures[index]
-                scale = np.array(picture.size * 2, dtype=np.float64)  # [4]
-                # The best of all groups; within one they are in this order already.
-                for box, score, label in sorted(found, key=lambda answer: -answer[1])[:top]:
-                    x1, y1, x2, y2 = (np.array(box) * scale).tolist()
-                    results.append(
-                        {
-                            "image_id": index,
-                            "category_id": self.categories[picture.asked.classes[label]],
-                            "bbox": [x1, y1, x2 - x1, y2 - y1],
-                            "score": score,
-                        }
-                    )
+                results += self.results(index, found, top)
+        return results
+
+    def results(
+        self, index: int, found: Sequence[tuple[list[float], float, int]], top: int
+    ) -> list[dict[str, Any]]:
+        """COCO results of one picture, the ``top`` best.
+
+        Args:
+            found: box in 0..1, score and position in the picture's ``asked.classes``, of all its groups.
+        """
+        picture = self.pictures[index]
+        scale = np.array(picture.size * 2, dtype=np.float64)  # [4]
+        results = []
+        for box, score, label in sorted(found, key=lambda answer: -answer[1])[:top]:
+            x1, y1, x2, y2 = (np.array(box) * scale).tolist()
+            results.append(
+                {
+                    "image_id": index,
+                    "category_id": self.categories[picture.asked.classes[label]],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": score,
+                }
+            )
         return results
 
     def _answers(
