@@ -10,6 +10,7 @@ from small_network import NAMES, pictures, small_network
 
 from visionllm.instruction import EVAL_TEMPLATES, Instruction
 from visionllm.model.groups import find_groups, read_names
+from visionllm.model.scores import token_scores
 from visionllm.model.slots import extent_of, points_of
 
 GROUPS = [Instruction(classes=NAMES[:2]), Instruction(classes=NAMES[2:])]
@@ -34,7 +35,7 @@ def test_one_group_is_an_ordinary_prompt(network):
         prompts, text, tokens = network.see("find", images, [asked] * 3, ("detection",))
         reading = network.read_slots(prompts, text, tokens)
         expected = reading.answers(network.config.coordinate_window)
-        scores = network.scores(prompts, text, tokens, [asked] * 3, expected.probabilities)
+        scores = token_scores(network, prompts, text, tokens, [asked] * 3, expected.probabilities)
     close(answers.probabilities, expected.probabilities)
     close(answers.boxes, extent_of(points_of(expected.offsets, reading.boxes)).clamp(0, 1))
     a, c = network.config.objectness_power, network.config.known_power

@@ -26,6 +26,7 @@ from visionllm.model.mentions import (
     noun_factor,
     relation_of,
 )
+from visionllm.model.scores import token_scores
 from visionllm.model.told import name_chances, told_of
 from visionllm.model.word_tokens import MEASURES, colours_at
 from visionllm.tokenizer import PADDING, pad
@@ -169,7 +170,7 @@ def test_expressions_are_scored_by_their_nouns_and_names_are_not():
         network.config = dataclasses.replace(network.config, noun_power=power)
         prompts, text, tokens = network.see("find", pictures(2), asked, ("grounding", "detection"))
         probabilities = network.read_slots(prompts, text, tokens).answers(6).probabilities
-        return network.scores(prompts, text, tokens, asked, probabilities), tokens
+        return token_scores(network, prompts, text, tokens, asked, probabilities), tokens
 
     (plain, tokens), (found, _) = scores(0.0), scores(0.7)
     names = name_chances(network, tokens.features)

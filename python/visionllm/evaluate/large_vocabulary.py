@@ -80,10 +80,11 @@ def merged_scores(answers: GroupAnswers, objectness_power: float, known_power: f
         answers: of `visionllm.model.groups.find_groups`.
         objectness_power: a; known_power: that of ``answers.known``.
     """
+    from visionllm.model.scores import combined
+
     names, nothing = answers.probabilities[..., :-1], answers.probabilities[..., -1:]
     share = names / (names + nothing).clamp(min=1e-12)
-    scores = answers.objectness[..., None] ** objectness_power * share ** (1 - objectness_power)
-    return scores if answers.known is None else scores * answers.known**known_power
+    return combined(answers.objectness[..., None], share, answers.known, objectness_power, known_power)
 
 
 def detect_in_groups(

@@ -21,10 +21,10 @@ from visionllm.model.config import ModelConfig
 from visionllm.model.copying import CopyHead, CopySource, copyable
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokenizer, ImageTokens
 from visionllm.model.kept import Kept
-from visionllm.model.known_names import probability_of_listed, rivals
 from visionllm.model.llm import LLM, KVCache, base_embedding
-from visionllm.model.mentions import MentionFinder, NameLookup, noun_factor
+from visionllm.model.mentions import MentionFinder, NameLookup
 from visionllm.model.outlines import settled
+from visionllm.model.scores import token_scores
 from visionllm.model.slots import (
     SlotFormat,
     SlotHead,
@@ -36,7 +36,7 @@ from visionllm.model.slots import (
 )
 from visionllm.model.text_decoding import TextHead, decode_text
 from visionllm.model.text_encoder import TextEncoder, mean_pool
-from visionllm.model.told import name_chances, told_of
+from visionllm.model.told import told_of
 from visionllm.model.word_tokens import WordTokens, colours_at
 from visionllm.text_options import TextOptions
 from visionllm.tokenizer import IMAGE, PADDING, Prompts, Tokenizer, pad
@@ -431,7 +431,7 @@ class Network(nn.Module):
         boxes = cxcywh_to_xyxy(groups) if wanted.kind == "keypoints" else extent_of(points)
         points, boxes = points.clamp(0, 1), boxes.clamp(0, 1)
         visibility = reading.visibility_logits().softmax(-1) if wanted.kind == "keypoints" else None
-        scores = self.scores(prompts, text, tokens, instructions, answers.probabilities)
+        scores = token_scores(self, prompts, text, tokens, instructions, answers.probabilities)
         results = []
         for b, instruction in enumerate(instructions):
             count = len(instruction.classes)
@@ -451,46 +451,6 @@ class Network(nn.Module):
                 one.absent = 1 - scores[b, :, :count].amax(0)
             results.append(one)
         return results
-
-    def scores(
-        self,
-        prompts: Prompts,
-        text: Text,
-        tokens: ImageTokens,
-        instructions: Sequence[Instruction],
-        probabilities: Tensor,
-    ) -> Tensor:
-        """Scores [B, M, K] of image tokens being objects of the listed classes.
-
-        probabilities: [B, M, K + 1], of the classes and "no object".
-        """
-        a = self.config.objectness_power
-        objectness = tokens.objectness[-1].sigmoid()[..., None]  # [B, M, 1]
-        scores = objectness**a * probabilities[..., :-1] ** (1 - a)  # [B, M, K]
-        # That no known name fits an expression says nothing about it; its noun tells what may be meant.
-        named = [one.task != "grounding" for one in instructions]
-        if self.config.noun_power > 0 and self.known_names and not all(named):
-            names = name_chances(self, tokens.features[:, : self.config.num_queries])
-            nouns = self.nouns(instructions, scores.shape[2])
-            fits = self.mention_finder().fits.to(self.device)
-            scores = scores * noun_factor(names, fits, nouns, self.config.noun_power)
-        if self.config.known_power > 0 and self.config.text_guidance and self.known_names and any(named):
-            features = self.alignment["decoder"](tokens.features[:, : self.config.num_queries])
-            others = rivals(self.known_names, [one.classes for one in instructions]).to(self.device)
-            known = self.known_features()
-            likely = probability_of_listed(features, text.names, prompts.class_mask, known, others)
-            factor = likely**self.config.known_power
-            scores = scores * torch.where(torch.tensor(named, device=self.device)[:, None, None], factor, 1.0)
-        return scores
-
-    def nouns(self, instructions: Sequence[Instruction], count: int) -> Tensor:
-        """int64 [B, count], of `MentionFinder.nouns`, for the expressions of grounding; −1 for all else."""
-        nouns = torch.full((len(instructions), count), -1)
-        for row, one in zip(nouns, instructions, strict=True):
-            if one.task == "grounding" and one.classes:
-                pieces = pad([self.tokenizer.encode_name(text) for text in one.classes], PADDING)
-                row[: len(pieces)] = torch.tensor(self.mention_finder().nouns(pieces))
-        return nouns.to(self.device)
 
     @torch.inference_mode()
     def write(

@@ -34,6 +34,7 @@ from visionllm.model.config import ModelConfig
 from visionllm.model.groups import find_groups
 from visionllm.model.image_tokenizer import two_stage
 from visionllm.model.network import Network
+from visionllm.model.scores import combined
 from visionllm.train.validation import Samples, ValidationSet
 
 TOP = 100  # boxes kept per picture
@@ -67,11 +68,7 @@ class Candidates:
         self, objectness_power: float, known_power: float, top: int = TOP
     ) -> list[tuple[list[float], float, int]]:
         """Box, score and label of the best ones, as `Network.find` has them."""
-        scores = (
-            self.objectness**objectness_power
-            * self.probability ** (1 - objectness_power)
-            * self.known**known_power
-        )
+        scores = combined(self.objectness, self.probability, self.known, objectness_power, known_power)
         best, index = scores.topk(min(2 * top, len(scores)))
         best, order = repeats_lowered(self.boxes[index], best, self.labels[index])
         index = index[order[:top]]
