@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from visionllm.model.boxes import repeats_lowered
+from visionllm.model.boxes import doubtful_lowered
 
 
 def test_the_second_box_of_one_thing_counts_half():
-    boxes = torch.tensor([[0.0, 0, 1, 1], [0.0, 0, 1, 0.9], [0.5, 0.5, 0.6, 0.6]])
-    scores, order = repeats_lowered(boxes, torch.tensor([0.9, 0.8, 0.5]), torch.tensor([3, 3, 3]))
+    boxes = torch.tensor([[0.0, 0, 0.8, 0.5], [0.05, 0, 0.85, 0.5], [0.5, 0.6, 0.6, 0.7]])
+    scores, order = doubtful_lowered(boxes, torch.tensor([0.9, 0.8, 0.5]), torch.tensor([3, 3, 3]))
     assert order.tolist() == [0, 2, 1]  # what it falls behind goes before it
     assert torch.equal(scores, torch.tensor([0.9, 0.5, 0.4]))
 
 
 def test_other_classes_and_neighbours_keep_theirs():
-    boxes = torch.tensor([[0.0, 0, 1, 1], [0.0, 0, 1, 1], [0.0, 0, 1, 0.59]])
+    boxes = torch.tensor([[0.0, 0, 0.8, 0.8], [0.0, 0, 0.8, 0.8], [0.2, 0, 1, 0.8]])  # IoU 0.6
     given = torch.tensor([0.9, 0.8, 0.7])
-    scores, order = repeats_lowered(boxes, given, torch.tensor([0, 1, 0]))
+    scores, order = doubtful_lowered(boxes, given, torch.tensor([0, 1, 0]))
     assert torch.equal(scores, given) and order.tolist() == [0, 1, 2]
 
 
 def test_the_more_it_overlaps_the_less_it_counts():
     """No step: boxes that are rounded differently have nearly the same scores."""
     given, labels = torch.tensor([0.9, 0.8]), torch.tensor([0, 0])
-    heights = torch.linspace(0.55, 0.85, 61)
+    shifts = torch.linspace(0.3, 0.08, 89)  # IoU 0.54 to 0.85
     second = torch.stack(
         [
-            repeats_lowered(torch.tensor([[0.0, 0, 1, 1], [0.0, 0, 1, h]]), given, labels)[0][1]
-            for h in heights
+            doubtful_lowered(torch.tensor([[0.0, 0, 1, 1], [d, 0, 1 + d, 1]]), given, labels)[0][1]
+            for d in shifts
         ]
     )
     assert second[0] == 0.8 and second[-1] == 0.4
@@ -36,14 +37,35 @@ def test_the_more_it_overlaps_the_less_it_counts():
 
 
 def test_a_third_one_counts_half_not_a_quarter():
-    scores, _ = repeats_lowered(
+    scores, _ = doubtful_lowered(
         torch.tensor([[0.1, 0.1, 0.5, 0.5]] * 3), torch.tensor([0.8, 0.6, 0.4]), torch.tensor([1, 1, 1])
     )
     assert torch.equal(scores, torch.tensor([0.8, 0.3, 0.2]))
 
 
+WHOLE, HEAD = [0.1, 0.1, 0.9, 0.9], [0.3, 0.1, 0.6, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("whole", "head"), [(0.76, 0.64), (0.9, 0.64), (0.64, 0.8)], ids=["equally sure", "surer", "less sure"]
+)
+def test_a_part_gives_way_to_a_whole_that_is_about_as_sure(whole, head):
+    boxes, given = torch.tensor([HEAD, WHOLE]), torch.tensor([0.8, whole])
+    given, stood = given.sort(descending=True)
+    scores, order = doubtful_lowered(boxes[stood], given, torch.tensor([0, 0]))
+    found = dict(zip(stood[order].tolist(), scores.tolist(), strict=True))
+    assert found == pytest.approx({0: head, 1: whole})
+
+
+def test_a_neighbour_and_another_class_within_it_keep_theirs():
+    given = torch.tensor([0.8, 0.79, 0.78])
+    boxes = torch.tensor([WHOLE, HEAD, [0.3, 0.0, 0.6, 0.2]])  # half of the last one is outside
+    scores, _ = doubtful_lowered(boxes, given, torch.tensor([0, 1, 0]))
+    assert torch.equal(scores, given)
+
+
 def test_equal_scores_stay_as_they_stand():
-    scores, order = repeats_lowered(
+    scores, order = doubtful_lowered(
         torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.6, 0.6], [0.1, 0.1, 0.2, 0.2]]),
         torch.tensor([0.5, 0.25, 0.5]).sort(descending=True).values,
         torch.tensor([0, 0, 0]),
@@ -52,7 +74,7 @@ def test_equal_scores_stay_as_they_stand():
 
 
 def test_nothing_found_and_boxes_without_area():
-    scores, order = repeats_lowered(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    scores, order = doubtful_lowered(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     assert scores.shape == order.shape == (0,)
-    scores, _ = repeats_lowered(torch.zeros(2, 4), torch.tensor([0.5, 0.4]), torch.tensor([0, 0]))
+    scores, _ = doubtful_lowered(torch.zeros(2, 4), torch.tensor([0.5, 0.4]), torch.tensor([0, 0]))
     assert torch.equal(scores, torch.tensor([0.5, 0.4]))  # their IoU is 0

@@ -108,7 +108,7 @@ def detect_in_groups(
     """
     import torch
 
-    from visionllm.model.boxes import repeats_lowered
+    from visionllm.model.boxes import doubtful_lowered
     from visionllm.model.groups import NameGroups, find_groups
 
     instructions = groups.groups if isinstance(groups, NameGroups) else groups
@@ -127,7 +127,7 @@ def detect_in_groups(
     for found in best:
         boxes, scores, labels = (torch.cat(column) for column in zip(*found, strict=True))
         order = scores.argsort(descending=True, stable=True)[: 2 * top]
-        scores, lowered = repeats_lowered(boxes[order], scores[order], labels[order])
+        scores, lowered = doubtful_lowered(boxes[order], scores[order], labels[order])
         scores, order = scores[:top], order[lowered[:top]]
         merged.append(
             (

@@ -25,17 +25,20 @@ def overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return iou, iou - (hull - union) / hull.clamp(min=1e-9)
 
 
-# IoU from which a box of a class begins to repeat a better one, and from which it wholly does.
-REPEATING_FROM, REPEATED_FROM = 0.6, 0.8
-REPEATED_FACTOR = 0.5  # of its score
+# From where to where a box says again what a better one of its class says (IoU), and lies within another (share
+# of its area) that is larger (ratio of areas) and about as sure (ratio of scores).
+REPEATED, WITHIN, LARGER, AS_SURE = (0.6, 0.8), (0.8, 0.95), (1.0, 1.25), (0.8, 0.9)
+REPEATED_FACTOR, PART_FACTOR = 0.5, 0.8  # of its score
 
 
-def repeats_lowered(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and their order after a box that says again what a better one has said counts half.
+def doubtful_lowered(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and their order after what speaks against boxes beside others of their class.
 
-    Queries do not always agree on which of them tells of an object. A box that overlaps a better one of its
-    class almost entirely is most often the same object, but may be a second one behind it: its score is
-    lowered, by up to a half and by no more for further ones, and the box stays.
+    Queries do not always agree on which of them tells of an object, and some tell of its part. A box that
+    overlaps a better one of its class almost entirely is most often the same object, but may be one behind
+    it: its score is lowered, by up to a half and by no more for further ones, and the box stays. Of two that
+    are about equally sure, one within the other, the larger one is most often the whole object: the other's
+    score is lowered by up to a fifth. There are no steps: boxes rounded differently score alike.
 
     Args:
         boxes: [n, 4], corners.
@@ -45,10 +48,27 @@ def repeats_lowered(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tens
     Returns:
         Scores [n], descending, and int64 [n], where each of them stood.
     """
-    repeats = overlap(boxes[:, None], boxes[None])[0] * (labels[:, None] == labels[None])
-    most = torch.cat([repeats.new_zeros(len(boxes), 1), repeats.tril(-1)], 1).amax(1)
-    share = ((most - REPEATING_FROM) / (REPEATED_FROM - REPEATING_FROM)).clamp(0, 1)
-    return (scores * (1 - (1 - REPEATED_FACTOR) * share)).sort(descending=True, stable=True)
+    low, high = (
+        torch.maximum(boxes[:, None, :2], boxes[None, :, :2]),
+        torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:]),
+    )
+    common = (high - low).clamp(min=0).prod(-1)  # [n, n]
+    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1)
+    same = (labels[:, None] == labels[None]).to(scores.dtype)
+    again = _ramp(overlap(boxes[:, None], boxes[None])[0], REPEATED) * same
+    own = area[:, None].clamp(min=1e-9)
+    within = _ramp(common / own, WITHIN) * _ramp(area[None] / own, LARGER) * same
+    part = within * (1 - again) * _ramp(scores[None] / scores[:, None].clamp(min=1e-9), AS_SURE)
+    nothing = scores.new_zeros(len(scores), 1)
+    repeated = torch.cat([nothing, again.tril(-1)], 1).amax(1)
+    partial = torch.cat([nothing, part], 1).amax(1)
+    lowered = scores * (1 - (1 - REPEATED_FACTOR) * repeated) * (1 - (1 - PART_FACTOR) * partial)
+    return lowered.sort(descending=True, stable=True)
+
+
+def _ramp(x: Tensor, between: tuple[float, float]) -> Tensor:
+    """0 up to the first value, 1 from the second one on, straight in between."""
+    return ((x - between[0]) / (between[1] - between[0])).clamp(0, 1)
 
 
 def inverse_sigmoid(x: Tensor, epsilon: float = 1e-4) -> Tensor:

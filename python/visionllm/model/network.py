@@ -16,7 +16,7 @@ from visionllm.chat import TEMPLATES
 from visionllm.instruction import Instruction
 from visionllm.instruction.instruction import SET_TASKS
 from visionllm.model import weights
-from visionllm.model.boxes import cxcywh_to_xyxy, repeats_lowered
+from visionllm.model.boxes import cxcywh_to_xyxy, doubtful_lowered
 from visionllm.model.config import ModelConfig
 from visionllm.model.copying import CopyHead, CopySource, copyable
 from visionllm.model.image_tokenizer import DenoisingQueries, ImageTokenizer, ImageTokens
@@ -438,7 +438,7 @@ class Network(nn.Module):
             # Twice as many as wanted: repeats among the best give their places to others.
             best, index = scores[b, :, :count].flatten().topk(min(2 * top, scores.shape[1] * count))
             group, label = index // max(1, count), index % max(1, count)
-            best, order = repeats_lowered(boxes[b, group], best, label)
+            best, order = doubtful_lowered(boxes[b, group], best, label)
             best, group, label = best[:top], group[order[:top]], label[order[:top]]
             one = Detections(
                 boxes[b, group], best, label, groups[b, group, :2], bins[b, group], points[b, group]

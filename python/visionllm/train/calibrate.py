@@ -29,7 +29,7 @@ from visionllm.evaluate.coco import coco_metrics
 from visionllm.evaluate.matching import box_iou, match_greedily
 from visionllm.evaluate.rejection import FOUND_SHARE
 from visionllm.image import network_batch
-from visionllm.model.boxes import repeats_lowered
+from visionllm.model.boxes import doubtful_lowered
 from visionllm.model.config import ModelConfig
 from visionllm.model.groups import find_groups
 from visionllm.model.image_tokenizer import two_stage
@@ -70,7 +70,7 @@ class Candidates:
         """Box, score and label of the best ones, as `Network.find` has them."""
         scores = combined(self.objectness, self.probability, self.known, objectness_power, known_power)
         best, index = scores.topk(min(2 * top, len(scores)))
-        best, order = repeats_lowered(self.boxes[index], best, self.labels[index])
+        best, order = doubtful_lowered(self.boxes[index], best, self.labels[index])
         index = index[order[:top]]
         return list(
             zip(self.boxes[index].tolist(), best[:top].tolist(), self.labels[index].tolist(), strict=True)
