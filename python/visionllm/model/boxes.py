@@ -25,8 +25,8 @@ def overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return iou, iou - (hull - union) / hull.clamp(min=1e-9)
 
 
-# From where to where a box says again what a better one of its class says (IoU), and lies within another (share
-# of its area) that is larger (ratio of areas) and about as sure (ratio of scores).
+# From where to where a box says again what a better one of its class says (IoU), and lies within another
+# (share of its area) that is larger (ratio of areas) and about as sure (ratio of scores).
 REPEATED, WITHIN, LARGER, AS_SURE = (0.6, 0.8), (0.8, 0.95), (1.0, 1.25), (0.8, 0.9)
 REPEATED_FACTOR, PART_FACTOR = 0.5, 0.8  # of its score
 
