@@ -8,9 +8,13 @@ import torch
 from visionllm.model.boxes import doubtful_lowered
 
 
+def lowered(boxes, scores, labels):
+    return doubtful_lowered(boxes, scores, labels, repeat_factor=0.5, part_factor=0.8)
+
+
 def test_the_second_box_of_one_thing_counts_half():
     boxes = torch.tensor([[0.0, 0, 0.8, 0.5], [0.05, 0, 0.85, 0.5], [0.5, 0.6, 0.6, 0.7]])
-    scores, order = doubtful_lowered(boxes, torch.tensor([0.9, 0.8, 0.5]), torch.tensor([3, 3, 3]))
+    scores, order = lowered(boxes, torch.tensor([0.9, 0.8, 0.5]), torch.tensor([3, 3, 3]))
     assert order.tolist() == [0, 2, 1]  # what it falls behind goes before it
     assert torch.equal(scores, torch.tensor([0.9, 0.5, 0.4]))
 
@@ -18,7 +22,7 @@ def test_the_second_box_of_one_thing_counts_half():
 def test_other_classes_and_neighbours_keep_theirs():
     boxes = torch.tensor([[0.0, 0, 0.8, 0.8], [0.0, 0, 0.8, 0.8], [0.2, 0, 1, 0.8]])  # IoU 0.6
     given = torch.tensor([0.9, 0.8, 0.7])
-    scores, order = doubtful_lowered(boxes, given, torch.tensor([0, 1, 0]))
+    scores, order = lowered(boxes, given, torch.tensor([0, 1, 0]))
     assert torch.equal(scores, given) and order.tolist() == [0, 1, 2]
 
 
@@ -27,17 +31,14 @@ def test_the_more_it_overlaps_the_less_it_counts():
     given, labels = torch.tensor([0.9, 0.8]), torch.tensor([0, 0])
     shifts = torch.linspace(0.3, 0.08, 89)  # IoU 0.54 to 0.85
     second = torch.stack(
-        [
-            doubtful_lowered(torch.tensor([[0.0, 0, 1, 1], [d, 0, 1 + d, 1]]), given, labels)[0][1]
-            for d in shifts
-        ]
+        [lowered(torch.tensor([[0.0, 0, 1, 1], [d, 0, 1 + d, 1]]), given, labels)[0][1] for d in shifts]
     )
     assert second[0] == 0.8 and second[-1] == 0.4
     assert (second.diff() <= 0).all() and second.diff().abs().max() < 0.0101
 
 
 def test_a_third_one_counts_half_not_a_quarter():
-    scores, _ = doubtful_lowered(
+    scores, _ = lowered(
         torch.tensor([[0.1, 0.1, 0.5, 0.5]] * 3), torch.tensor([0.8, 0.6, 0.4]), torch.tensor([1, 1, 1])
     )
     assert torch.equal(scores, torch.tensor([0.8, 0.3, 0.2]))
@@ -52,7 +53,7 @@ WHOLE, HEAD = [0.1, 0.1, 0.9, 0.9], [0.3, 0.1, 0.6, 0.4]
 def test_a_part_gives_way_to_a_whole_that_is_about_as_sure(whole, head):
     boxes, given = torch.tensor([HEAD, WHOLE]), torch.tensor([0.8, whole])
     given, stood = given.sort(descending=True)
-    scores, order = doubtful_lowered(boxes[stood], given, torch.tensor([0, 0]))
+    scores, order = lowered(boxes[stood], given, torch.tensor([0, 0]))
     found = dict(zip(stood[order].tolist(), scores.tolist(), strict=True))
     assert found == pytest.approx({0: head, 1: whole})
 
@@ -60,12 +61,12 @@ def test_a_part_gives_way_to_a_whole_that_is_about_as_sure(whole, head):
 def test_a_neighbour_and_another_class_within_it_keep_theirs():
     given = torch.tensor([0.8, 0.79, 0.78])
     boxes = torch.tensor([WHOLE, HEAD, [0.3, 0.0, 0.6, 0.2]])  # half of the last one is outside
-    scores, _ = doubtful_lowered(boxes, given, torch.tensor([0, 1, 0]))
+    scores, _ = lowered(boxes, given, torch.tensor([0, 1, 0]))
     assert torch.equal(scores, given)
 
 
 def test_equal_scores_stay_as_they_stand():
-    scores, order = doubtful_lowered(
+    scores, order = lowered(
         torch.tensor([[0.1, 0.1, 0.2, 0.2], [0.5, 0.5, 0.6, 0.6], [0.1, 0.1, 0.2, 0.2]]),
         torch.tensor([0.5, 0.25, 0.5]).sort(descending=True).values,
         torch.tensor([0, 0, 0]),
@@ -74,7 +75,13 @@ def test_equal_scores_stay_as_they_stand():
 
 
 def test_nothing_found_and_boxes_without_area():
-    scores, order = doubtful_lowered(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    scores, order = lowered(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     assert scores.shape == order.shape == (0,)
-    scores, _ = doubtful_lowered(torch.zeros(2, 4), torch.tensor([0.5, 0.4]), torch.tensor([0, 0]))
+    scores, _ = lowered(torch.zeros(2, 4), torch.tensor([0.5, 0.4]), torch.tensor([0, 0]))
     assert torch.equal(scores, torch.tensor([0.5, 0.4]))  # their IoU is 0
+
+
+def test_factors_of_one_change_nothing():
+    boxes, given = torch.tensor([[0.1, 0.1, 0.5, 0.5]] * 3), torch.tensor([0.8, 0.6, 0.4])
+    scores, order = doubtful_lowered(boxes, given, torch.tensor([1, 1, 1]), 1.0, 1.0)
+    assert torch.equal(scores, given) and order.tolist() == [0, 1, 2]

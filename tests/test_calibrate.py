@@ -99,7 +99,8 @@ def two(known: tuple[float, float]) -> Candidates:
 @pytest.mark.parametrize(("a", "c"), [(0.15, 0.0), (0.7, 0.0), (0.15, 0.5)])
 def test_powers_are_measured(sample, a, c):
     one = ValidationSet("one", [sample], 1, None, 20)
-    outcome = measure((a, c), [(one, [two(known=(0.9, 0.1))])], [two(known=(0.01, 0.01))])
+    config = dataclasses.replace(small_network().config, objectness_power=a, known_power=c)
+    outcome = measure(config, [(one, [two(known=(0.9, 0.1))])], [two(known=(0.01, 0.01))])
     right = 0.9**a * 0.3 ** (1 - a) * 0.9**c
     wrong = 0.1**a * 0.8 ** (1 - a) * 0.1**c
     assert outcome.precision == pytest.approx(1.0 if right > wrong else 0.5)
@@ -109,7 +110,7 @@ def test_powers_are_measured(sample, a, c):
 
 def test_of_what_is_nearly_the_best_the_one_that_shows_least_is_chosen():
     def outcome(precision, shown):
-        return Outcome(0.7, 0.2, precision, 0.4, shown)
+        return Outcome(small_network().config, precision, 0.4, shown)
 
     outcomes = [outcome(0.5, 0.06), outcome(0.498, 0.02), outcome(0.499, 0.02), outcome(0.49, 0.0)]
     assert choose(outcomes) is outcomes[2]
@@ -130,10 +131,12 @@ def test_scores_are_those_that_the_network_gives():
         vocabulary=names,
     )
     one = ValidationSet("one", [some], 1, None, 64)
-    network.config = dataclasses.replace(network.config, objectness_power=0.55, known_power=0.35)
+    network.config = dataclasses.replace(
+        network.config, objectness_power=0.55, known_power=0.35, repeat_factor=0.5
+    )
     (mine,) = candidates(network, one)
     assert network.config.known_power == 0.35
-    found = mine.found(0.55, 0.35, top=30)
+    found = mine.found(network.config, top=30)
     (there,) = network.find(torch.from_numpy(picture)[None], one.pictures[0].asked.instructions, top=30)
     np.testing.assert_allclose([score for _, score, _ in found], there.scores, rtol=2e-4)
     np.testing.assert_allclose(np.array([box for box, _, _ in found])[0], there.boxes[0], atol=1e-4)

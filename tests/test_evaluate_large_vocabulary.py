@@ -75,7 +75,8 @@ def test_the_best_of_all_groups(monkeypatch):
             yield GroupAnswers(p, boxes, boxes[..., :2], torch.tensor([[0.9, 0.1]]), None)
 
     monkeypatch.setattr("visionllm.model.groups.find_groups", said)
-    network = SimpleNamespace(config=SimpleNamespace(objectness_power=0.5, known_power=0.0))
+    scoring = {"objectness_power": 0.5, "known_power": 0.0, "repeat_factor": 1.0, "part_factor": 1.0}
+    network = SimpleNamespace(config=SimpleNamespace(**scoring))
     groups = [Instruction(classes=("a", "b")), Instruction(classes=("c", "d"))]
     ((boxes, scores, labels),) = detect_in_groups(network, torch.zeros(1, 4, 4, 3), groups, top=3)
     assert labels.tolist() == [2, 1, 3] and (np.diff(scores) <= 0).all()

@@ -87,9 +87,7 @@ def test_a_step_has_pictures_of_one_of_the_sides():
 
 @pytest.mark.parametrize("changes", [{"sides": (32,)}, {"sides": (64,), "longest_side": 96}])
 def test_sides_that_cannot_be(changes):
-    with pytest.raises(
-        ValueError, match="sides: expected 64 pixels or more"
-    ):
+    with pytest.raises(ValueError, match="sides: expected 64 pixels or more"):
         mixture(**changes)
 
 

@@ -127,7 +127,9 @@ def detect_in_groups(
     for found in best:
         boxes, scores, labels = (torch.cat(column) for column in zip(*found, strict=True))
         order = scores.argsort(descending=True, stable=True)[: 2 * top]
-        scores, lowered = doubtful_lowered(boxes[order], scores[order], labels[order])
+        scores, lowered = doubtful_lowered(
+            boxes[order], scores[order], labels[order], config.repeat_factor, config.part_factor
+        )
         scores, order = scores[:top], order[lowered[:top]]
         merged.append(
             (

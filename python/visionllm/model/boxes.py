@@ -28,26 +28,30 @@ def overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 # From where to where a box says again what a better one of its class says (IoU), and lies within another
 # (share of its area) that is larger (ratio of areas) and about as sure (ratio of scores).
 REPEATED, WITHIN, LARGER, AS_SURE = (0.6, 0.8), (0.8, 0.95), (1.0, 1.25), (0.8, 0.9)
-REPEATED_FACTOR, PART_FACTOR = 0.5, 0.8  # of its score
 
 
-def doubtful_lowered(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def doubtful_lowered(
+    boxes: Tensor, scores: Tensor, labels: Tensor, repeat_factor: float, part_factor: float
+) -> tuple[Tensor, Tensor]:
     """Scores and their order after what speaks against boxes beside others of their class.
 
     Queries do not always agree on which of them tells of an object, and some tell of its part. A box that
     overlaps a better one of its class almost entirely is most often the same object, but may be one behind
-    it: its score is lowered, by up to a half and by no more for further ones, and the box stays. Of two that
-    are about equally sure, one within the other, the larger one is most often the whole object: the other's
-    score is lowered by up to a fifth. There are no steps: boxes rounded differently score alike.
+    it: its score is lowered, no further for further ones, and the box stays. Of two that are about equally
+    sure, one within the other, the larger one is most often the whole object: the other's score is lowered.
+    There are no steps: boxes rounded differently score alike.
 
     Args:
         boxes: [n, 4], corners.
         scores: [n], descending.
         labels: int64 [n].
+        repeat_factor, part_factor: what is left of such a score at least, 0 to 1; 1: all of it.
 
     Returns:
         Scores [n], descending, and int64 [n], where each of them stood.
     """
+    if repeat_factor == part_factor == 1:
+        return scores, torch.arange(len(scores), device=scores.device)
     low, high = (
         torch.maximum(boxes[:, None, :2], boxes[None, :, :2]),
         torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:]),
@@ -62,7 +66,7 @@ def doubtful_lowered(boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Ten
     nothing = scores.new_zeros(len(scores), 1)
     repeated = torch.cat([nothing, again.tril(-1)], 1).amax(1)
     partial = torch.cat([nothing, part], 1).amax(1)
-    lowered = scores * (1 - (1 - REPEATED_FACTOR) * repeated) * (1 - (1 - PART_FACTOR) * partial)
+    lowered = scores * (1 - (1 - repeat_factor) * repeated) * (1 - (1 - part_factor) * partial)
     return lowered.sort(descending=True, stable=True)
 
 

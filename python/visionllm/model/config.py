@@ -99,6 +99,10 @@ class ModelConfig:
     known_power: float = 0.0  # c; 0: known names play no part
     # For an expression times (how well its noun fits)^noun_power (model/mentions.py); 0: nouns play no part
     noun_power: float = 0.0
+    # What is left of the score of a box that repeats a better one of its class, or lies within a larger one
+    # that is as sure (model/boxes.py); 1: all of it
+    repeat_factor: float = 1.0
+    part_factor: float = 1.0
     score_threshold: float = 0.3  # shown and answered boxes; evaluation uses all
     tasks: tuple[str, ...] = ("detection",)  # that the weights were trained for
 
@@ -140,6 +144,9 @@ class ModelConfig:
             raise ValueError(
                 "ModelConfig: text_vocab_size must be at least 1 with text_encoder 'bert', got 0"
             )
+        for name in ("repeat_factor", "part_factor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"ModelConfig: {name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"ModelConfig: lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.image_tokens == "pooling" and math.isqrt(self.num_queries) ** 2 != self.num_queries:

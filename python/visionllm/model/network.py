@@ -432,13 +432,14 @@ class Network(nn.Module):
         points, boxes = points.clamp(0, 1), boxes.clamp(0, 1)
         visibility = reading.visibility_logits().softmax(-1) if wanted.kind == "keypoints" else None
         scores = token_scores(self, prompts, text, tokens, instructions, answers.probabilities)
+        factors = self.config.repeat_factor, self.config.part_factor
         results = []
         for b, instruction in enumerate(instructions):
             count = len(instruction.classes)
             # Twice as many as wanted: repeats among the best give their places to others.
             best, index = scores[b, :, :count].flatten().topk(min(2 * top, scores.shape[1] * count))
             group, label = index // max(1, count), index % max(1, count)
-            best, order = doubtful_lowered(boxes[b, group], best, label)
+            best, order = doubtful_lowered(boxes[b, group], best, label, *factors)
             best, group, label = best[:top], group[order[:top]], label[order[:top]]
             one = Detections(
                 boxes[b, group], best, label, groups[b, group, :2], bins[b, group], points[b, group]

@@ -64,13 +64,14 @@ class Candidates:
     probability: torch.Tensor
     known: torch.Tensor
 
-    def found(
-        self, objectness_power: float, known_power: float, top: int = TOP
-    ) -> list[tuple[list[float], float, int]]:
-        """Box, score and label of the best ones, as `Network.find` has them."""
-        scores = combined(self.objectness, self.probability, self.known, objectness_power, known_power)
+    def found(self, config: ModelConfig, top: int = TOP) -> list[tuple[list[float], float, int]]:
+        """Box, score and label of the best ones, as `Network.find` has them under a configuration."""
+        powers = config.objectness_power, config.known_power
+        scores = combined(self.objectness, self.probability, self.known, *powers)
         best, index = scores.topk(min(2 * top, len(scores)))
-        best, order = doubtful_lowered(self.boxes[index], best, self.labels[index])
+        best, order = doubtful_lowered(
+            self.boxes[index], best, self.labels[index], config.repeat_factor, config.part_factor
+        )
         index = index[order[:top]]
         return list(
             zip(self.boxes[index].tolist(), best[:top].tolist(), self.labels[index].tolist(), strict=True)
@@ -162,43 +163,43 @@ class Outcome:
     """What one way to make scores gives.
 
     Attributes:
-        objectness_power, known_power: a and c.
+        config: with a and c.
         precision, threshold: means over the sets, of AP and of the threshold with the best F1.
         shown: share of the pictures asked for absent names only that show a box, at the score where 80 % of
             the first set's objects are found.
     """
 
-    objectness_power: float
-    known_power: float
+    config: ModelConfig
     precision: float
     threshold: float
     shown: float
 
 
 def measure(
-    powers: tuple[float, float],
+    config: ModelConfig,
     sets: Sequence[tuple[ValidationSet, Sequence[Candidates]]],
     absent: Sequence[Candidates],
 ) -> Outcome:
-    """The outcome of a and c; prints it, with F1, for each set."""
+    """The outcome of a configuration; prints it, with F1, for each set."""
     rows, told, usual = [], [], list[float]()
     for one, pictures in sets:
         predictions = [
             entry
             for index, picture in enumerate(pictures)
-            for entry in one.results(index, picture.found(*powers), TOP)
+            for entry in one.results(index, picture.found(config), TOP)
         ]
         ranking = rank(one.ground_truth, predictions)
         usual.append(ranking.score_that_finds(FOUND_SHARE))
         threshold, f1 = ranking.best_threshold()
         rows.append((coco_metrics(one.ground_truth, predictions)["AP"], threshold))
         told.append(f"{one.name}: AP {100 * rows[-1][0]:.1f}, F1 {100 * f1:.1f} at {threshold:.2f}")
-    best = [max((score for _, score, _ in picture.found(*powers, top=1)), default=-1.0) for picture in absent]
+    best = [max((score for _, score, _ in picture.found(config, top=1)), default=-1.0) for picture in absent]
     shown = float(np.mean([score >= usual[0] for score in best])) if best else 0.0
     told.append(f"absent names shown: {100 * shown:.1f} %")
-    print(f"a = {powers[0]:.2f}, c = {powers[1]:.2f}  {', '.join(told)}", file=sys.stderr)
+    powers = f"a = {config.objectness_power:.2f}, c = {config.known_power:.2f}"
+    print(f"{powers}  {', '.join(told)}", file=sys.stderr)
     precision, threshold = np.mean(rows, 0).tolist()
-    return Outcome(*powers, precision=precision, threshold=threshold, shown=shown)
+    return Outcome(config, precision, threshold, shown)
 
 
 def choose(outcomes: Sequence[Outcome]) -> Outcome:
@@ -220,13 +221,13 @@ def calibrate(
     seen = [(one, candidates(network, one)) for one in sets]
     nothing = candidates(network, absent) if absent else []
     known_powers = (0.0, *KNOWN_POWERS) if network.known_names and network.config.text_guidance else (0.0,)
-    best = choose([measure((a, c), seen, nothing) for a in POWERS for c in known_powers])
-    return dataclasses.replace(
-        network.config,
-        objectness_power=best.objectness_power,
-        known_power=best.known_power,
-        score_threshold=round(best.threshold, 3),
-    )
+    tried = [
+        dataclasses.replace(network.config, objectness_power=a, known_power=c)
+        for a in POWERS
+        for c in known_powers
+    ]
+    best = choose([measure(config, seen, nothing) for config in tried])
+    return dataclasses.replace(best.config, score_threshold=round(best.threshold, 3))
 
 
 class Absent:
