@@ -6,7 +6,8 @@
 photos stand behind some of the scenes, the validation photos are measured. Every line is one
 `visionllm evaluate` command, which stands beside its numbers in ``bench/results/accuracy.json`` (PHOTOS, WORK
 and GLYPHS for the folders). Tasks that the weights were not trained for are left out. --tasks measures some
-tasks anew, where the others' numbers cannot have changed, and leaves their rows.
+tasks anew, where the others' numbers cannot have changed, and leaves their rows. Scenes are drawn as large as
+the model sees them. Numbers of another model than `tiny` go to ``accuracy_NAME.json``.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from harness import RESULTS, write_report
+from harness import RESULTS, report_of, write_report
 
 from visionllm.data.coco import box_corners
 from visionllm.evaluate.matching import IOU_FOUND, box_iou
-from visionllm.pipeline import model_folder
+from visionllm.model_folder import model_folder
 
 PHOTOS = "photos, all names listed"
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 LANGUAGE = ("grounding", "captioning", "vqa", "formats")
-IN_COMMAND = ("model", "seed", "template", "annotations", "limit", "scenes", "scene_seed")  # of metrics.json
+# Of metrics.json, what the command says already.
+IN_COMMAND = ("model", "seed", "template", "annotations", "limit", "scenes", "scene_seed", "scene_size")
 EXAMPLES = 8  # of captions, answers and expressions, kept with the numbers
 
 
@@ -63,11 +66,18 @@ def looks(options: argparse.Namespace) -> list[str]:
     return chosen
 
 
+def model_config(options: argparse.Namespace) -> dict[str, Any]:
+    """The model's config.json."""
+    config: dict[str, Any] = json.loads((model_folder(options.model) / "config.json").read_text())
+    return config
+
+
 def write_scenes(options: argparse.Namespace, work: Path) -> None:
+    size = str(model_config(options)["image_size"])
     for split in ("val", "heldout_style"):
         visionllm(
             *("scenes", *looks(options), "--split", split, "--count", str(options.count)),
-            *("--output", str(work / split)),
+            *("--size", size, "--output", str(work / split)),
         )
 
 
@@ -98,8 +108,10 @@ def evaluations(options: argparse.Namespace, work: Path) -> dict[str, list[str]]
 
 def other_tasks(options: argparse.Namespace) -> dict[str, list[str]]:
     """Those that the weights were trained for, on scenes that are made on the way and on photos."""
-    trained = json.loads((model_folder(options.model) / "config.json").read_text()).get("tasks", [])
+    config = model_config(options)
+    trained = config.get("tasks", [])
     scenes = ["--scenes", "val", *looks(options), "--limit", str(options.count)]
+    scenes += ["--scene-size", str(config["image_size"])]
     some = [*scenes, "--list-classes", "20"]
     lines = {
         "segmentation": {
@@ -208,7 +220,7 @@ def rows_to_keep(options: argparse.Namespace) -> list[dict]:
     """Those of the last report, where only some are measured anew, each with its commit."""
     if not options.tasks:
         return []
-    report = json.loads((RESULTS / "accuracy.json").read_text())
+    report = json.loads((RESULTS / f"{report_of('accuracy', options.model)}.json").read_text())
     if report["scenes"] != options.count:
         raise SystemExit(
             f"--tasks: the other rows are of {report['scenes']} scenes, got --count {options.count}"
@@ -244,7 +256,9 @@ def main() -> None:
             running = {name: pool.submit(measure, name, line, options, work) for name, line in lines.items()}
             found = {name: future.result() for name, future in running.items()}
     rows = [found.pop(row["name"], row) for row in kept] + list(found.values())
-    print(f"written to {write_report('accuracy', {'scenes': options.count, 'rows': rows})}")
+    print(
+        f"written to {write_report(report_of('accuracy', options.model), {'scenes': options.count, 'rows': rows})}"
+    )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 from visionllm import _core
+from visionllm.model_folder import DEFAULT_MODEL
 
 # VISIONLLM_RESULTS sends a machine's results elsewhere: bench/gpu_check.sh does.
 RESULTS = Path(os.environ.get("VISIONLLM_RESULTS") or Path(__file__).parent / "results")
@@ -301,6 +302,12 @@ def write_results(
     """
     rates = {f"{k} threads" if isinstance(k, int) else k: asdict(limit) for k, limit in limits.items()}
     return write_report(name, {"limits": rates, "rows": [asdict(row) for row in rows]}, device)
+
+
+def report_of(bench: str, model: str) -> str:
+    """The report's name: the bench's for the default model, else with the model's behind it."""
+    name = Path(model).name
+    return bench if name == DEFAULT_MODEL else f"{bench}_{name}"
 
 
 def write_report(name: str, content: Mapping[str, object], device: torch.device | str = "cpu") -> Path:

@@ -2,7 +2,8 @@
 
     python bench/latency.py [--model DIR] [--classes 10 80] [--repeats 20]
 
-Loading is timed in a new process, after `import visionllm` and torch. Writes ``bench/results/latency.json``.
+Loading is timed in a new process, after `import visionllm` and torch. Writes ``bench/results/latency.json``,
+or ``latency_NAME.json`` for another model than `tiny`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 
 import numpy as np
 import torch
-from harness import write_report
+from harness import report_of, write_report
 
 import visionllm
 
@@ -63,7 +64,7 @@ def main() -> None:
         }
         median, fastest = 1e3 * statistics.median(times), 1e3 * min(times)
         print(f"one picture, {count} classes: {median:.0f} ms (fastest {fastest:.0f})")
-    print(f"written to {write_report('latency', content)}")
+    print(f"written to {write_report(report_of('latency', options.model), content)}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     scenes = parser.add_argument_group("generated scenes")
     scenes.add_argument("--scenes", choices=SPLITS, help="scenes of this split, made on the way")
     scenes.add_argument("--scene-seed", type=int, default=0, metavar="N", help="other scenes (0)")
+    scenes.add_argument("--scene-size", type=positive, metavar="N", help="their side in pixels")
     scenes.add_argument("--glyphs", type=Path, metavar="DIR", help="glyph atlas (default: plain shapes only)")
     scenes.add_argument("--backgrounds", type=Path, metavar="DIR", help="photos behind some of the scenes")
     scenes.add_argument(
@@ -78,6 +79,8 @@ def described_source(options: argparse.Namespace) -> dict[str, str | int | None]
     shown = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.scenes:
         shown["scene_seed"] = options.scene_seed
+        if options.scene_size is not None:
+            shown["scene_size"] = options.scene_size
     return {name: value if isinstance(value, int) else str(value) for name, value in shown.items()}
 
 
@@ -91,10 +94,12 @@ def open_samples(options: argparse.Namespace) -> SampleSet:
 def _source(options: argparse.Namespace) -> Samples:
     if options.scenes:
         from visionllm.data.scenes import SceneDataset
+        from visionllm.data.scenes.dataset import SCENE_SIZE
 
         return SceneDataset(
             options.scenes,
             options.scene_seed,
+            size=options.scene_size or SCENE_SIZE,
             length=options.limit or SCENES,
             glyphs=options.glyphs,
             backgrounds=options.backgrounds,
