@@ -256,9 +256,8 @@ def main() -> None:
             running = {name: pool.submit(measure, name, line, options, work) for name, line in lines.items()}
             found = {name: future.result() for name, future in running.items()}
     rows = [found.pop(row["name"], row) for row in kept] + list(found.values())
-    print(
-        f"written to {write_report(report_of('accuracy', options.model), {'scenes': options.count, 'rows': rows})}"
-    )
+    written = write_report(report_of("accuracy", options.model), {"scenes": options.count, "rows": rows})
+    print(f"written to {written}")
 
 
 if __name__ == "__main__":

@@ -68,29 +68,6 @@ def assert_equal(first, second):
     assert first.source == second.source
 
 
-def test_a_step_has_pictures_of_one_of_the_sides():
-    """All of a step, whatever the rank: nothing waits for a larger picture. What is right stays the same."""
-    plain, sized, second = mixture(), mixture(sides=(64, 96)), mixture(sides=(64, 96), rank=1, world_size=2)
-    seen = set()
-    for step in range(12):
-        batch, other = sized[step], second[step]
-        side = batch.images.shape[1]
-        assert batch.images.shape == other.images.shape == (6, side, side, 3)
-        seen.add(side)
-        assert batch.source == plain[step].source and batch.images.dtype == np.uint8
-        values = [{int(v) for v in np.unique(image)} for image in batch.images]
-        if not any(batch.photo):
-            assert all(len(value) == 1 for value in values)  # resized, not padded
-    assert seen == {64, 96}
-    assert_equal(sized[3], mixture(sides=(64, 96))[3])
-
-
-@pytest.mark.parametrize("changes", [{"sides": (32,)}, {"sides": (64,), "longest_side": 96}])
-def test_sides_that_cannot_be(changes):
-    with pytest.raises(ValueError, match="sides: expected 64 pixels or more"):
-        mixture(**changes)
-
-
 def test_a_batch_is_a_function_of_seed_step_and_rank():
     first = mixture()
     batches = {step: first[step] for step in (0, 1, 2, 30)}

@@ -29,7 +29,7 @@ from visionllm.data.photo_augmentation import (
 from visionllm.data.polygons import resample
 from visionllm.data.sample import Sample
 from visionllm.data.train_batch import TrainBatch
-from visionllm.image import padded_pictures, resize_square
+from visionllm.image import padded_pictures
 from visionllm.instruction import TRAIN_TEMPLATES, Template
 from visionllm.instruction.format_phrasings import FormatPhrasing, training_phrasings
 from visionllm.instruction.instruction import MAX_CLASSES
@@ -45,7 +45,6 @@ CAPTION_TURNS = {
 }
 MOST_KEYPOINTS, MOST_EXPRESSIONS = 8, 6  # in a prompt
 MORE_FORMATS = 8  # instructions whose output format is asked for beside a batch of captions or answers
-LEAST_SIDE = 64  # pixels: two positions a side at the coarsest scale
 DRAWS = 8  # attempts to find a picture that knows enough names for a long prompt
 
 
@@ -92,8 +91,6 @@ class TrainingBatches:
         tasks: each with its share of the steps; detection alone by default. Every task needs a source.
         cache_bytes: memory for decoded photos, per source.
         longest_side: of the network; with it photos keep their shape, and batches are padded.
-        sides: a step's pictures are resized to squares of one of these sides, drawn anew for every step; ():
-            they have image_size. Not with longest_side.
 
     Raises:
         ValueError: an argument is out of range; it is named.
@@ -116,7 +113,6 @@ class TrainingBatches:
         tasks: Mapping[str, float] | None = None,
         cache_bytes: int = 1 << 30,
         longest_side: int = 0,
-        sides: tuple[int, ...] = (),
     ) -> None:
         if not sources:
             raise ValueError("sources: expected at least one, got none")
@@ -131,11 +127,6 @@ class TrainingBatches:
         ):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        if any(side < LEAST_SIDE for side in sides) or (sides and longest_side):
-            raise ValueError(
-                f"sides: expected {LEAST_SIDE} pixels or more each, and none with longest_side, got "
-                f"{list(sides)} with longest_side {longest_side}"
-            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: expected 0 <= rank < world_size = {world_size}, got {rank}")
         self.sources = [source for source in sources if source.weight > 0]
@@ -143,7 +134,7 @@ class TrainingBatches:
             if len(source.dataset) == 0:
                 raise ValueError(f"sources: expected samples in {source.name or source.dataset!r}, got none")
         self.seed, self.batch_size, self.image_size = seed, batch_size, image_size
-        self.longest_side, self.sides = longest_side, tuple(sides)
+        self.longest_side = longest_side
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.prompts = _settings(PromptSettings, prompts, "prompts")
         self.augmentation = _settings(PhotoAugmentation, augmentation, "augmentation")
@@ -216,9 +207,6 @@ class TrainingBatches:
         samples = [self._sample(index, task, count, rng) for index, rng in zip(chosen, rngs, strict=True)]
         count = min([count, *map(_names_known, samples)])
         images, sizes = padded_pictures([sample.image for sample in samples], self.longest_side)
-        if self.sides:
-            side = int(step_rng.choice(self.sides))
-            images = np.stack([resize_square(image, side) for image in images])
         batch = TrainBatch(
             images=images,
             sizes=sizes,
