@@ -1,4 +1,4 @@
-"""The model that comes with the package: it loads, it is small, and it sees."""
+"""The models that come with the package: they load, they are small, and they see."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from visionllm.evaluate.coco import coco_metrics
 from visionllm.train.validation import ValidationSet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FOLDER = Path(visionllm.__file__).parent / "weights" / "tiny"
+WEIGHTS = Path(visionllm.__file__).parent / "weights"
 
 
-@pytest.fixture(scope="module")
-def model():
-    return visionllm.load()
+@pytest.fixture(scope="module", params=["tiny", "tiny-320"])
+def model(request):
+    return visionllm.load(request.param)
 
 
-def test_it_is_small():
-    assert (FOLDER / "model.safetensors").stat().st_size <= 25e6
+@pytest.mark.parametrize("name", ["tiny", "tiny-320"])
+def test_it_is_small(name):
+    assert (WEIGHTS / name / "model.safetensors").stat().st_size <= 25e6
+
+
+def test_the_default_is_tiny():
+    assert visionllm.load().network.config.image_size == 224
+    assert visionllm.load("tiny-320").network.config.image_size == 320
 
 
 def test_it_knows_the_names_of_its_training(model):
@@ -47,9 +53,9 @@ def test_a_photo_of_a_cat_shows_a_cat(model, names):
     assert x1 < 50 and y1 < 30 and x2 > 350 and y2 > 270  # it fills the 451 x 300 pixels
 
 
-def test_a_photo_of_a_person_shows_a_person(model):
+def test_a_photo_of_a_person_shows_a_person():
     names = ["person", "dog", "pizza"]
-    result = model.detect(EXAMPLES / "astronaut.jpg", names)
+    result = visionllm.load().detect(EXAMPLES / "astronaut.jpg", names)
     assert result.boxes.names[0] == "person"
     x1, y1, x2, y2 = result.boxes.xyxy[0]
     assert x1 < 120 and y1 < 60 and x2 > 390 and y2 > 450  # she fills the 512 pixels from her hair down
