@@ -137,7 +137,10 @@ def larger() -> str:
         return line(text, lambda rows: percent(rows["scenes, 20 names listed"]["rejection"][key]))
 
     def times(count: int) -> str:
-        seconds = [read(name)[f"predict_seconds_{count}_classes"]["median"] for name in ("latency", "latency_tiny-320")]
+        seconds = [
+            read(name)[f"predict_seconds_{count}_classes"]["median"]
+            for name in ("latency", "latency_tiny-320")
+        ]
         return " / ".join(f"{1e3 * one:.0f}" for one in seconds)
 
     large = [rows["photos, all names listed"]["large_objects"] for rows in models]
@@ -166,11 +169,13 @@ def larger() -> str:
         points("output formats in words", "output formats in words", "exact"),
     ]
     text = (
-        f"`tiny-320` is measured on the first {reports[1]['scenes']} of the same scenes, drawn at 320 pixels. One "
-        f"picture on one core takes (`tiny` / `tiny-320`) {times(10)} ms with 10 names listed, {times(80)} ms "
+        f"`tiny-320` is measured on the same {reports[1]['scenes']} scenes, drawn at 320 pixels. One picture "
+        f"on one core takes (`tiny` / `tiny-320`) {times(10)} ms with 10 names listed, {times(80)} ms "
         f"with 80, {times(320)} ms with 320."
     )
-    return f"{table(['in points (`python bench/accuracy.py`)', '`tiny`', '`tiny-320`'], lines)}\n\n{wrap(text)}"
+    return (
+        f"{table(['in points (`python bench/accuracy.py`)', '`tiny`', '`tiny-320`'], lines)}\n\n{wrap(text)}"
+    )
 
 
 def large_vocabulary() -> str:
