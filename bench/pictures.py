@@ -1,7 +1,9 @@
 """The pictures of docs/: what `make demo` leaves, and every task on the first scenes of the validation split.
 
-make demo
-python bench/pictures.py --demo demo --glyphs glyphs [--model DIR] [--output docs]
+    make demo
+    python bench/pictures.py --demo demo --glyphs glyphs [--model DIR] [--output docs]
+
+None of the scenes is chosen.
 """
 
 from __future__ import annotations

@@ -77,8 +77,11 @@ def main() -> None:
         "names_listed": LISTED,
         "rows": rows,
     }
-    before = json.loads((RESULTS / "small.json").read_text())
-    content["curve"] = before["curve"] if options.run is None else curve(options.run)
+    report = RESULTS / "small.json"
+    if options.run is not None:
+        content["curve"] = curve(options.run)
+    elif report.is_file():
+        content["curve"] = json.loads(report.read_text())["curve"]
     print(f"written to {write_report('small', content)}")
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from visionllm.model.boxes import doubtful_lowered
+from visionllm.model.config import ModelConfig
 
 
 def lowered(boxes, scores, labels):
@@ -85,3 +86,9 @@ def test_factors_of_one_change_nothing():
     boxes, given = torch.tensor([[0.1, 0.1, 0.5, 0.5]] * 3), torch.tensor([0.8, 0.6, 0.4])
     scores, order = doubtful_lowered(boxes, given, torch.tensor([1, 1, 1]), 1.0, 1.0)
     assert torch.equal(scores, given) and order.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("changes", [{"repeat_factor": 1.5}, {"part_factor": -0.1}])
+def test_factors_are_shares(changes):
+    with pytest.raises(ValueError, match=rf"{next(iter(changes))} must be in \[0, 1\]"):
+        ModelConfig(**changes)

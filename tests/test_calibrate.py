@@ -12,7 +12,9 @@ from small_network import small_network
 from visionllm.data.sample import Sample
 from visionllm.model.network import Network
 from visionllm.train.calibrate import (
+    PART_FACTOR,
     POWERS,
+    REPEAT_FACTOR,
     Absent,
     Candidates,
     Outcome,
@@ -155,9 +157,25 @@ def test_a_network_is_calibrated(sample):
     one, absent = (ValidationSet("one", samples, 1, None, 64) for samples in ([sample], Absent([sample])))
     config = calibrate(network, [one], absent)
     assert config.known_power == 0.0 and not network.known_names
-    assert dataclasses.replace(config, objectness_power=0, score_threshold=0) == dataclasses.replace(
-        network.config, objectness_power=0, score_threshold=0, known_power=0.0
+    assert (config.repeat_factor, config.part_factor) in [(REPEAT_FACTOR, PART_FACTOR), (1.0, 1.0)]
+    chosen = ("objectness_power", "known_power", "score_threshold", "repeat_factor", "part_factor")
+    same = {name: getattr(config, name) for name in chosen}
+    assert dataclasses.replace(network.config, **same) == config
+
+
+@pytest.mark.parametrize(("objects", "factors"), [(1, (REPEAT_FACTOR, PART_FACTOR)), (2, (1.0, 1.0))])
+def test_repeats_count_less_unless_that_costs(sample, monkeypatch, objects, factors):
+    """The second box says the first one again, or is of another object; the third one is wrong."""
+    boxes = np.array([[2, 2, 10, 10], [2.4, 2, 10.4, 10], [14, 14, 18, 18]], np.float32)
+    sample.boxes, sample.names = boxes[:objects], ["dog"] * objects
+    sample.area, sample.iscrowd = np.full(objects, 64, np.float32), np.zeros(objects, bool)
+    sure = torch.tensor([0.9, 0.8, 0.6])  # half of 0.8 is less than 0.6
+    seen = Candidates(
+        torch.from_numpy(boxes / 20), torch.zeros(3, dtype=torch.int64), sure, sure, torch.ones(3)
     )
+    monkeypatch.setattr("visionllm.train.calibrate.candidates", lambda *_: [seen])
+    config = calibrate(small_network(), [ValidationSet("one", [sample], 1, None, 20)])
+    assert (config.repeat_factor, config.part_factor) == factors
 
 
 def test_the_command_writes_a_model_in_bfloat16(tmp_path, capsys):

@@ -193,6 +193,12 @@ def test_groups_of_names(run, capsys):
     assert "5 names in 3 groups" in capsys.readouterr().out
 
 
+def test_scenes_of_a_size(run):
+    metrics, predictions = run("--scenes", "val", "--limit", "3", "--scene-size", "96")
+    assert metrics["scene_size"] == 96
+    assert all(x >= 0 and x + w <= 96.01 for x, _, w, _ in (entry["bbox"] for entry in predictions))
+
+
 @pytest.mark.parametrize("task", ["detection", "segmentation", "keypoints", "grounding", "captioning", "vqa"])
 def test_scenes(run, task):
     metrics, predictions = run("--task", task, "--scenes", "val", "--limit", "3")

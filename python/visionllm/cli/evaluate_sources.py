@@ -42,7 +42,9 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     scenes = parser.add_argument_group("generated scenes")
     scenes.add_argument("--scenes", choices=SPLITS, help="scenes of this split, made on the way")
     scenes.add_argument("--scene-seed", type=int, default=0, metavar="N", help="other scenes (0)")
-    scenes.add_argument("--scene-size", type=positive, metavar="N", help="their side in pixels")
+    scenes.add_argument(
+        "--scene-size", type=positive, metavar="N", help="their side in pixels (what tiny sees)"
+    )
     scenes.add_argument("--glyphs", type=Path, metavar="DIR", help="glyph atlas (default: plain shapes only)")
     scenes.add_argument("--backgrounds", type=Path, metavar="DIR", help="photos behind some of the scenes")
     scenes.add_argument(

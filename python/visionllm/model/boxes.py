@@ -52,14 +52,12 @@ def doubtful_lowered(
     """
     if repeat_factor == part_factor == 1:
         return scores, torch.arange(len(scores), device=scores.device)
-    low, high = (
-        torch.maximum(boxes[:, None, :2], boxes[None, :, :2]),
-        torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:]),
-    )
+    low = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    high = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
     common = (high - low).clamp(min=0).prod(-1)  # [n, n]
     area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1)
     same = (labels[:, None] == labels[None]).to(scores.dtype)
-    again = _ramp(overlap(boxes[:, None], boxes[None])[0], REPEATED) * same
+    again = _ramp(common / (area[:, None] + area[None] - common).clamp(min=1e-9), REPEATED) * same
     own = area[:, None].clamp(min=1e-9)
     within = _ramp(common / own, WITHIN) * _ramp(area[None] / own, LARGER) * same
     part = within * (1 - again) * _ramp(scores[None] / scores[:, None].clamp(min=1e-9), AS_SURE)

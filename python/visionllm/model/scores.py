@@ -45,18 +45,18 @@ def token_scores(
     """
     config, queries = network.config, network.config.num_queries
     objectness = tokens.objectness[-1].sigmoid()[..., None]  # [B, M, 1]
-    named = torch.tensor([one.task != "grounding" for one in instructions], device=network.device)
+    named = [one.task != "grounding" for one in instructions]
     likely = None
-    if config.known_power > 0 and config.text_guidance and network.known_names and named.any():
+    if config.known_power > 0 and config.text_guidance and network.known_names and any(named):
         features = network.alignment["decoder"](tokens.features[:, :queries])
         others = rivals(network.known_names, [one.classes for one in instructions]).to(network.device)
         known = network.known_features()
         likely = probability_of_listed(features, text.names, prompts.class_mask, known, others)
-        likely = torch.where(named[:, None, None], likely, 1.0)
+        likely = torch.where(torch.tensor(named, device=network.device)[:, None, None], likely, 1.0)
     scores = combined(
         objectness, probabilities[..., :-1], likely, config.objectness_power, config.known_power
     )
-    if config.noun_power > 0 and network.known_names and not named.all():
+    if config.noun_power > 0 and network.known_names and not all(named):
         names = name_chances(network, tokens.features[:, :queries])
         fits = network.mention_finder().fits.to(network.device)
         nouns = nouns_of(network, instructions, scores.shape[2])

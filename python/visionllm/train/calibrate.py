@@ -2,9 +2,10 @@
 
 score = objectness^a · class probability^(1 − a) · (probability among all known names)^c. Of all a and c that
 cost no more than SPARED_AP against the best, those are taken under which the fewest pictures show a box when
-they are asked for absent names only, at the score where 80 % of the objects are found; the threshold is the
-score with the highest F1 (IoU ≥ 0.5, same class). All go into config.json; no validation picture is looked
-at. The model is written as it ships, its weights in bfloat16.
+they are asked for absent names only, at the score where 80 % of the objects are found. Boxes that repeat
+others or tell of parts count less (model/boxes.py), unless that costs AP. The threshold is the score with the
+highest F1 (IoU ≥ 0.5, same class). All go into config.json; no validation picture is looked at. The model is
+written as it ships, its weights in bfloat16.
 
     python -m visionllm.train.calibrate --model runs/tiny/model --glyphs glyphs --output DIR
 """
@@ -40,6 +41,7 @@ from visionllm.train.validation import Samples, ValidationSet
 TOP = 100  # boxes kept per picture
 POWERS = (0.15, 0.35, 0.45, 0.55, 0.7, 0.8)
 SPARED_AP = 0.0025
+REPEAT_FACTOR, PART_FACTOR = 0.5, 0.8
 LISTED = 20  # names a scene is asked for
 ABSENT = 2  # scenes asked for absent names only, per picture of each kind
 ROUTER_VIEWS = 8  # pictures of each kind that it is fitted on, per picture that scores are chosen on
@@ -197,7 +199,8 @@ def measure(
     shown = float(np.mean([score >= usual[0] for score in best])) if best else 0.0
     told.append(f"absent names shown: {100 * shown:.1f} %")
     powers = f"a = {config.objectness_power:.2f}, c = {config.known_power:.2f}"
-    print(f"{powers}  {', '.join(told)}", file=sys.stderr)
+    factors = f"factors {config.repeat_factor:g}, {config.part_factor:g}"
+    print(f"{powers}, {factors}  {', '.join(told)}", file=sys.stderr)
     precision, threshold = np.mean(rows, 0).tolist()
     return Outcome(config, precision, threshold, shown)
 
@@ -212,7 +215,7 @@ def choose(outcomes: Sequence[Outcome]) -> Outcome:
 def calibrate(
     network: Network, sets: Sequence[ValidationSet], absent: ValidationSet | None = None
 ) -> ModelConfig:
-    """The network's configuration with the chosen powers and threshold.
+    """The network's configuration with the chosen powers, factors and threshold.
 
     Args:
         sets: what AP is measured on.
@@ -221,12 +224,13 @@ def calibrate(
     seen = [(one, candidates(network, one)) for one in sets]
     nothing = candidates(network, absent) if absent else []
     known_powers = (0.0, *KNOWN_POWERS) if network.known_names and network.config.text_guidance else (0.0,)
+    doubting = dataclasses.replace(network.config, repeat_factor=REPEAT_FACTOR, part_factor=PART_FACTOR)
     tried = [
-        dataclasses.replace(network.config, objectness_power=a, known_power=c)
-        for a in POWERS
-        for c in known_powers
+        dataclasses.replace(doubting, objectness_power=a, known_power=c) for a in POWERS for c in known_powers
     ]
     best = choose([measure(config, seen, nothing) for config in tried])
+    trusting = dataclasses.replace(best.config, repeat_factor=1.0, part_factor=1.0)
+    best = max(best, measure(trusting, seen, nothing), key=lambda outcome: outcome.precision)
     return dataclasses.replace(best.config, score_threshold=round(best.threshold, 3))
 
 
