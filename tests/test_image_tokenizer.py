@@ -199,8 +199,8 @@ def test_pretrained_stages_beside_a_trained_network_change_nothing_at_first():
     network = small_network()
     wider = with_parts(network, {"keep_pretrained": True}, state).eval()
     images = pictures(2)
-    expected, _ = network.image_tokenizer.pyramid(images)
-    drawn, _ = wider.image_tokenizer.pyramid(images, torch.tensor([True, True]))
+    expected, _, _ = network.image_tokenizer.pyramid(images)
+    drawn, _, _ = wider.image_tokenizer.pyramid(images, torch.tensor([True, True]))
     for scale, known in zip(drawn, expected, strict=True):
         torch.testing.assert_close(scale, known)
     pretrained = EfficientNetLite(3)
@@ -246,9 +246,9 @@ def routed_tokenizer():
     tokenizer = small_network(keep_pretrained=True).image_tokenizer
     tokenizer.backbone = trunk = KnownTrunk()
     drawings = torch.tensor([True])
-    whole, _ = tokenizer.pyramid(pictures(1, 8), drawings)
+    whole, _, _ = tokenizer.pyramid(pictures(1, 8), drawings)
     trunk.trained = 0.0
-    alone, _ = tokenizer.pyramid(pictures(1, 8), drawings)
+    alone, _, _ = tokenizer.pyramid(pictures(1, 8), drawings)
     trunk.trained = 1.0
     return tokenizer, whole, alone
 
@@ -264,7 +264,9 @@ def test_photos_are_seen_through_the_pretrained_stages_alone():
         (None, -50.0, alone),
     ):
         tokenizer.router.bias.fill_(bias)
-        scales, drawing = tokenizer.pyramid(pictures(1, 8), None if known is None else torch.tensor([known]))
+        scales, drawing, _ = tokenizer.pyramid(
+            pictures(1, 8), None if known is None else torch.tensor([known])
+        )
         assert drawing.tolist() == [bias]
         for i in range(4):
             torch.testing.assert_close(scales[i], expected[i])
@@ -277,10 +279,10 @@ def test_the_trained_stages_run_only_where_a_picture_needs_them():
     tokenizer, _, _ = routed_tokenizer()
     for drawings, passes in (([False, False], 0), ([False, True], 1)):
         tokenizer.backbone.trained_passes = 0
-        scales, _ = tokenizer.pyramid(pictures(2, 8), torch.tensor(drawings))
+        scales, _, _ = tokenizer.pyramid(pictures(2, 8), torch.tensor(drawings))
         assert tokenizer.backbone.trained_passes == passes
         for b, drawing in enumerate(drawings):
-            alone, _ = tokenizer.pyramid(pictures(2, 8)[b : b + 1], torch.tensor([drawing]))
+            alone, _, _ = tokenizer.pyramid(pictures(2, 8)[b : b + 1], torch.tensor([drawing]))
             for scale, expected in zip(scales, alone, strict=True):
                 torch.testing.assert_close(scale[b : b + 1], expected)
 
@@ -290,7 +292,7 @@ def test_some_training_drawings_do_without_the_trained_stages(monkeypatch):
     monkeypatch.setattr("visionllm.model.image_tokenizer.PRETRAINED_DROPOUT", 0.0)
     tokenizer, whole, alone = routed_tokenizer()
     torch.manual_seed(0)
-    scales, _ = tokenizer.train().pyramid(pictures(64, 8), torch.ones(64, dtype=torch.bool))
+    scales, _, _ = tokenizer.train().pyramid(pictures(64, 8), torch.ones(64, dtype=torch.bool))
     for i in range(1, 4):
         both = [torch.allclose(s, whole[i][0], atol=TOLERANCE) for s in scales[i]]
         without = [torch.allclose(s, alone[i][0], atol=TOLERANCE) for s in scales[i]]

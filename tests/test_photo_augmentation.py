@@ -11,9 +11,12 @@ from visionllm.data.mixture import Source, TrainingBatches
 from visionllm.data.photo_augmentation import (
     AugmentedPhotos,
     PhotoAugmentation,
+    can_be_pasted,
     crop,
     flip,
     jitter_colours,
+    paste,
+    recolour_parts,
     resize,
     shrink,
 )
@@ -210,3 +213,140 @@ def test_batches_of_photos_that_keep_their_shape(whole):
                 name = batch.instructions[b].classes[label]
                 x, y = round(float(box[0]) * width), round(float(box[1]) * height)
                 assert painted(picture[y : y + 1, x : x + 1], name).all()
+
+
+def one_object(box=(40, 30, 100, 110), size=(160, 140), crowd=False, outline=True) -> Sample:
+    """A red thing in a corner of its box only: a triangle, of which the outline tells."""
+    x1, y1, x2, y2 = box
+    image = np.full((size[1], size[0], 3), 40, np.uint8)
+    shape = np.array([[x1, y1], [x2, y1], [x1, y2]], np.float32)
+    rows, columns = np.mgrid[: size[1], : size[0]] + 0.5
+    inside = (columns > x1) & (rows > y1) & ((columns - x1) / (x2 - x1) + (rows - y1) / (y2 - y1) < 1)
+    image[inside] = COLOURS[0]
+    return Sample(
+        image=image,
+        boxes=np.array([box], np.float32),
+        names=[NAMES[0]],
+        area=np.array([inside.sum()], np.float32),
+        iscrowd=np.array([crowd]),
+        image_id=7,
+        vocabulary=NAMES,
+        outlines=[shape if outline else None],
+    )
+
+
+def test_a_part_of_an_object_takes_another_colour():
+    sample = one_object()
+    before, changed = sample.image.copy(), 0
+    was = painted(sample.image, NAMES[0])
+    for seed in range(20):
+        found = recolour_parts(sample, np.random.default_rng(seed), 1.0)
+        assert (sample.image == before).all()  # photos are shared between views
+        different = (found.image != before).any(-1)
+        assert (different & ~was).sum() < 200  # of its edge alone
+        changed += different.sum() > 0.1 * was.sum()
+        assert (found.boxes == sample.boxes).all() and found.outlines is sample.outlines
+    assert changed >= 18
+
+
+@pytest.mark.parametrize(
+    "sample", [one_object(crowd=True), one_object(outline=False)], ids=["crowd", "no outline"]
+)
+def test_what_has_no_colour_of_its_own_keeps_it(sample):
+    assert recolour_parts(sample, np.random.default_rng(0), 1.0) is sample
+    assert not can_be_pasted(sample, 0)
+
+
+def test_objects_that_can_be_pasted():
+    assert can_be_pasted(one_object(), 0)
+    assert not can_be_pasted(one_object(box=(0, 30, 100, 110)), 0)  # cut off
+    assert not can_be_pasted(one_object(box=(40, 30, 60, 45)), 0)  # small
+
+
+def blank(names=(), boxes=(), outlines=None) -> Sample:
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    return Sample(
+        image=np.full((200, 200, 3), 90, np.uint8),
+        boxes=boxes,
+        names=list(names),
+        area=np.full(len(boxes), 100, np.float32),
+        iscrowd=np.zeros(len(boxes), bool),
+        image_id=1,
+        vocabulary=NAMES,
+        outlines=outlines,
+    )
+
+
+def test_a_pasted_object_has_the_box_and_the_outline_of_its_pixels():
+    seen = 0
+    for seed in range(40):
+        view = blank(outlines=[])
+        found = paste(view, one_object(), 0, 0.4, np.random.default_rng(seed))
+        assert (view.image == 90).all()
+        if not found.names:
+            assert (found.image == 90).all()
+            continue
+        seen += 1
+        assert found.names == [NAMES[0]] and not found.iscrowd.any()
+        rows, columns = np.nonzero(painted(found.image, NAMES[0]))
+        extent = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert np.abs(extent - found.boxes[0]).max() <= 5, (seed, extent, found.boxes)  # soft tips
+        assert found.area[0] == pytest.approx(len(rows), rel=0.25, abs=60)
+        outline = found.outlines[0]
+        assert np.abs(np.concatenate([outline.min(0), outline.max(0)]) - found.boxes[0]).max() <= 2.5
+        assert outline.min() >= -1e-6 and outline.max() <= 200 + 1e-6
+    assert seen >= 35
+
+
+def test_what_a_pasted_object_hides_is_not_asked_for():
+    boxes = [[0, 0, 200, 200], [95, 95, 105, 105], [90, 80, 130, 120], [0, 0, 20, 20]]
+    square = one_object()
+    square.outlines = [np.array([[40, 30], [100, 30], [100, 110], [40, 110]], np.float32)]
+    kinds = set()
+    for seed in range(60):
+        view = blank(NAMES, boxes, [np.array([[0, 0], [9, 0], [9, 9]], np.float32)] * 4)
+        found = paste(view, square, 0, 0.5, np.random.default_rng(seed))
+        own = found.boxes[-1]
+        for box in boxes:
+            width = max(0, min(own[2], box[2]) - max(own[0], box[0]))
+            height = max(0, min(own[3], box[3]) - max(own[1], box[1]))
+            share = width * height / ((box[2] - box[0]) * (box[3] - box[1]))
+            there = [i for i, other in enumerate(found.boxes[:-1]) if (other == box).all()]
+            if share > 0.97:
+                assert not there
+                kinds.add("gone")
+            elif 0.55 < share < 0.85:
+                assert found.iscrowd[there[0]] and found.outlines[there[0]] is None
+                kinds.add("crowd")
+            elif 0.15 < share < 0.45:
+                assert not found.iscrowd[there[0]] and found.outlines[there[0]] is None
+                kinds.add("part")
+            elif share < 0.05:
+                assert not found.iscrowd[there[0]] and found.outlines[there[0]] is not None
+                kinds.add("free")
+    assert kinds == {"gone", "crowd", "part", "free"}
+
+
+class Shaped(PaintedPhotos):
+    """The same photos with the rectangles' outlines."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        corners = [box[[0, 1, 2, 1, 2, 3, 0, 3]].reshape(4, 2) for box in sample.boxes]
+        return replace(sample, outlines=corners)
+
+
+def test_views_with_pasted_and_recoloured_objects():
+    change = {"mosaic": 0, "paste": 1.0, "recolour": 0.5}
+    photos = AugmentedPhotos(Shaped(), 160, replace(PLAIN, **change))
+    plain = AugmentedPhotos(Shaped(), 160, replace(PLAIN, mosaic=0))
+    counts = np.zeros(2, int)
+    for seed in range(40):
+        view, again = photos.draw(np.random.default_rng(seed)), photos.draw(np.random.default_rng(seed))
+        assert (view.image == again.image).all() and (view.boxes == again.boxes).all()
+        assert len(view.boxes) == len(view.names) == len(view.area) == len(view.iscrowd) == len(view.outlines)
+        assert (view.boxes >= 0).all() and (view.boxes <= 160).all() and view.image.shape == (160, 160, 3)
+        counts += len(view.names), len(plain.draw(np.random.default_rng(seed)).names)
+    assert counts[0] > counts[1] + 40
+    without = AugmentedPhotos(PaintedPhotos(), 160, replace(PLAIN, **change))
+    assert without.draw(np.random.default_rng(0)).outlines is None  # nothing to cut out

@@ -84,6 +84,6 @@ def test_the_router_learns_which_pictures_are_photos():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    _, drawing = network.image_tokenizer.pyramid(torch.from_numpy(batch.images))
+    _, drawing, _ = network.image_tokenizer.pyramid(torch.from_numpy(batch.images))
     assert loss.item() < 0.3 < first["router"].item()
     assert (drawing > 0).tolist() == [True, False]

@@ -354,3 +354,53 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, options):
         signal.signal(signal.SIGXFSZ, handler)
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
     assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 2, 3, 3), (3, 1), (2, 0)], ids=str)
+@pytest.mark.parametrize("shard_bytes", [10, 10**6])
+def test_rounded_tensors(tmp_path, shape, shard_bytes):
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    tensor[0] = 0
+    with WeightsWriter(tmp_path / "a", shard_bytes=shard_bytes) as writer:
+        writer.add("w", tensor, rounded=True)
+        writer.add("other", TENSORS["transposed"])
+    with WeightsReader(tmp_path / "a") as reader:
+        assert reader.shapes == {"w": shape, "other": (3, 5)} and reader.dtypes["w"] == torch.float32
+        found = reader.read("w")
+        assert sorted(reader.stored) == ["other", "w", "w.rounded"]
+        assert reader.read_stored("w").dtype == torch.int8
+        places = [torch.empty(shape, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+        for place in places:
+            assert reader.read("w", into=place) is place
+        assert len(reader.checksum("w")) == 2 * len(reader.checksum("other"))
+    assert torch.equal(places[0], found) and torch.allclose(places[1].float(), found, rtol=2**-8, atol=0)
+    largest = tensor.flatten(1).abs().amax(1) if tensor.numel() else tensor.new_zeros(len(tensor))
+    step = (largest / 127).view(-1, *[1] * (len(shape) - 1))
+    assert ((found - tensor).abs() <= step / 2 * 1.001).all()
+    with WeightsWriter(tmp_path / "b", shard_bytes=shard_bytes) as writer:
+        writer.add("w", found, rounded=True)
+    with WeightsReader(tmp_path / "b") as reader:
+        assert torch.equal(reader.read("w"), found)
+
+
+def test_rewriting_keeps_rounded_tensors(tmp_path):
+    with WeightsWriter(tmp_path / "a") as writer:
+        writer.add("w", torch.randn(6, 4), rounded=True)
+    before = (tmp_path / "a" / WEIGHTS).read_bytes()
+    rewrite(tmp_path / "a")
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"w.rounded": torch.ones(3)},
+        {"w": torch.ones(3, 2), "w.rounded": torch.ones(3)},
+        {"w": torch.ones(4, 2, dtype=torch.int8), "w.rounded": torch.ones(3)},
+    ],
+    ids=["no tensor", "not int8", "other rows"],
+)
+def test_scales_of_nothing_are_refused(tmp_path, tensors):
+    write(tmp_path, tensors, {})
+    with pytest.raises(ValueError, match=r"w\.rounded \[3\] belongs to no int8 tensor of as many rows"):
+        WeightsReader(tmp_path)

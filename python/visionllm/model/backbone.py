@@ -9,7 +9,7 @@ published weights, which puts the odd row and column at the bottom right.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,17 @@ class InvertedResidual(nn.Module):
 
 def blocks_of(stages: Iterable[nn.Module]) -> list[InvertedResidual]:
     return [block for stage in stages for block in stage.children() if isinstance(block, InvertedResidual)]
+
+
+def fold_batch_norm(
+    conv: nn.Conv2d, state: Mapping[str, Tensor], weight: str, norm: str, epsilon: float
+) -> None:
+    """Fills a convolution with a published one (name `weight`) and the batch norm behind it."""
+    scale = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + epsilon)
+    with torch.no_grad():
+        conv.weight.copy_(state[f"{weight}.weight"] * scale[:, None, None, None])
+        assert conv.bias is not None
+        conv.bias.copy_(state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale)
 
 
 class EfficientNetLite(nn.Module):
@@ -184,11 +195,7 @@ class EfficientNetLite(nn.Module):
         """
 
         def fold(conv: nn.Conv2d, weight: str, norm: str) -> None:
-            scale = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + epsilon)
-            with torch.no_grad():
-                conv.weight.copy_(state[f"{weight}.weight"] * scale[:, None, None, None])
-                assert conv.bias is not None
-                conv.bias.copy_(state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale)
+            fold_batch_norm(conv, state, weight, norm, epsilon)
 
         def fold_stages(stages: Iterable[nn.Module], first: int) -> None:
             for i, block in enumerate(blocks_of(stages), first):

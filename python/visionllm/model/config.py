@@ -45,6 +45,9 @@ class ModelConfig:
     freeze_depthwise: bool = True  # depthwise kernels keep their pretrained values
     # The stages that training changes stand there twice: the pretrained ones' C4 and C5 are added to theirs.
     keep_pretrained: bool = False
+    # With keep_pretrained: what the backbone's own classifier can call a photo's objects
+    # (model/photo_classifier.py); none: there is no such part
+    classifier_names: tuple[str, ...] = ()
     # Text
     vocab_size: int = 2048  # the LLM's pieces; the added tokens follow
     text_encoder: str = "own"  # or "bert", with a tokenizer of its own
@@ -97,6 +100,9 @@ class ModelConfig:
     # score = objectness^a · class probability^(1 − a) · (probability among all known names)^c
     objectness_power: float = 0.35  # a
     known_power: float = 0.0  # c; 0: known names play no part
+    # On a photo the class probability is that of the slots to the power of 1 − this, times that of the photo
+    # classifier to the power of this (model/scores.py); 0: it plays no part
+    classifier_power: float = 0.5
     # For an expression times (how well its noun fits)^noun_power (model/mentions.py); 0: nouns play no part
     noun_power: float = 0.0
     # What is left of the score of a box that repeats a better one of its class, or lies within a larger one
@@ -144,7 +150,7 @@ class ModelConfig:
             raise ValueError(
                 "ModelConfig: text_vocab_size must be at least 1 with text_encoder 'bert', got 0"
             )
-        for name in ("repeat_factor", "part_factor"):
+        for name in ("repeat_factor", "part_factor", "classifier_power"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"ModelConfig: {name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.lora_dropout < 1:
@@ -169,6 +175,11 @@ class ModelConfig:
                     f"ModelConfig: {width} must be a multiple of {heads}, got {getattr(self, width)} and "
                     f"{getattr(self, heads)}"
                 )
+        folded = [name.casefold() for name in self.classifier_names]
+        if self.classifier_names and not self.keep_pretrained:
+            raise ValueError("ModelConfig: classifier_names must be () without keep_pretrained")
+        if len(set(folded)) < len(folded) or "" in map(str.strip, folded):
+            raise ValueError("ModelConfig: classifier_names must be different names, whatever their case")
         if self.keep_pretrained and self.frozen_stages != 3:
             raise ValueError(
                 "ModelConfig: frozen_stages must be 3 with keep_pretrained: both trunks share C3, "
@@ -204,6 +215,10 @@ class ModelConfig:
                 f"ModelConfig: {name} must be at least {0 if name in MAY_BE_ZERO else 1}, got {value}"
             )
         elif isinstance(value, tuple):
+            if name == "classifier_names":
+                if not all(isinstance(one, str) for one in value):
+                    raise ValueError(f"ModelConfig: {name} must be names, got {value!r}")
+                return
             allowed = TASKS if name == "tasks" else LORA_TARGETS
             if not all(one in allowed for one in value):
                 raise ValueError(f"ModelConfig: {name} must be of {', '.join(allowed)}, got {value!r}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from visionllm.model.known_names import probability_of_listed, rivals
+from visionllm.model.scores import renamed
 from visionllm.tokenizer import IMAGE, PADDING, Prompts
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def find_groups(
         )
         answers = reading.answers(network.config.coordinate_window)
         yield GroupAnswers(
-            probabilities=answers.probabilities,
+            probabilities=renamed(network, tokens, [groups[g].classes] * batch, answers.probabilities),
             boxes=extent_of(points_of(answers.offsets, boxes)).clamp(0, 1),
             centers=boxes[..., :2],
             objectness=tokens.objectness[-1][:, :queries].sigmoid(),

@@ -23,6 +23,7 @@ from visionllm.model.config import GROUPS, STRIDES, ModelConfig
 from visionllm.model.convolution import Convolution
 from visionllm.model.deformable import DeformableDecoderLayer, DeformableEncoderLayer
 from visionllm.model.fusion import LanguageFusion
+from visionllm.model.photo_classifier import PhotoClassifier
 from visionllm.model.position_encoding import sine_encoding
 
 LEVELS = len(STRIDES)
@@ -51,6 +52,8 @@ class ImageTokens:
         proposal_boxes, proposal_objectness: [B, S, 4], [B, S] of its positions; None where queries have
             places of their own.
         drawing: [B] logits of the picture being a drawing; None without pretrained stages of its own.
+        called: [B, M, names + 1], what the photo classifier calls the last boxes of the M queries; None
+            without one, in training, or where no picture is a photo.
     """
 
     features: Tensor
@@ -60,13 +63,14 @@ class ImageTokens:
     proposal_boxes: Tensor | None = None
     proposal_objectness: Tensor | None = None
     drawing: Tensor | None = None
+    called: Tensor | None = None
 
     def of(self, rows: Tensor) -> ImageTokens:
         """Of the pictures [n] alone."""
         boxes, objectness = ([one[rows] for one in layers] for layers in (self.boxes, self.objectness))
         others = (
             None if one is None else one[rows]
-            for one in (self.proposal_boxes, self.proposal_objectness, self.drawing)
+            for one in (self.proposal_boxes, self.proposal_objectness, self.drawing, self.called)
         )
         return ImageTokens(self.features[rows], boxes, objectness, self.memory[rows], *others)
 
@@ -130,6 +134,7 @@ class ImageTokenizer(nn.Module):
             self.router = nn.Linear(c5, 1)
             nn.init.zeros_(self.router.weight)
             nn.init.zeros_(self.router.bias)
+        self.classifier = PhotoClassifier(len(config.classifier_names)) if config.classifier_names else None
         self.level = nn.Parameter(torch.empty(LEVELS, dim).normal_(std=0.1))
         self.fusion = LanguageFusion(dim, config.text_dim, config.fusion_heads, config.fusion_gate)
         layer = (dim, config.heads, LEVELS, config.points, config.ffn_dim)
@@ -145,7 +150,9 @@ class ImageTokenizer(nn.Module):
         self.objectness = nn.ModuleList(objectness_head(dim) for _ in range(config.decoder_layers))
         self.box = nn.ModuleList(BoxHead(dim) for _ in range(config.decoder_layers))
 
-    def pyramid(self, images: Tensor, drawings: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+    def pyramid(
+        self, images: Tensor, drawings: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """Four scales, of features that suit the kind of picture.
 
         With pretrained stages beside the trained ones, photos are seen through the pretrained ones alone, and
@@ -159,12 +166,14 @@ class ImageTokenizer(nn.Module):
             drawings: bool [B], where it is known what the pictures are; None asks the router.
 
         Returns:
-            the scales [B, C, H / stride, W / stride], and the router's logits [B] of "drawing".
+            the scales [B, C, H / stride, W / stride], the router's logits [B] of "drawing", and, where there
+            may be photos, their pretrained C5.
         """
         # Channels last in memory, as oneDNN likes it.
         x = ((images.float() - PIXEL_MEAN) / PIXEL_STD).permute(0, 3, 1, 2)
         c3 = self.backbone.first_stages(x)
         drawing: Tensor | None = None
+        photos: Tensor | None = None
         own: list[Tensor] = []
         if self.backbone.pretrained is None:
             c4, c5 = self.backbone.late_stages(c3)
@@ -172,6 +181,8 @@ class ImageTokenizer(nn.Module):
             pretrained = self.backbone.late_stages(c3, pretrained=True)
             drawing = self.router(pretrained[1].mean((2, 3))).squeeze(-1).float()
             share = (drawing > 0 if drawings is None else drawings).float()
+            if not (self.waits_for_router(x) and share.all()):
+                photos = pretrained[1]
             if self.training:
                 share = share * (torch.rand_like(share) >= TRAINED_DROPOUT)
                 pretrained = [F.dropout2d(c, PRETRAINED_DROPOUT) for c in pretrained]
@@ -186,7 +197,7 @@ class ImageTokenizer(nn.Module):
         scales = [p[0](c) for p, c in zip(projections, (c3, c4, c5, c5), strict=True)]
         for i, (convolution, c) in enumerate(zip(self.pretrained_lateral, own, strict=True), 1):
             scales[i] = convolution(c, shortcut=scales[i])
-        return [p[1](scale) for p, scale in zip(projections, scales, strict=True)], drawing
+        return [p[1](scale) for p, scale in zip(projections, scales, strict=True)], drawing, photos
 
     def waits_for_router(self, x: Tensor) -> bool:
         """Whether to read the router at once: not in training, nor where that means waiting for a device."""
@@ -213,7 +224,7 @@ class ImageTokenizer(nn.Module):
         """
         if sizes is not None:
             raise ValueError("ImageTokenizer: sizes must be None: it knows no padding")
-        scales, drawing = self.pyramid(images, drawings)
+        scales, drawing, photos = self.pyramid(images, drawings)
         shapes, starts, x = self.flatten(scales)
         dim = x.shape[-1]
         if self.guidance:
@@ -232,9 +243,9 @@ class ImageTokenizer(nn.Module):
             features, boxes = pooled(memory, shapes, math.isqrt(self.num_queries))
             features = self.decoder_norm(features)
             objectness_logits = self.objectness[-1](features).squeeze(-1).float()
-            return ImageTokens(
-                features, [boxes], [objectness_logits], memory, proposal_boxes, proposal_objectness, drawing
-            )
+            called = self.called(photos, boxes)
+            proposals = (proposal_boxes, proposal_objectness)
+            return ImageTokens(features, [boxes], [objectness_logits], memory, *proposals, drawing, called)
         best = proposal_objectness.topk(min(self.num_queries, x.shape[1]), dim=1).indices
         boxes = proposal_boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))  # [B, M, 4]
         q = self.queries[: boxes.shape[1]].expand(len(x), -1, -1)
@@ -256,9 +267,15 @@ class ImageTokenizer(nn.Module):
             layer_boxes.append(refined)
             layer_objectness.append(objectness(features).squeeze(-1).float())
             boxes = refined.detach()
-        return ImageTokens(
-            features, layer_boxes, layer_objectness, memory, proposal_boxes, proposal_objectness, drawing
-        )
+        called = self.called(photos, boxes[:, : len(best[0])])
+        proposals = (proposal_boxes, proposal_objectness)
+        return ImageTokens(features, layer_boxes, layer_objectness, memory, *proposals, drawing, called)
+
+    def called(self, photos: Tensor | None, boxes: Tensor) -> Tensor | None:
+        """`ImageTokens.called` of pretrained C5 and the M queries' boxes [B, M, 4]."""
+        if self.classifier is None or photos is None or self.training:
+            return None
+        return self.classifier(photos, boxes)
 
 
 def two_stage(tokenizer: nn.Module, where: str) -> ImageTokenizer:

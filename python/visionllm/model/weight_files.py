@@ -4,6 +4,9 @@
     model-00001-of-00003.safetensors …   shards, and
     model.safetensors.index.json         which shard holds which tensor, in the layout of Hugging Face
 
+A tensor may be stored rounded: "name" is int8 then, and row n of the tensor is row n of it times value n of
+"name.rounded", fp32. Readers see one tensor of fp32.
+
 The checksums of the folder's other files (config.json, the tokenizer, …) stand in the metadata of
 model.safetensors or of the index. Those of the tensors stand in each file (`visionllm.tensor_file`) and, of
 shards, in the index too: a shard of another model does not pass for one of these. A folder is written whole
@@ -21,9 +24,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from visionllm.atomic_file import replacing_folder
+from visionllm.model.base_linear import quantise_rows
 from visionllm.tensor_file import NoChecksumsError, TensorFile, is_finite, is_sealed, sealed, write_tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,6 +46,7 @@ REWRITE = (
     "written before weights had them, or by another program. If you trust them: "
     "python -m visionllm.model.weight_files {}"
 )
+ROUNDED = ".rounded"  # behind the name of a tensor that is stored rounded: its rows' scales
 FILES = "files"  # metadata: {"config.json": checksum, ...}
 
 
@@ -92,8 +98,11 @@ class WeightsWriter:
         self._pending.clear()
         self._replacing.__exit__(kind, error, trace)
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor, rounded: bool = False) -> None:
         """Adds a tensor, which must stay as it is until the end of the ``with`` statement or the next shard.
+
+        Args:
+            rounded: its rows to 8 bits; what is read is rounded to itself.
 
         Raises:
             ValueError: the name was there already, or the tensor holds NaN or an infinity.
@@ -102,6 +111,11 @@ class WeightsWriter:
             raise ValueError(f"{self.folder}: {name} is added twice")
         if not is_finite(tensor):
             raise ValueError(f"{self.folder}: not finite: {name}")
+        if rounded:
+            values, scales = quantise_rows(tensor.detach().flatten(1))
+            self.add(name, values.view(tensor.shape))
+            self.add(name + ROUNDED, scales)
+            return
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.shard_bytes:
             self._write_shard()
@@ -219,6 +233,15 @@ class WeightsReader:
             raise FileNotFoundError(f"{self.folder} has no {WEIGHTS}")
         self.shapes = {name: file.shapes[name] for name, file in self._shard_of.items()}
         self.dtypes = {name: file.dtypes[name] for name, file in self._shard_of.items()}
+        self._rounded = {name.removesuffix(ROUNDED) for name in self._shard_of if name.endswith(ROUNDED)}
+        for name in self._rounded:
+            rows = self.shapes.pop(name + ROUNDED)
+            if self.dtypes.get(name) != torch.int8 or self.shapes[name][:1] != rows:
+                raise ValueError(
+                    f"{self.where(name + ROUNDED)}: {name}{ROUNDED} {list(rows)} belongs to no int8 tensor "
+                    f"of as many rows"
+                )
+            self.dtypes[name] = self.dtypes.pop(name + ROUNDED)
         self._data: dict[str, bytes] = {}
         for name in self.files:
             if not (self.folder / name).is_file():
@@ -281,11 +304,28 @@ class WeightsReader:
             KeyError: no such tensor.
             ValueError: its bytes are not those that were written, or ``into`` has another shape.
         """
+        if name not in self._rounded:
+            return self.read_stored(name, into)
+        if into is None:
+            into = torch.empty(self.shapes[name])
+        self.read_stored(name, into)
+        scales = self.read_stored(name + ROUNDED).to(into.device)
+        into.detach().mul_(scales.view(-1, *[1] * (into.ndim - 1)))
+        return into
+
+    @property
+    def stored(self) -> list[str]:
+        """The names of what stands in the files: those of `shapes` and the scales of rounded ones."""
+        return list(self._shard_of)
+
+    def read_stored(self, name: str, into: Tensor | None = None) -> Tensor:
+        """As `read`, but a rounded tensor in int8, and scales under their own names."""
         return self._shard_of[name].read(name, into)
 
     def checksum(self, name: str) -> str:
         """A tensor's, as it stands in its file; the tensor is not read."""
-        return self._shard_of[name].checksums[name]
+        names = [name, name + ROUNDED] if name in self._rounded else [name]
+        return "".join(self._shard_of[one].checksums[one] for one in names)
 
     def where(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -338,8 +378,8 @@ def rewrite(folder: str | Path) -> None:
                 writer.add_file(name, reader.file(name, editable=name == CONFIG))
             elif (folder / name).is_file():
                 writer.add_file(name, (folder / name).read_bytes())
-        for name in reader.shapes:
-            writer.add(name, reader.read(name))
+        for name in reader.stored:
+            writer.add(name, reader.read_stored(name))
 
 
 if __name__ == "__main__":

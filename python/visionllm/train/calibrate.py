@@ -36,6 +36,8 @@ from visionllm.model.groups import find_groups
 from visionllm.model.image_tokenizer import two_stage
 from visionllm.model.network import Network
 from visionllm.model.scores import combined
+from visionllm.train.build import backbone_weights
+from visionllm.train.photo_classifier import add_classifier
 from visionllm.train.validation import Samples, ValidationSet
 
 TOP = 100  # boxes kept per picture
@@ -298,9 +300,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--glyphs", help="glyph atlas (visionllm glyphs); without one: plain shapes only")
     parser.add_argument("--annotations", help="COCO file of training photos")
     parser.add_argument("--images", help="their folder")
+    parser.add_argument(
+        "--classifier",
+        help="EfficientNet-Lite0 state dict, or 'imagenet' for its package's: gives the model a photo "
+        "classifier for the photos' names",
+    )
     parser.add_argument("--count", type=int, default=150, help="pictures of each kind")
     parser.add_argument("--seed", type=int, default=1, help="of the training scenes; not the run's")
     arguments = parser.parse_args(argv)
+    if arguments.classifier and not arguments.annotations:
+        parser.error("--classifier: expected --annotations and --images of photos to fit it on, got none")
     network = Network.from_pretrained(arguments.model)
     size = network.config.image_size
     scenes = SceneDataset(
@@ -324,6 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 (views.draw(rng).image for _ in range(count)),
                 (scenes[i].image for i in range(count)),
             )
+            if arguments.classifier:
+                add_classifier(network, photos, backbone_weights(arguments.classifier), arguments.seed)
             print(
                 f"router: takes {100 * mistaken:.1f} % of {2 * count} pictures for the other kind",
                 file=sys.stderr,

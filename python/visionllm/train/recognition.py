@@ -54,7 +54,7 @@ def recognition_loss(network: Network, batch: TrainBatch, names: tuple[str, ...]
 
     tokenizer = two_stage(network.image_tokenizer, "recognition")
     drawings = ~torch.tensor(batch.photo, device=device)
-    scales, drawing = tokenizer.pyramid(torch.from_numpy(batch.images).to(device), drawings)
+    scales, drawing, _ = tokenizer.pyramid(torch.from_numpy(batch.images).to(device), drawings)
     shapes, starts, positions = tokenizer.flatten(scales)
     points = torch.tensor(SAMPLE_POINTS, device=device)
     locations = objects[:, :, None, :2] + points * objects[:, :, None, 2:]  # [B, N, P, 2]

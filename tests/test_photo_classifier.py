@@ -1,0 +1,411 @@
+"""The photo classifier: what it reads, what it calls things, how it is fitted, and what scores make of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_network import pictures, small_network
+from torch import nn
+
+from visionllm.data.coco import CocoDataset
+from visionllm.instruction import Instruction
+from visionllm.model.config import ModelConfig
+from visionllm.model.groups import find_groups
+from visionllm.model.network import Network
+from visionllm.model.photo_classifier import (
+    CHANNELS,
+    CLASSES,
+    FLOOR,
+    GAIN,
+    PhotoClassifier,
+    averaged,
+    chances,
+)
+from visionllm.model.scores import renamed
+from visionllm.train import photo_classifier as fitting
+
+NAMES = ("person", "dog", "cat")
+
+
+def classified(seed: int = 0, **changes) -> Network:
+    """A small network with a photo classifier of random weights."""
+    network = small_network(seed, keep_pretrained=True, classifier_names=NAMES, **changes)
+    classifier = network.image_tokenizer.classifier
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        classifier.members[:300] = torch.arange(300, dtype=torch.int16) % len(NAMES)
+    return network
+
+
+def published_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """The last layers of a published state dict, random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(*shape: int) -> torch.Tensor:
+        return 0.05 * torch.randn(shape, generator=generator)
+
+    return {
+        "_conv_head.weight": some(CHANNELS, 320, 1, 1),
+        "_bn1.weight": 1 + some(CHANNELS),
+        "_bn1.bias": some(CHANNELS),
+        "_bn1.running_mean": some(CHANNELS),
+        "_bn1.running_var": 1 + some(CHANNELS).abs(),
+        "_fc.weight": some(CLASSES, CHANNELS),
+        "_fc.bias": some(CLASSES),
+    }
+
+
+def average_by_cells(features: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """float64 [C], by summing over fine subcells whose centres lie in the box."""
+    fine = 200
+    c, h, w = features.shape
+    x, y = (np.arange(n * fine) / fine + 0.5 / fine for n in (w, h))
+    (x1, y1), (x2, y2) = np.clip(box[:2] - box[2:] / 2, 0, 1), np.clip(box[:2] + box[2:] / 2, 0, 1)
+    columns, rows = (x > x1 * w) & (x < x2 * w), (y > y1 * h) & (y < y2 * h)
+    large = features.repeat(fine, 1).repeat(fine, 2)
+    return large[:, rows][:, :, columns].mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(0.5, 0.5, 1, 1), (0.4, 0.6, 0.3, 0.5), (0.1, 0.1, 0.05, 0.07), (0.9, 0.5, 0.6, 2), (0.5, 0.5, 3, 0.4)],
+    ids=str,
+)
+def test_means_over_boxes(box):
+    features = np.random.default_rng(0).normal(size=(3, 4, 5))
+    expected = average_by_cells(features, np.array(box))
+    found = averaged(torch.tensor(features)[None], torch.tensor(box, dtype=torch.float64)[None, None])
+    assert found[0, 0].numpy() == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "box", [(0.3, 0.6, 0, 0), (1, 1, 0, 0), (1.5, -0.5, 0.1, 0.1), (0, 0, 0, 0.5)], ids=str
+)
+def test_boxes_without_extent_read_the_cell_they_lie_in(box):
+    features = torch.arange(12.0).view(1, 1, 3, 4)
+    found = averaged(features, torch.tensor(box)[None, None]).item()
+    column, row = min(int(max(box[0], 0) * 4), 3), min(int(max(box[1], 0) * 3), 2)
+    if box[3] == 0.5:
+        assert 0 <= found <= 4  # between the first rows of its column
+    else:
+        assert found == pytest.approx(4 * row + column, abs=1e-2)
+
+
+def test_a_whole_picture_is_classified_as_the_published_network_does():
+    state = published_state()
+    norm = nn.BatchNorm2d(CHANNELS, eps=1e-3).eval()
+    norm.load_state_dict(
+        {key: state[f"_bn1.{key}"] for key in ("weight", "bias", "running_mean", "running_var")}, strict=False
+    )
+    c5 = torch.randn(2, 320, 5, 7)
+    head = norm(F.conv2d(c5, state["_conv_head.weight"])).clamp(0, 6).mean((2, 3))
+    expected = F.linear(head, state["_fc.weight"], state["_fc.bias"]).softmax(-1)
+    classifier = PhotoClassifier(len(NAMES))
+    classifier.load_imagenet(state)
+    classifier.members[:500] = 1
+    with torch.no_grad():
+        features = classifier.features(c5, torch.tensor([0.5, 0.5, 1, 1]).expand(2, 1, 4))
+        told = classifier.told(features)
+    assert torch.allclose(features[:, 0], head, atol=1e-5)
+    assert torch.allclose(told[:, 0, 1], GAIN * expected[:, :500].sum(1).log(), atol=1e-5)
+    assert told[..., [0, 2, 3]] == pytest.approx(GAIN * FLOOR)
+
+
+def test_probabilities_are_those_of_rows_and_classes():
+    classifier = classified().image_tokenizer.classifier
+    c5, boxes = torch.randn(1, 320, 3, 3), torch.rand(1, 5, 4)
+    with torch.no_grad():
+        found = classifier(c5, boxes)
+        features = classifier.features(c5, boxes)
+        logits = classifier.rows(features) + classifier.told(features)
+    assert found.shape == (1, 5, len(NAMES) + 1)
+    assert torch.allclose(found, logits.softmax(-1), atol=1e-6)
+
+
+def test_chances_of_listed_names():
+    called = torch.tensor([[[0.5, 0.3, 0.1, 0.1]], [[0.5, 0.3, 0.1, 0.1]], [[0.2, 0.2, 0.2, 0.4]]])
+    found, knows = chances(called, NAMES, [("Dog", "unicorn", "cat"), ("unicorn",), ()])
+    assert found[0, 0].tolist() == pytest.approx([0.3, 0.6, 0.1])
+    assert found[1, 0].tolist() == pytest.approx([1, 0, 0])  # behind a shorter list nothing
+    assert found[2, 0].tolist() == [0, 0, 0]
+    assert knows.tolist() == [True, False, False]
+
+
+def test_a_name_that_is_listed_in_two_cases_counts_once():
+    found, _ = chances(torch.tensor([[[0.5, 0.3, 0.1, 0.1]]]), NAMES, [("dog", "DOG", "unicorn")])
+    assert found[0, 0].tolist() == pytest.approx([0.3, 0.3, 0.7])
+
+
+def tokens_of(network: Network, drawing: float = -1.0):
+    classes = ("dog", "person", "apple")
+    asked = Instruction(task="detection", classes=classes)
+    with torch.no_grad():
+        _, _, tokens = network.see("find", pictures(1), [asked], ("detection",))
+    tokens.drawing = torch.tensor([drawing])
+    probabilities = torch.rand(1, network.config.num_queries, 4).softmax(-1)
+    return tokens, [classes], probabilities
+
+
+def photos_only(network: Network) -> Network:
+    """A network that takes all pictures for photos."""
+    with torch.no_grad():
+        network.image_tokenizer.router.weight.zero_()
+        network.image_tokenizer.router.bias.fill_(-1)
+    return network
+
+
+def test_renaming_keeps_whether_there_is_an_object():
+    network = photos_only(classified())
+    tokens, listed, p = tokens_of(network)
+    found = renamed(network, tokens, listed, p)
+    assert torch.allclose(found.sum(-1), p.sum(-1))
+    assert torch.equal(found[..., -1], p[..., -1])
+    q, _ = chances(tokens.called, NAMES, listed)
+    w = network.config.classifier_power
+    ratio = found[..., :-1] / (p[..., :-1] ** (1 - w) * q**w)
+    assert torch.allclose(ratio, ratio[..., :1].expand_as(ratio), rtol=1e-4)
+    assert not torch.allclose(found, p, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["drawing", "power 0", "unknown names", "certain of another"])
+def test_where_the_classifier_says_nothing(case):
+    network = photos_only(classified())
+    tokens, listed, p = tokens_of(network, drawing=1.0 if case == "drawing" else -1.0)
+    if case == "power 0":
+        network.config = replace(network.config, classifier_power=0.0)
+    if case == "unknown names":
+        listed = [("apple", "unicorn", "zebra crossing")]
+    if case == "certain of another":  # no listed name has any chance: no division by zero
+        tokens.called = torch.tensor([0.0, 0.0, 1.0, 0.0]).expand_as(tokens.called)
+        listed, p = [("dog", "person")], p[..., 1:]
+        found = renamed(network, tokens, listed, p)
+        assert torch.isfinite(found).all() and (found[..., :-1] == 0).all()
+        return
+    assert torch.equal(renamed(network, tokens, listed, p), p)
+
+
+def test_drawings_are_not_classified():
+    network = classified()
+    asked = [Instruction(task="detection", classes=NAMES)] * 2
+    for bias, expected in ((1.0, False), (-1.0, True)):
+        with torch.no_grad():
+            network.image_tokenizer.router.weight.zero_()
+            network.image_tokenizer.router.bias.fill_(bias)
+            _, _, tokens = network.see("find", pictures(2), asked, ("detection",))
+        assert (tokens.called is not None) == expected
+    assert tokens.of(torch.tensor([1])).called.shape[0] == 1
+
+
+def test_photos_are_answered_alike_alone_in_a_batch_and_in_groups():
+    network = photos_only(classified())
+    asked = Instruction(task="detection", classes=NAMES)
+    images = pictures(3)
+    together = network.find(images, [asked] * 3)
+    alone = network.find(images[1:2], [asked])[0]
+    assert torch.allclose(together[1].scores, alone.scores, atol=1e-5)
+    groups = next(find_groups(network, images[1:2], [asked]))
+    config = network.config
+    score = groups.objectness[..., None] ** config.objectness_power
+    score = score * groups.probabilities[..., :-1] ** (1 - config.objectness_power)
+    assert score.max().item() == pytest.approx(alone.scores[0].item(), abs=1e-4)
+    network.config = replace(config, classifier_power=0.0)
+    assert not torch.allclose(network.find(images[1:2], [asked])[0].scores, alone.scores, atol=1e-4)
+
+
+def test_it_does_not_train():
+    network = classified()
+    assert not any(p.requires_grad for p in network.image_tokenizer.classifier.parameters())
+    network.train()
+    prompts, text = network.asked([Instruction(task="detection", classes=NAMES)])
+    assert network.image_tokens(pictures(1), text).called is None
+
+
+def test_a_folder_keeps_it_and_16_bits_round_published_weights(tmp_path):
+    network = classified()
+    network.save_pretrained(tmp_path / "whole")
+    whole = Network.from_pretrained(tmp_path / "whole")
+    assert whole.config.classifier_names == NAMES
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], tensor), name
+    network.save_pretrained(tmp_path / "narrow", torch.bfloat16)
+    narrow = Network.from_pretrained(tmp_path / "narrow")
+    before = network.image_tokenizer.classifier.classes.weight
+    after = narrow.image_tokenizer.classifier.classes.weight
+    step = before.abs().amax(1, keepdim=True) / 127
+    assert ((after - before).abs() <= step / 2 * 1.001).all() and not torch.equal(after, before)
+    narrow.save_pretrained(tmp_path / "again", torch.bfloat16)
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("narrow", "again")]
+    assert files[0] == files[1]
+    assert len(files[0]) < 0.45 * (tmp_path / "whole" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_pretrained": False}, "classifier_names must be \\(\\) without keep_pretrained"),
+        ({"classifier_names": ("dog", "Dog")}, "different names"),
+        ({"classifier_names": ("dog", " ")}, "different names"),
+        ({"classifier_names": (3,)}, "classifier_names must be names"),
+        ({"classifier_power": 1.5}, r"classifier_power must be in \[0, 1\]"),
+    ],
+)
+def test_configurations_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(ModelConfig(keep_pretrained=True, classifier_names=NAMES), **changes)
+
+
+def test_imagenet_classes_bear_everyday_names():
+    members = fitting.imagenet_members(NAMES)
+    assert (members == 1).sum() == 118 and members[151] == members[268] == 1  # dogs
+    assert (members == 2).sum() == 5 and (members == 0).sum() == 3
+    assert (members == 3).sum() == CLASSES - 126
+    assert (fitting.imagenet_members(("DOG",)) == 0).sum() == 118
+
+
+def test_a_broken_list_of_imagenet_names_is_named(monkeypatch, tmp_path):
+    (tmp_path / "imagenet_names.txt").write_text("# comment\ndog: 1-3\ncat: 3\n")
+    monkeypatch.setattr(fitting.resources, "files", lambda package: tmp_path)
+    with pytest.raises(ValueError, match="line 3: expected a new class, got 3"):
+        fitting.imagenet_members(NAMES)
+
+
+def test_rows_learn_what_imagenet_leaves_open():
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (400,), generator=rng)
+    features = torch.randn(400, 30, generator=rng)
+    features[:, 0] += 6.0 * (labels == 0)
+    told = torch.full((400, 4), -3.0)
+    told[labels == 1, 1] = 3.0
+    features[:, 1] += 6.0 * (labels == 2)
+    weight, bias = fitting.regression(features, told, labels)
+    assert weight.shape == (4, 30) and bias.shape == (4,)
+    logits = features @ weight.T + bias + told
+    assert (logits.argmax(1) == labels).float().mean() > 0.95
+    # What is told already need not be learned.
+    assert weight[1].norm() < weight[0].norm()
+
+
+def test_each_fold_is_named_by_what_the_others_taught():
+    classifier = classified().image_tokenizer.classifier
+    rng = torch.Generator().manual_seed(0)
+    photo = torch.arange(200) // 4
+    labels = torch.randint(0, 4, (200,), generator=rng)
+    features = torch.rand(200, CHANNELS, generator=rng)
+    known = features.clone()
+    known[:, :40] += 3.0 * F.one_hot(labels, 4).repeat(1, 10)
+    boxes = fitting.PhotoBoxes(known, labels, photo, photo % 2 == 0)
+    found = fitting.cross_validated(classifier, boxes)
+    assert found["rows"] > 0.95 and found["both"] > 0.95 and found["ImageNet"] < 0.5
+    # What nothing but the boxes themselves could teach is not known.
+    found = fitting.cross_validated(classifier, fitting.PhotoBoxes(features, labels, photo, photo % 2 == 0))
+    assert found["rows"] < 0.5
+
+
+def test_average_precision_of_a_ranking():
+    right = torch.tensor([True, False, True, False])
+    assert fitting.average_precision(torch.tensor([4.0, 3, 2, 1]), right) == pytest.approx((1 + 2 / 3) / 2)
+    assert fitting.average_precision(torch.tensor([1.0, 2, 3, 4]), right) == pytest.approx(
+        (1 / 2 + 2 / 4) / 2
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Sixteen photos of one large object each, red dogs and blue cats, and the file that says so."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    content = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}],
+    }
+    rng = np.random.default_rng(0)
+    for index in range(16):
+        picture = rng.integers(0, 60, (64, 64, 3), np.uint8)
+        x, y, side = (int(v) for v in rng.integers((2, 2, 24), (16, 16, 40)))
+        picture[y : y + side, x : x + side, 2 * (index % 2)] = 250
+        Image.fromarray(picture).save(folder / f"{index}.png")
+        content["images"].append({"id": index, "file_name": f"{index}.png", "width": 64, "height": 64})
+        content["annotations"].append(
+            {
+                "id": index + 1,
+                "image_id": index,
+                "category_id": 1 + index % 2,
+                "bbox": [x, y, side, side],
+                "area": side * side,
+                "iscrowd": 0,
+                "segmentation": [[x, y, x + side, y, x + side, y + side, x, y + side]],
+            }
+        )
+    (folder / "photos.json").write_text(json.dumps(content))
+    return folder
+
+
+def lively(seed: int = 0) -> Network:
+    """A network whose random trunk lets a picture through: by itself little is left of it at the end."""
+    network = small_network(seed, keep_pretrained=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in network.image_tokenizer.backbone.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+    return network
+
+
+def test_a_network_is_given_a_classifier(photos, monkeypatch):
+    monkeypatch.setattr(fitting, "DECAY", 1e-3)  # few boxes, and told by ImageNet's classes at random
+    network = lively()
+    data = CocoDataset(photos / "photos.json", photos)
+    classifier, boxes = fitting.add_classifier(network, data, published_state())
+    assert network.config.classifier_names == ("dog", "cat")
+    assert network.image_tokenizer.classifier is classifier
+    with torch.no_grad():
+        logits = classifier.rows(boxes.features) + classifier.told(boxes.features)
+    there = boxes.labels < 2
+    assert there.sum() >= 60 and (~there).sum() >= 30
+    assert (logits[there, :2].argmax(1) == boxes.labels[there]).float().mean() > 0.9
+    assert boxes.whole.sum() >= 16 and boxes.photo.max() == 15
+    again = lively()
+    fitting.add_classifier(again, data, published_state())
+    assert torch.equal(again.image_tokenizer.classifier.rows.weight, classifier.rows.weight)
+    found = fitting.cross_validated(classifier, boxes)
+    assert found["both"] > 1.5 * found["ImageNet"] > 0  # a random trunk, photos never seen
+
+
+def test_photos_without_objects_are_refused(photos):
+    data = CocoDataset(photos / "photos.json", photos)
+    data.objects = [[] for _ in data.objects]
+    with pytest.raises(ValueError, match="photos: expected objects called dog, cat"):
+        fitting.add_classifier(small_network(keep_pretrained=True), data, published_state())
+
+
+def test_the_command_measures(photos, tmp_path, capsys):
+    small_network(keep_pretrained=True).save_pretrained(tmp_path / "model")
+    torch.save(published_state(), tmp_path / "state.pth")
+    files = ["--annotations", str(photos / "photos.json"), "--images", str(photos)]
+    options = ["--model", str(tmp_path / "model"), "--classifier", str(tmp_path / "state.pth")]
+    assert fitting.main([*files, *options]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["rows", "ImageNet", "both"]
+
+
+def test_calibration_gives_a_classifier(photos, tmp_path):
+    from visionllm.train import calibrate
+
+    small_network(keep_pretrained=True).save_pretrained(tmp_path / "model")
+    torch.save(published_state(), tmp_path / "state.pth")
+    files = ["--annotations", str(photos / "photos.json"), "--images", str(photos)]
+    options = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--count", "2"]
+    assert calibrate.main([*files, *options, "--classifier", str(tmp_path / "state.pth")]) == 0
+    found = Network.from_pretrained(tmp_path / "out")
+    assert found.config.classifier_names == ("dog", "cat") and found.image_tokenizer.classifier is not None
+    with pytest.raises(SystemExit):
+        calibrate.main([*options, "--classifier", "imagenet"])
