@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,9 +28,10 @@ from harness import RESULTS, report_of, write_report
 
 from visionllm.data.coco import box_corners
 from visionllm.evaluate.matching import IOU_FOUND, box_iou
+from visionllm.model.weight_files import rewrite
 from visionllm.model_folder import model_folder
 
-PHOTOS = "photos, all names listed"
+PHOTOS, WITHOUT = "photos, all names listed", "photos, without the photo classifier"
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 LANGUAGE = ("grounding", "captioning", "vqa", "formats")
 # Of metrics.json, what the command says already.
@@ -72,6 +74,16 @@ def model_config(options: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
+def without_classifier(options: argparse.Namespace, work: Path) -> Path:
+    """A copy of the model in which its photo classifier plays no part."""
+    folder = work / "without_classifier"
+    shutil.copytree(model_folder(options.model), folder, dirs_exist_ok=True)
+    config = {**model_config(options), "classifier_power": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    rewrite(folder)
+    return folder
+
+
 def write_scenes(options: argparse.Namespace, work: Path) -> None:
     size = str(model_config(options)["image_size"])
     for split in ("val", "heldout_style"):
@@ -103,6 +115,8 @@ def evaluations(options: argparse.Namespace, work: Path) -> dict[str, list[str]]
     if options.photos:
         annotations = options.photos / "annotations" / "instances_val.json"
         table[PHOTOS] = [*("--annotations", str(annotations), "--images", str(options.photos / "val"))]
+        if model_config(options).get("classifier_names"):
+            table[WITHOUT] = table[PHOTOS]
     return {**table, **other_tasks(options)}
 
 
@@ -141,7 +155,8 @@ def other_tasks(options: argparse.Namespace) -> dict[str, list[str]]:
 
 def measure(name: str, arguments: list[str], options: argparse.Namespace, work: Path) -> dict[str, object]:
     output = work / "".join(letter if letter.isalnum() else "-" for letter in name)
-    command = visionllm("evaluate", *arguments, "--model", str(options.model), "--output", str(output))
+    model = without_classifier(options, work) if name == WITHOUT else options.model
+    command = visionllm("evaluate", *arguments, "--model", str(model), "--output", str(output))
     for folder, placeholder in ((options.photos, "PHOTOS"), (work, "WORK"), (options.glyphs, "GLYPHS")):
         command = command.replace(str(folder), placeholder)
     row: dict[str, object] = {"name": name, "command": command}
@@ -160,7 +175,7 @@ def measure(name: str, arguments: list[str], options: argparse.Namespace, work: 
         row["examples"] = said[:: max(1, len(said) // EXAMPLES)][:EXAMPLES]
         print(f"{name:<38} {shown(row)}", flush=True)
         return row
-    if name == PHOTOS:
+    if name in (PHOTOS, WITHOUT):
         annotations = options.photos / "annotations" / "instances_val.json"
         row["large_objects"] = large_objects(annotations, output / "predictions.json")
     row |= {number: metrics[number] for number in NUMBERS if number in metrics}

@@ -32,6 +32,7 @@ EVALUATIONS = {
     "scenes, all names listed": "half of these scenes, all 469 listed",
     "unseen glyph style, 20 names listed": "the same in a glyph style never trained on, 20 listed",
     "photos, all names listed": "180 COCO photos, 80 names listed; trained on 238",
+    "photos, without the photo classifier": "the same photos without the photo classifier",
 }
 OURS = ("visionllm", "visionllm_fused")
 OPERATORS = ("ms_deform_attn", "lora_linear", "fusion_attention", "query_attention", "slot_head")
@@ -60,6 +61,8 @@ def accuracy() -> str:
     rows = {row["name"]: row for row in found["rows"]}
     lines = []
     for name, text in EVALUATIONS.items():
+        if name not in rows:
+            continue
         count = f"{found['scenes']} " if name == "scenes, 20 names listed" else ""
         lines.append([count + text, *(percent(rows[name][key]) for key in ("AP", "AP50", "AP75"))])
     rejection = rows["scenes, 20 names listed"]["rejection"]

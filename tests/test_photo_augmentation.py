@@ -257,8 +257,21 @@ def test_what_has_no_colour_of_its_own_keeps_it(sample):
     assert not can_be_pasted(sample, 0)
 
 
+def test_a_part_of_an_object_shows_another_picture():
+    sample, texture = one_object(), np.full((50, 90, 3), (1, 2, 240), np.uint8)
+    shown = 0
+    for seed in range(20):
+        found = recolour_parts(sample, np.random.default_rng(seed), 1.0, texture)
+        shown += (found.image == texture[0, 0]).all(-1).sum() > 100
+    assert 4 <= shown <= 16  # every second one has a colour
+
+
 def test_objects_that_can_be_pasted():
     assert can_be_pasted(one_object(), 0)
+    behind = one_object()
+    behind.boxes = np.concatenate([behind.boxes, [[40, 30, 100, 70]]]).astype(np.float32)
+    behind.outlines, behind.iscrowd = [behind.outlines[0], None], np.zeros(2, bool)
+    assert not can_be_pasted(behind, 0)
     assert not can_be_pasted(one_object(box=(0, 30, 100, 110)), 0)  # cut off
     assert not can_be_pasted(one_object(box=(40, 30, 60, 45)), 0)  # small
 

@@ -22,6 +22,7 @@ from visionllm.data.sample import Sample
 from visionllm.image import fitted_size
 
 MOST_PASTED = 3  # objects
+MOST_CROWDED = 0.35  # of its box that another box may cover there
 LEAST_PASTED_SIDE, LEAST_PASTED_AREA = 40, 900  # pixels and square pixels of an object in its own photo
 MOST_GROWN = 2.0  # times that its pixels grow
 LEAST_SHOWN = 6  # pixels of its sides in the view
@@ -138,18 +139,22 @@ class AugmentedPhotos:
         """A random view of photo ``index``, its colours but for `recolour` as they are; of this size, or of a
         whole view's.
         """
-        photo = self.photo(index)
-        if self.augmentation.recolour > 0:
-            photo = recolour_parts(photo, rng, self.augmentation.recolour)
+        photo = self._recoloured(self.photo(index), rng)
         if width == 0:
             height, width = view_size(photo, self.image_size, self.longest_side)
         window = choose_window(photo, rng, self.augmentation)
         view = crop(photo, window, width, height, rng, self.augmentation)
         return flip(view) if rng.random() < self.augmentation.flip else view
 
+    def _recoloured(self, photo: Sample, rng: np.random.Generator) -> Sample:
+        chance = self.augmentation.recolour
+        if chance == 0:
+            return photo
+        return recolour_parts(photo, rng, chance, self.photo(int(rng.integers(len(self.photos)))).image)
+
     def _with_pasted(self, view: Sample, rng: np.random.Generator) -> Sample:
         for _ in range(1 + rng.integers(MOST_PASTED)):
-            photo = self.photo(self._choose(rng))
+            photo = self._recoloured(self.photo(self._choose(rng)), rng)
             places = [i for i in range(len(photo.boxes)) if can_be_pasted(photo, i)]
             if places:
                 chosen = places[rng.integers(len(places))]
@@ -335,12 +340,20 @@ def jitter_colours(image: np.ndarray, rng: np.random.Generator, settings: PhotoA
 
 
 def can_be_pasted(photo: Sample, index: int) -> bool:
-    """Whether an object has an outline, is large enough to be known again, and wholly in the photo."""
+    """Whether an object has an outline, is large enough to be known again, wholly in the photo, and hardly
+    behind others.
+    """
     outline = None if photo.outlines is None else photo.outlines[index]
     if outline is None or photo.iscrowd[index]:
         return False
     height, width = photo.image.shape[:2]
     (x1, y1), (x2, y2) = outline.min(0), outline.max(0)
+    corners = np.concatenate(
+        [np.maximum(photo.boxes[:, :2], (x1, y1)), np.minimum(photo.boxes[:, 2:], (x2, y2))], 1
+    )
+    common = np.delete(_area(corners) * (corners[:, 2:] > corners[:, :2]).all(1), index)
+    if len(common) and common.max() > MOST_CROWDED * (x2 - x1) * (y2 - y1):
+        return False
     whole = x1 > 1 and y1 > 1 and x2 < width - 2 and y2 < height - 2
     return bool(
         whole and max(x2 - x1, y2 - y1) >= LEAST_PASTED_SIDE and photo.area[index] >= LEAST_PASTED_AREA
@@ -415,12 +428,15 @@ def _float32(outline: np.ndarray | None) -> np.ndarray | None:
     return None if outline is None else outline.astype(np.float32)
 
 
-def recolour_parts(sample: Sample, rng: np.random.Generator, chance: float) -> Sample:
-    """Objects of which one side of a random line takes one colour, light and shade kept: few photos show few
-    clothes, and a box that ends where an unknown colour begins should not look right.
+def recolour_parts(
+    sample: Sample, rng: np.random.Generator, chance: float, texture: np.ndarray | None = None
+) -> Sample:
+    """Objects of which one side of a random line takes one colour, light and shade kept, or shows another
+    picture: few photos show few clothes, and a box that ends where unknown ones begin should not look right.
 
     Args:
         chance: per object that has an outline and is no crowd.
+        texture: uint8 [H, W, 3], the other picture, for every second one; None: colours alone.
     """
     if sample.outlines is None:
         return sample
@@ -444,6 +460,12 @@ def recolour_parts(sample: Sample, rng: np.random.Generator, chance: float) -> S
         along = columns * math.cos(angle) + rows * math.sin(angle)
         chosen = along >= along.min() + place * (along.max() - along.min())
         rows, columns = rows[chosen] + low[1], columns[chosen] + low[0]
+        if texture is not None and rng.random() < 0.5:
+            x, y = (rng.uniform(0, 0.6) * side for side in texture.shape[1::-1])
+            window = (x, y, x + 0.4 * texture.shape[1], y + 0.4 * texture.shape[0])
+            other = Image.fromarray(texture).resize(canvas.size, Image.Resampling.BILINEAR, box=window)
+            image[rows, columns] = np.asarray(other)[rows - low[1], columns - low[0]]
+            continue
         light = image[rows, columns] @ LUMA
         shade = 0.35 + 0.65 * light / max(float(light.mean()), 1.0)
         image[rows, columns] = np.clip(shade[:, None] * colour, 0, 255).astype(np.uint8)
