@@ -63,10 +63,9 @@ class PhotoClassifier(nn.Module):
     def told(self, features: Tensor) -> Tensor:
         """GAIN s, [..., names + 1], of features [..., CHANNELS]; that of "nothing" is GAIN FLOOR."""
         shares = F.linear(features, self.classes.weight, self.classes.bias).softmax(-1)
-        sums = shares.new_zeros(*shares.shape[:-1], len(self.rows.bias))
-        sums.index_add_(-1, self.members.long(), shares)
-        sums[..., -1] = 0
-        return GAIN * sums.log().clamp(min=FLOOR)
+        of_name = F.one_hot(self.members.long(), len(self.rows.bias)).to(shares.dtype)  # [CLASSES, names + 1]
+        of_name[:, -1] = 0
+        return GAIN * (shares @ of_name).log().clamp(min=FLOOR)
 
     def forward(self, c5: Tensor, boxes: Tensor) -> Tensor:
         """C5 and boxes as for `features` → probabilities of the names and of "nothing", [B, M, names + 1]."""
