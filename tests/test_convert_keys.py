@@ -110,3 +110,16 @@ def test_broken_values_are_named(value, message):
     source = TensorSource({"a": torch.tensor([value])})
     with pytest.raises(ConvertError, match=f"there: a: {message}"):
         dict(convert(source, [Step("a", "b")], "there"))
+
+
+def test_whole_numbers_go_where_they_are_expected():
+    class Counted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("of", torch.zeros(3, dtype=torch.int16))
+
+    module, numbers = Counted(), torch.tensor([3, 1, 2], dtype=torch.int16)
+    fill(module, TensorSource({"a": numbers}), [Step("a", "of")], "there")
+    assert torch.equal(module.of, numbers)
+    with pytest.raises(ConvertError, match=r"there: a: expected torch.int16, got torch.float32"):
+        fill(module, TensorSource({"a": numbers.float()}), [Step("a", "of")], "there")

@@ -144,15 +144,24 @@ def _raise_if_any(where: str, problems: Mapping[str, Sequence[str]]) -> None:
     raise ConvertError("\n".join(lines))
 
 
-def convert(source: Source, steps: Sequence[Step], where: str) -> Iterator[tuple[str, Tensor]]:
+def convert(
+    source: Source, steps: Sequence[Step], where: str, integers: Mapping[str, torch.dtype] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Target names and tensors, each read when it is asked for, in the source's type.
+
+    Args:
+        integers: targets that are not of floating point, and their types.
 
     Raises:
         ConvertError: a tensor is not of floating point, or not finite; the message names it.
     """
     for step in steps:
         tensor = source.read(step.source)
-        if not tensor.is_floating_point():
+        expected = (integers or {}).get(step.target)
+        if expected is not None:
+            if tensor.dtype != expected:
+                raise ConvertError(f"{where}: {step.source}: expected {expected}, got {tensor.dtype}")
+        elif not tensor.is_floating_point():
             raise ConvertError(f"{where}: {step.source}: expected floating point, got {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise ConvertError(f"{where}: {step.source}: not finite")
@@ -169,7 +178,8 @@ def fill(module: nn.Module, source: Source, steps: Sequence[Step], where: str) -
         ConvertError: as `convert`.
     """
     state = module.state_dict(keep_vars=True)
-    for name, tensor in convert(source, steps, where):
+    integers = {name: one.dtype for name, one in state.items() if not one.is_floating_point()}
+    for name, tensor in convert(source, steps, where, integers):
         if state[name].is_meta:
             # Its own memory: a source's tensor may be a view of a file.
             own = tensor.clone(memory_format=torch.contiguous_format)
