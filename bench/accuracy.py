@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def without_classifier(options: argparse.Namespace, work: Path) -> Path:
     shutil.copytree(model_folder(options.model), folder, dirs_exist_ok=True)
     config = {**model_config(options), "classifier_power": 0.0}
     (folder / "config.json").write_text(json.dumps(config))
-    rewrite(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it was edited
+        rewrite(folder)
     return folder
 
 

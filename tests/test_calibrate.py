@@ -23,6 +23,7 @@ from visionllm.train.calibrate import (
     choose,
     fit_router,
     main,
+    mean_of,
     measure,
     rank,
 )
@@ -223,3 +224,21 @@ def test_the_router_is_fitted_to_tell_photos_from_drawings():
         for low, high, drawn in ((0, 110, False), (146, 256, True)):
             images = torch.from_numpy(np.stack(some(low, high, 20, 2)))
             assert ((network.image_tokenizer.pyramid(images)[1] > 0) == drawn).float().mean() >= 0.9
+
+
+def test_the_mean_of_several_folders(tmp_path):
+    networks = [small_network(seed) for seed in range(3)]
+    folders = [str(tmp_path / str(seed)) for seed in range(3)]
+    for network, folder in zip(networks, folders, strict=True):
+        network.save_pretrained(folder)
+    mean = mean_of(folders).state_dict()
+    for name, tensor in networks[0].state_dict().items():
+        expected = torch.stack([network.state_dict()[name].double() for network in networks]).mean(0)
+        assert torch.allclose(mean[name].double(), expected, atol=1e-6), name
+        assert mean[name].dtype == tensor.dtype
+    assert all(
+        torch.equal(mean_of(folders[:1]).state_dict()[n], t) for n, t in networks[0].state_dict().items()
+    )
+    small_network(keep_pretrained=True).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="other: expected the tensors of .*0, got another"):
+        mean_of([folders[0], str(tmp_path / "other")])

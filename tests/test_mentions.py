@@ -173,7 +173,7 @@ def test_expressions_are_scored_by_their_nouns_and_names_are_not():
         return token_scores(network, prompts, text, tokens, asked, probabilities), tokens
 
     (plain, tokens), (found, _) = scores(0.0), scores(0.7)
-    names = name_chances(network, tokens.features)
+    names = name_chances(network, tokens)
     chance = names[0, :, KNOWN.index("bear")] + NOUN_FLOOR
     torch.testing.assert_close(found[0, :, 0], plain[0, :, 0] * (chance / chance.max()) ** 0.7)
     assert torch.equal(found[0, :, 1:], plain[0, :, 1:]) and torch.equal(found[1], plain[1])

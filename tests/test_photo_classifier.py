@@ -25,8 +25,9 @@ from visionllm.model.photo_classifier import (
     PhotoClassifier,
     averaged,
     chances,
+    renamed,
 )
-from visionllm.model.scores import renamed
+from visionllm.model.told import name_chances
 from visionllm.train import photo_classifier as fitting
 
 NAMES = ("person", "dog", "cat")
@@ -150,7 +151,7 @@ def tokens_of(network: Network, drawing: float = -1.0):
         _, _, tokens = network.see("find", pictures(1), [asked], ("detection",))
     tokens.drawing = torch.tensor([drawing])
     probabilities = torch.rand(1, network.config.num_queries, 4).softmax(-1)
-    return tokens, [classes], probabilities
+    return tokens, [classes], probabilities[..., :-1]
 
 
 def photos_only(network: Network) -> Network:
@@ -164,12 +165,11 @@ def photos_only(network: Network) -> Network:
 def test_renaming_keeps_whether_there_is_an_object():
     network = photos_only(classified())
     tokens, listed, p = tokens_of(network)
-    found = renamed(network, tokens, listed, p)
+    found = renamed(network.config, tokens, listed, p)
     assert torch.allclose(found.sum(-1), p.sum(-1))
-    assert torch.equal(found[..., -1], p[..., -1])
     q, _ = chances(tokens.called, NAMES, listed)
     w = network.config.classifier_power
-    ratio = found[..., :-1] / (p[..., :-1] ** (1 - w) * q**w)
+    ratio = found / (p ** (1 - w) * q**w)
     assert torch.allclose(ratio, ratio[..., :1].expand_as(ratio), rtol=1e-4)
     assert not torch.allclose(found, p, atol=1e-3)
 
@@ -178,17 +178,31 @@ def test_renaming_keeps_whether_there_is_an_object():
 def test_where_the_classifier_says_nothing(case):
     network = photos_only(classified())
     tokens, listed, p = tokens_of(network, drawing=1.0 if case == "drawing" else -1.0)
+    config = network.config
     if case == "power 0":
-        network.config = replace(network.config, classifier_power=0.0)
+        config = replace(config, classifier_power=0.0)
     if case == "unknown names":
         listed = [("apple", "unicorn", "zebra crossing")]
     if case == "certain of another":  # no listed name has any chance: no division by zero
         tokens.called = torch.tensor([0.0, 0.0, 1.0, 0.0]).expand_as(tokens.called)
-        listed, p = [("dog", "person")], p[..., 1:]
-        found = renamed(network, tokens, listed, p)
-        assert torch.isfinite(found).all() and (found[..., :-1] == 0).all()
+        found = renamed(config, tokens, [("dog", "person")], p[..., 1:])
+        assert torch.isfinite(found).all() and (found == 0).all()
         return
-    assert torch.equal(renamed(network, tokens, listed, p), p)
+    assert torch.equal(renamed(config, tokens, listed, p), p)
+
+
+def test_names_told_to_the_words_are_renamed_too():
+    network = photos_only(classified())
+    network.known_names = ("dog", "apple", "cat")
+    tokens, _, _ = tokens_of(network)
+    with torch.no_grad():
+        found = name_chances(network, tokens)
+        tokens.drawing = torch.tensor([1.0])
+        plain = name_chances(network, tokens)
+    assert torch.allclose(found.sum(-1), torch.ones(1)) and not torch.allclose(found, plain, atol=1e-3)
+    q, _ = chances(tokens.called, NAMES, [network.known_names])
+    both = (plain * q) ** 0.5
+    assert torch.allclose(found, both / both.sum(-1, keepdim=True), atol=1e-5)
 
 
 def test_drawings_are_not_classified():

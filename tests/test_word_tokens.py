@@ -83,11 +83,11 @@ def test_likely_names_are_weighted_words():
                 words = network.embedding.weight[list(pieces)].double().sum(0) / len(pieces) ** 0.5
                 expected[b, i] += chance * words
     torch.testing.assert_close(
-        (name_chances(network, features) @ known_words(network)).double(), expected, rtol=1e-4, atol=1e-4
+        (name_chances(network, tokens) @ known_words(network)).double(), expected, rtol=1e-4, atol=1e-4
     )
     network.known_names = ("dog",)  # what was kept of the others is not used for it
     assert not torch.allclose(
-        (name_chances(network, features) @ known_words(network)).double(), expected, atol=1e-3
+        (name_chances(network, tokens) @ known_words(network)).double(), expected, atol=1e-3
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from visionllm.model.known_names import probability_of_listed, rivals
-from visionllm.model.scores import renamed
+from visionllm.model.photo_classifier import renamed
 from visionllm.tokenizer import IMAGE, PADDING, Prompts
 
 if TYPE_CHECKING:
@@ -147,8 +147,10 @@ def find_groups(
             boxes,
         )
         answers = reading.answers(network.config.coordinate_window)
+        listed = [groups[g].classes] * batch
+        own = renamed(network.config, tokens, listed, answers.probabilities[..., :-1])
         yield GroupAnswers(
-            probabilities=renamed(network, tokens, [groups[g].classes] * batch, answers.probabilities),
+            probabilities=torch.cat([own, answers.probabilities[..., -1:]], -1),
             boxes=extent_of(points_of(answers.offsets, boxes)).clamp(0, 1),
             centers=boxes[..., :2],
             objectness=tokens.objectness[-1][:, :queries].sigmoid(),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from visionllm.model.known_names import probability_of_listed, rivals
 from visionllm.model.mentions import noun_factor
-from visionllm.model.photo_classifier import chances
+from visionllm.model.photo_classifier import renamed
 from visionllm.model.told import name_chances
 from visionllm.tokenizer import PADDING, Prompts, pad
 
@@ -31,35 +31,6 @@ def combined(objectness: Tensor, probability: Tensor, known: Tensor | None, a: f
     """The formula above, of broadcastable tensors; without known names their factor is 1."""
     scores = objectness**a * probability ** (1 - a)
     return scores if known is None else scores * known**c
-
-
-def renamed(
-    network: Network, tokens: ImageTokens, listed: Sequence[Sequence[str]], probabilities: Tensor
-) -> Tensor:
-    """Class probabilities after a word of the photo classifier, where it knows any of the listed names:
-
-        p'_k = (sum of p) · p_k^(1 − w) q_k^w / (sum of these), w = `ModelConfig.classifier_power`
-
-    Whether there is an object at all stays as it was: as a factor of the score q cost as much AP of photos as
-    better names brought, as it raises what is nothing and looks a little like something rare. Drawings stay
-    as they were, too.
-
-    Args:
-        listed: the names of each picture.
-        probabilities: [B, M, K + 1], of the classes and "no object".
-    """
-    config = network.config
-    known = {name.casefold() for name in config.classifier_names}
-    asked = any(name.casefold() in known for names in listed for name in names)
-    if tokens.called is None or not asked or config.classifier_power == 0:
-        return probabilities
-    assert tokens.drawing is not None
-    q, known_to = chances(tokens.called, config.classifier_names, listed)
-    own = probabilities[..., :-1]
-    both = own ** (1 - config.classifier_power) * q**config.classifier_power
-    both = both * (own.sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp(min=1e-12))
-    says = known_to & (tokens.drawing <= 0)  # [B]
-    return torch.cat([torch.where(says[:, None, None], both, own), probabilities[..., -1:]], -1)
 
 
 def token_scores(
@@ -76,7 +47,7 @@ def token_scores(
     """
     config, queries = network.config, network.config.num_queries
     objectness = tokens.objectness[-1].sigmoid()[..., None]  # [B, M, 1]
-    probabilities = renamed(network, tokens, [one.classes for one in instructions], probabilities)
+    own = renamed(config, tokens, [one.classes for one in instructions], probabilities[..., :-1])
     named = [one.task != "grounding" for one in instructions]
     likely = None
     if config.known_power > 0 and config.text_guidance and network.known_names and any(named):
@@ -85,11 +56,9 @@ def token_scores(
         known = network.known_features()
         likely = probability_of_listed(features, text.names, prompts.class_mask, known, others)
         likely = torch.where(torch.tensor(named, device=network.device)[:, None, None], likely, 1.0)
-    scores = combined(
-        objectness, probabilities[..., :-1], likely, config.objectness_power, config.known_power
-    )
+    scores = combined(objectness, own, likely, config.objectness_power, config.known_power)
     if config.noun_power > 0 and network.known_names and not all(named):
-        names = name_chances(network, tokens.features[:, :queries])
+        names = name_chances(network, tokens)
         fits = network.mention_finder().fits.to(network.device)
         nouns = nouns_of(network, instructions, scores.shape[2])
         scores = scores * noun_factor(names, fits, nouns, config.noun_power)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionllm.model.mentions import NameLookup
+from visionllm.model.photo_classifier import renamed
 from visionllm.model.word_tokens import measures_of
 from visionllm.tokenizer import IMAGE, PADDING, Prompts
 
@@ -67,7 +68,7 @@ def told_of(
     m = network.config.num_queries
     features = tokens.features[:, :m].detach()
     objectness = tokens.objectness[-1][:, :m].detach()
-    names = name_chances(network, features) if network.known_names else None
+    names = name_chances(network, tokens) if network.known_names else None
     boxes = tokens.boxes[-1][:, :m].detach()
     measures = measures_of(boxes, objectness)
     told = network.word_tokens(
@@ -95,14 +96,17 @@ def told_of(
     return Told(places, told, network.name_lookup, measures, rows, columns, before, likeness)
 
 
-def name_chances(network: Network, features: Tensor) -> Tensor:
-    """Of each known name, that an image token shows it: features [B, M, C] → fp32 [B, M, V], of sum 1.
+def name_chances(network: Network, tokens: ImageTokens) -> Tensor:
+    """Of each known name, that an image token shows it: fp32 [B, M, V], of sum 1.
 
-    An object's name can be told from its feature (`alignment`) long before a small LLM has learned to.
+    An object's name can be told from its feature (`alignment`) long before a small LLM has learned to; on
+    photos the photo classifier has a say.
     """
+    features = tokens.features[:, : network.config.num_queries].detach()
     names = network.known_features()
     likeness = network.alignment["decoder"](features) @ names.to(features.dtype).T
-    return (likeness.float() * names.shape[-1] ** -0.5).softmax(-1)
+    own = (likeness.float() * names.shape[-1] ** -0.5).softmax(-1)
+    return renamed(network.config, tokens, [network.known_names] * len(own), own)
 
 
 def known_words(network: Network) -> Tensor:
