@@ -11,15 +11,13 @@ from visionllm.data.mixture import Source, TrainingBatches
 from visionllm.data.photo_augmentation import (
     AugmentedPhotos,
     PhotoAugmentation,
-    can_be_pasted,
     crop,
     flip,
     jitter_colours,
-    paste,
-    recolour_parts,
     resize,
     shrink,
 )
+from visionllm.data.photo_objects import can_be_pasted, paste, recolour_parts
 from visionllm.data.sample import Sample
 
 PLAIN = PhotoAugmentation(brightness=0, contrast=0, saturation=0, hue=0, grey=0)
