@@ -397,8 +397,10 @@ def test_a_network_is_given_a_classifier(photos, monkeypatch):
 def test_photos_without_objects_are_refused(photos):
     data = CocoDataset(photos / "photos.json", photos)
     data.objects = [[] for _ in data.objects]
+    network = small_network(keep_pretrained=True)
     with pytest.raises(ValueError, match="photos: expected objects called dog, cat"):
-        fitting.add_classifier(small_network(keep_pretrained=True), data, published_state())
+        fitting.add_classifier(network, data, published_state())
+    assert network.config.classifier_names == () and network.image_tokenizer.classifier is None
 
 
 def test_the_command_measures(photos, tmp_path, capsys):

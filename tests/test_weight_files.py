@@ -404,3 +404,12 @@ def test_scales_of_nothing_are_refused(tmp_path, tensors):
     write(tmp_path, tensors, {})
     with pytest.raises(ValueError, match=r"w\.rounded \[3\] belongs to no int8 tensor of as many rows"):
         WeightsReader(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_rounded_away(tmp_path, value):
+    tensor = torch.ones(3, 2)
+    tensor[1, 0] = value
+    with pytest.raises(ValueError, match="not finite: w"), WeightsWriter(tmp_path / "a") as writer:
+        writer.add("w", tensor, rounded=True)
+    assert not (tmp_path / "a").exists()

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from visionllm.data.photo_objects import LUMA, can_be_pasted, paste, recolour_parts
+from visionllm.data.photo_objects import LUMA, area_of, can_be_pasted, paste, recolour_parts
 from visionllm.data.polygons import clip_outline
 from visionllm.data.sample import Sample
 from visionllm.image import fitted_size
@@ -232,7 +232,7 @@ def crop(
     side = np.min(clipped[:, 2:] - clipped[:, :2], axis=1, initial=np.inf)
     visible = side > 0.5  # below half a pixel nothing of it is in the picture
     keep = np.flatnonzero(visible)
-    share = _area(clipped[keep]) / np.maximum(_area(full[keep]), 1e-6)
+    share = area_of(clipped[keep]) / np.maximum(area_of(full[keep]), 1e-6)
     return replace(
         sample,
         image=image,
@@ -342,10 +342,6 @@ def _hue_rotation(angle: float) -> np.ndarray:
     rotation = np.eye(3)
     rotation[1:, 1:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
     return np.linalg.inv(to_yiq) @ rotation @ to_yiq
-
-
-def _area(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def _mosaic(views: Sequence[Sample], corners: Sequence[tuple[int, int, int, int]], size: int) -> Sample:

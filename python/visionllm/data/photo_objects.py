@@ -33,7 +33,7 @@ def can_be_pasted(photo: Sample, index: int) -> bool:
     corners = np.concatenate(
         [np.maximum(photo.boxes[:, :2], (x1, y1)), np.minimum(photo.boxes[:, 2:], (x2, y2))], 1
     )
-    common = np.delete(_area(corners) * (corners[:, 2:] > corners[:, :2]).all(1), index)
+    common = np.delete(area_of(corners) * (corners[:, 2:] > corners[:, :2]).all(1), index)
     if len(common) and common.max() > MOST_CROWDED * (x2 - x1) * (y2 - y1):
         return False
     whole = x1 > 1 and y1 > 1 and x2 < width - 2 and y2 < height - 2
@@ -88,7 +88,7 @@ def paste(view: Sample, photo: Sample, index: int, side: float, rng: np.random.G
     outlines = None
     if view.outlines is not None:
         kept = [view.outlines[i] if part < SOME_HIDDEN else None for i, part in zip(keep, share, strict=True)]
-        outlines = [*kept, _float32(clip_outline(shape + corner, width, height))]
+        outlines = [*kept, clip_outline(shape + corner, width, height)]
     return replace(
         view,
         image=np.array(canvas),
@@ -104,10 +104,6 @@ def _share(mask: np.ndarray, box: np.ndarray) -> float:
     x1, y1, x2, y2 = (round(float(value)) for value in box)
     part = mask[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
     return float(part.mean()) if part.size else 0.0
-
-
-def _float32(outline: np.ndarray | None) -> np.ndarray | None:
-    return None if outline is None else outline.astype(np.float32)
 
 
 def recolour_parts(
@@ -154,5 +150,6 @@ def recolour_parts(
     return sample if image is None else replace(sample, image=image)
 
 
-def _area(boxes: np.ndarray) -> np.ndarray:
+def area_of(boxes: np.ndarray) -> np.ndarray:
+    """Of corner boxes [n, 4]."""
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

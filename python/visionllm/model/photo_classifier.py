@@ -142,9 +142,7 @@ def renamed(
         listed: the names of each picture.
         probabilities: [B, M, K], of these names, without "no object".
     """
-    known = {name.casefold() for name in config.classifier_names}
-    asked = any(name.casefold() in known for names in listed for name in names)
-    if tokens.called is None or not asked or config.classifier_power == 0:
+    if tokens.called is None or config.classifier_power == 0:
         return probabilities
     assert tokens.drawing is not None
     q, knows = chances(tokens.called, config.classifier_names, listed)

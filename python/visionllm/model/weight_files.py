@@ -111,7 +111,9 @@ class WeightsWriter:
             raise ValueError(f"{self.folder}: {name} is added twice")
         if not is_finite(tensor):
             raise ValueError(f"{self.folder}: not finite: {name}")
-        if rounded:
+        if rounded:  # int8 has no NaN: what is not finite would be lost
+            if not is_finite(tensor):
+                raise ValueError(f"{self.folder}: not finite: {name}")
             values, scales = quantise_rows(tensor.detach().flatten(1))
             self.add(name, values.view(tensor.shape))
             self.add(name + ROUNDED, scales)
@@ -236,7 +238,8 @@ class WeightsReader:
         self._rounded = {name.removesuffix(ROUNDED) for name in self._shard_of if name.endswith(ROUNDED)}
         for name in self._rounded:
             rows = self.shapes.pop(name + ROUNDED)
-            if self.dtypes.get(name) != torch.int8 or self.shapes[name][:1] != rows:
+            kinds = self.dtypes.get(name), self.dtypes[name + ROUNDED]
+            if kinds != (torch.int8, torch.float32) or self.shapes[name][:1] != rows:
                 raise ValueError(
                     f"{self.where(name + ROUNDED)}: {name}{ROUNDED} {list(rows)} belongs to no int8 tensor "
                     f"of as many rows"

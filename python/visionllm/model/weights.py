@@ -34,8 +34,8 @@ RANDOM_FILLS = {
     init.kaiming_normal_,
     init.kaiming_uniform_,
 }
-# Published weights that nothing trains, for an architecture that was made for products of 8 bits: written in
-# 8 bits wherever others are in 16, they change no answer that was looked at.
+# Published weights that nothing trains, of an architecture that was made for products of 8 bits: written in 8
+# bits wherever others are in 16.
 PUBLISHED = tuple(
     f"image_tokenizer.{part}." for part in ("backbone.pretrained", "classifier.head", "classifier.classes")
 )

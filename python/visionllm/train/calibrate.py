@@ -5,7 +5,8 @@ cost no more than SPARED_AP against the best, those are taken under which the fe
 they are asked for absent names only, at the score where 80 % of the objects are found. Boxes that repeat
 others or tell of parts count less (model/boxes.py), unless that costs AP. The threshold is the score with the
 highest F1 (IoU ≥ 0.5, same class). All go into config.json; no validation picture is looked at. The model is
-written as it ships, its weights in bfloat16.
+written as it ships, its weights in bfloat16; with --classifier it gets a photo classifier first
+(train/photo_classifier.py).
 
     python -m visionllm.train.calibrate --model runs/tiny/model --glyphs glyphs --output DIR
 """
@@ -240,8 +241,8 @@ def calibrate(
 def mean_of(folders: Sequence[str]) -> Network:
     """The first folder's network with the mean of all folders' weights.
 
-    Of one run's weights at several times it shows fewer objects that are not there than the last ones, and
-    finds as many (model soups, Wortsman et al. 2022, arXiv:2203.05482).
+    Of one run's weights at several times it often finds more than any of them (model soups, Wortsman et al.
+    2022, arXiv:2203.05482).
 
     Raises:
         ValueError: the folders' weights have different names or shapes.

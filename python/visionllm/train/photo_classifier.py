@@ -244,17 +244,17 @@ def add_classifier(
     """
     tokenizer = two_stage(network.image_tokenizer, "add_classifier")
     names = photos.vocabulary
-    network.config = replace(network.config, classifier_names=names)
+    config = replace(network.config, classifier_names=names)
     classifier = PhotoClassifier(len(names))
     classifier.load_imagenet(state)
     classifier.members.copy_(imagenet_members(names))
-    rng, size = np.random.default_rng(seed), network.config.image_size
+    rng, size = np.random.default_rng(seed), config.image_size
     boxes = boxes_of_photos(tokenizer.backbone, classifier, photos, names, size, rng)
     weight, bias = regression(boxes.features, told_of(classifier, boxes.features), boxes.labels)
     with torch.no_grad():
         classifier.rows.weight.copy_(weight)
         classifier.rows.bias.copy_(bias)
-    tokenizer.classifier = classifier
+    network.config, tokenizer.classifier = config, classifier
     return classifier, boxes
 
 
