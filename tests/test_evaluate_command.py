@@ -193,10 +193,15 @@ def test_groups_of_names(run, capsys):
     assert "5 names in 3 groups" in capsys.readouterr().out
 
 
-def test_scenes_of_a_size(run):
-    metrics, predictions = run("--scenes", "val", "--limit", "3", "--scene-size", "96")
-    assert metrics["scene_size"] == 96
-    assert all(x >= 0 and x + w <= 96.01 for x, _, w, _ in (entry["bbox"] for entry in predictions))
+@pytest.mark.parametrize(("options", "size"), [(["--scene-size", "96"], 96), ([], 48)], ids=str)
+def test_scenes_of_a_size(run, tmp_path, options, size):
+    """The one asked for, else what the model sees."""
+    small_network(image_size=48).save_pretrained(tmp_path / "model")
+    metrics, predictions = run(
+        "--scenes", "val", "--limit", "3", "--model", str(tmp_path / "model"), *options
+    )
+    assert metrics["scene_size"] == size
+    assert all(x >= 0 and x + w <= size + 0.01 for x, _, w, _ in (entry["bbox"] for entry in predictions))
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation", "keypoints", "grounding", "captioning", "vqa"])

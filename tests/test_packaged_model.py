@@ -15,19 +15,18 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 WEIGHTS = Path(visionllm.__file__).parent / "weights"
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-320"])
+@pytest.fixture(scope="module", params=["tiny"])
 def model(request):
     return visionllm.load(request.param)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-320"])
+@pytest.mark.parametrize("name", ["tiny"])
 def test_it_is_small(name):
     assert (WEIGHTS / name / "model.safetensors").stat().st_size <= 25e6
 
 
 def test_the_default_is_tiny():
     assert visionllm.load().network.config.image_size == 224
-    assert visionllm.load("tiny-320").network.config.image_size == 320
 
 
 def test_it_knows_the_names_of_its_training(model):

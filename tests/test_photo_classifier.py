@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -20,11 +21,13 @@ from visionllm.model.network import Network
 from visionllm.model.photo_classifier import (
     CHANNELS,
     CLASSES,
+    FEATURES,
     FLOOR,
     GAIN,
     PhotoClassifier,
     averaged,
     chances,
+    place,
     renamed,
 )
 from visionllm.model.told import name_chances
@@ -114,9 +117,33 @@ def test_a_whole_picture_is_classified_as_the_published_network_does():
     with torch.no_grad():
         features = classifier.features(c5, torch.tensor([0.5, 0.5, 1, 1]).expand(2, 1, 4))
         told = classifier.told(features)
-    assert torch.allclose(features[:, 0], head, atol=1e-5)
+    assert torch.allclose(features[:, 0, :CHANNELS], head, atol=1e-5)
+    assert torch.allclose(features[:, 0, CHANNELS : 2 * CHANNELS], head, atol=1e-5)
     assert torch.allclose(told[:, 0, 1], GAIN * expected[:, :500].sum(1).log(), atol=1e-5)
     assert told[..., [0, 2, 3]] == pytest.approx(GAIN * FLOOR)
+
+
+def test_places_of_boxes():
+    found = place(torch.tensor([[0.2, 0.3, 0.5, 0.25], [0.5, 0.5, 0.0, 1.0]]))
+    expected = [
+        [0.2, 0.3, math.log(0.5), math.log(0.25), math.log(2)],
+        [0.5, 0.5, math.log(1e-3), 0, math.log(1e-3)],
+    ]
+    assert torch.allclose(found, torch.tensor(expected), atol=1e-6)  # finite also without extent
+
+
+def test_rows_see_the_whole_photo_and_where_a_box_lies_but_imagenet_does_not():
+    classifier = classified().image_tokenizer.classifier
+    c5, boxes = torch.randn(1, 320, 4, 4), torch.tensor([[[0.25, 0.25, 0.5, 0.5]]])
+    other = c5.clone()
+    other[..., 2:] += 1  # beside the box
+    with torch.no_grad():
+        first, second = (classifier.features(c, boxes) for c in (c5, other))
+        assert torch.equal(classifier.told(first), classifier.told(second))
+        assert not torch.allclose(classifier.rows(first), classifier.rows(second))
+        elsewhere = first.clone()
+        elsewhere[..., -5:] = place(boxes + 0.1)
+        assert not torch.allclose(classifier.rows(first), classifier.rows(elsewhere))
 
 
 def test_probabilities_are_those_of_rows_and_classes():
@@ -311,7 +338,7 @@ def test_each_fold_is_named_by_what_the_others_taught():
     rng = torch.Generator().manual_seed(0)
     photo = torch.arange(200) // 4
     labels = torch.randint(0, 4, (200,), generator=rng)
-    features = torch.rand(200, CHANNELS, generator=rng)
+    features = torch.rand(200, FEATURES, generator=rng)
     known = features.clone()
     known[:, :40] += 3.0 * F.one_hot(labels, 4).repeat(1, 10)
     boxes = fitting.PhotoBoxes(known, labels, photo, photo % 2 == 0)

@@ -43,7 +43,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     scenes.add_argument("--scenes", choices=SPLITS, help="scenes of this split, made on the way")
     scenes.add_argument("--scene-seed", type=int, default=0, metavar="N", help="other scenes (0)")
     scenes.add_argument(
-        "--scene-size", type=positive, metavar="N", help="their side in pixels (what tiny sees)"
+        "--scene-size", type=positive, metavar="N", help="their side in pixels (what the model sees)"
     )
     scenes.add_argument("--glyphs", type=Path, metavar="DIR", help="glyph atlas (default: plain shapes only)")
     scenes.add_argument("--backgrounds", type=Path, metavar="DIR", help="photos behind some of the scenes")
@@ -80,10 +80,18 @@ def described_source(options: argparse.Namespace) -> dict[str, str | int | None]
     names = ("annotations", "captions", "refs", "karpathy", "conversations", "split", "scenes", "limit")
     shown = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.scenes:
-        shown["scene_seed"] = options.scene_seed
-        if options.scene_size is not None:
-            shown["scene_size"] = options.scene_size
+        shown |= {"scene_seed": options.scene_seed, "scene_size": scene_size(options)}
     return {name: value if isinstance(value, int) else str(value) for name, value in shown.items()}
+
+
+def scene_size(options: argparse.Namespace) -> int:
+    """The side of generated scenes: what was asked for, or what the model sees."""
+    from visionllm.model.config import ModelConfig
+    from visionllm.model.weight_files import CONFIG
+    from visionllm.model_folder import model_folder
+
+    seen = (model_folder(options.model) / CONFIG).read_bytes()
+    return int(options.scene_size or ModelConfig.from_json(seen).image_size)
 
 
 def open_samples(options: argparse.Namespace) -> SampleSet:
@@ -96,12 +104,11 @@ def open_samples(options: argparse.Namespace) -> SampleSet:
 def _source(options: argparse.Namespace) -> Samples:
     if options.scenes:
         from visionllm.data.scenes import SceneDataset
-        from visionllm.data.scenes.dataset import SCENE_SIZE
 
         return SceneDataset(
             options.scenes,
             options.scene_seed,
-            size=options.scene_size or SCENE_SIZE,
+            size=scene_size(options),
             length=options.limit or SCENES,
             glyphs=options.glyphs,
             backgrounds=options.backgrounds,

@@ -4,12 +4,13 @@ A few hundred annotated photos cannot teach what eighty kinds of things look lik
 it was pretrained (`keep_pretrained`) comes with a classifier that knows most of them, and its last layers can
 read the C5 of a whole photo as well, averaged over an image token's box:
 
-    f     = mean of ReLU6(head C5) over the box
+    f     = mean of ReLU6(head C5) over the box; g = the same over the whole photo
     s_n   = log of the sum of softmax(classes f) over the ImageNet classes that are called n, at least FLOOR
-    names = softmax over all n and "nothing" of (rows f)_n + GAIN s_n
+    names = softmax over all n and "nothing" of (rows [f, g, place of the box])_n + GAIN s_n
 
 The rows are fitted on annotated photos (train/photo_classifier.py, which also measures what each part is good
-for); of names that ImageNet lacks, such as "giraffe", they are all there is.
+for); of names that ImageNet lacks, such as "giraffe", they are all there is. What the whole photo looks like
+and where in it a box lies tells them much: skis are found below people, on snow.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from visionllm.model.image_tokenizer import ImageTokens
 
 CHANNELS, CLASSES = 1280, 1000  # EfficientNet-Lite0's last layer, and ImageNet's classes
+FEATURES = 2 * CHANNELS + 5  # f, g and `place`
 FLOOR, GAIN = -9.0, 0.4
-LEAST_SIDE = 1e-3  # of a box, in cells of C5
+LEAST_SIDE = 1e-3  # of a box, in cells of C5, and of the photo where its logarithm is taken
 
 
 class PhotoClassifier(nn.Module):
@@ -43,7 +45,7 @@ class PhotoClassifier(nn.Module):
         super().__init__()
         self.head = Convolution(OUTPUT_CHANNELS[-1], CHANNELS, 1)
         self.classes = nn.Linear(CHANNELS, CLASSES)
-        self.rows = nn.Linear(CHANNELS, names + 1)  # the last one is "nothing"
+        self.rows = nn.Linear(FEATURES, names + 1)  # the last one is "nothing"
         nn.init.zeros_(self.rows.weight)
         nn.init.zeros_(self.rows.bias)
         # Which name an ImageNet class bears; that of "nothing" where it bears none.
@@ -62,12 +64,14 @@ class PhotoClassifier(nn.Module):
             self.classes.bias.copy_(state["_fc.bias"])
 
     def features(self, c5: Tensor, boxes: Tensor) -> Tensor:
-        """[B, M, CHANNELS], f, of pretrained C5 [B, C, h, w] and boxes [B, M, 4] cxcywh in 0..1."""
-        return averaged(self.head(c5, relu6=True).float(), boxes.float())
+        """[f, g, place], [B, M, FEATURES], of pretrained C5 [B, C, h, w] and boxes [B, M, 4], see `place`."""
+        cells, boxes = self.head(c5, relu6=True).float(), boxes.float()
+        whole = cells.mean((2, 3))[:, None].expand(-1, boxes.shape[1], -1)
+        return torch.cat([averaged(cells, boxes), whole, place(boxes)], -1)
 
     def told(self, features: Tensor) -> Tensor:
-        """GAIN s, [..., names + 1], of features [..., CHANNELS]; that of "nothing" is GAIN FLOOR."""
-        shares = F.linear(features, self.classes.weight, self.classes.bias).softmax(-1)
+        """GAIN s, [..., names + 1], of features [..., FEATURES]; that of "nothing" is GAIN FLOOR."""
+        shares = F.linear(features[..., :CHANNELS], self.classes.weight, self.classes.bias).softmax(-1)
         of_name = F.one_hot(self.members.long(), len(self.rows.bias)).to(shares.dtype)  # [CLASSES, names + 1]
         of_name[:, -1] = 0
         return GAIN * (shares @ of_name).log().clamp(min=FLOOR)
@@ -76,6 +80,12 @@ class PhotoClassifier(nn.Module):
         """C5 and boxes as for `features` → probabilities of the names and of "nothing", [B, M, names + 1]."""
         features = self.features(c5, boxes)
         return (F.linear(features, self.rows.weight, self.rows.bias) + self.told(features)).softmax(-1)
+
+
+def place(boxes: Tensor) -> Tensor:
+    """[..., 5], of boxes [..., 4] cxcywh in 0..1: centres, logarithms of sides and of their ratio."""
+    sides = boxes[..., 2:].clamp(min=LEAST_SIDE).log()
+    return torch.cat([boxes[..., :2], sides, sides[..., :1] - sides[..., 1:]], -1)
 
 
 def averaged(features: Tensor, boxes: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ LEAST_AREA, LEAST_SIDE = 1 / 400, 4  # of the picture; pixels: smaller boxes tea
 EMPTY, EMPTY_SIDES = 4, (0.09, 0.87)  # boxes tried a view that hold nothing, and their sides
 MOST_OVERLAP = 0.3  # IoU of such a box with an annotated one
 FEW = 20  # boxes of a name, below which it counts no more for being rare
-DECAY = 0.05  # L2 on the weights of standardised features
+DECAY = 0.1  # L2 on the weights of standardised features
 STEPS = 60
 FOLDS = 5
 
@@ -82,7 +82,7 @@ class PhotoBoxes:
     """Boxes in views of photos, as a classifier sees them.
 
     Attributes:
-        features: fp32 [n, C], of `PhotoClassifier.features`.
+        features: fp32 [n, FEATURES], of `PhotoClassifier.features`.
         labels: int64 [n], positions in the names, or their number for "nothing".
         photo: int64 [n], which one; whole: bool [n], in the photo as it is.
     """

@@ -16,7 +16,7 @@ from visionllm.data.scenes.keypoints import keypoints_of
 from visionllm.data.scenes.language import language_of, view_of
 from visionllm.data.scenes.shapes import SHAPE_NAMES, shape_picture
 
-SCENE_SIZE = 224  # px, the side of a scene: what the packaged model sees of a picture
+SCENE_SIZE = 224  # px, the side of a scene
 SPLITS = ("train", "val", "test", "heldout_style")
 LENGTHS = {"train": 1_000_000, "val": 1000, "test": 1000, "heldout_style": 1000}
 PHOTO_SHARE = 0.4  # of the scenes, where photos are given
