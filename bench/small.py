@@ -1,4 +1,4 @@
-"""`small` as it is converted and after training: AP on generated scenes and on photos, beside `tiny`.
+"""`small` as converted and after training: AP on scenes and photos, beside `tiny-224`, whose detector it has.
 
     visionllm convert --preset small --output small-base
     python bench/small.py --base small-base --glyphs glyphs --photos DIR [--adapter DIR] [--run DIR]
@@ -64,7 +64,7 @@ def main() -> None:
     models = {
         "small, converted": base,
         "small, trained": [*base, "--adapter", str(options.adapter)],
-        "tiny": ["--model", "tiny"],
+        "tiny-224": ["--model", "tiny-224"],
     }
     rows = []
     for name, model in models.items():

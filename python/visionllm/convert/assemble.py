@@ -113,7 +113,7 @@ def packaged_parts(parts: Parts) -> Parts:
             )
         found[name] = str(path)
     if parts.detector is None and parts.backbone is None:
-        found["detector"] = "tiny"
+        found["detector"] = "tiny-224"
     return dataclasses.replace(parts, **found)
 
 
