@@ -86,12 +86,13 @@ def described_source(options: argparse.Namespace) -> dict[str, str | int | None]
 
 def scene_size(options: argparse.Namespace) -> int:
     """The side of generated scenes: what was asked for, or what the model sees."""
+    if options.scene_size is not None:
+        return int(options.scene_size)
     from visionllm.model.config import ModelConfig
     from visionllm.model.weight_files import CONFIG
     from visionllm.model_folder import model_folder
 
-    seen = (model_folder(options.model) / CONFIG).read_bytes()
-    return int(options.scene_size or ModelConfig.from_json(seen).image_size)
+    return ModelConfig.from_json((model_folder(options.model) / CONFIG).read_bytes()).image_size
 
 
 def open_samples(options: argparse.Namespace) -> SampleSet:

@@ -109,11 +109,9 @@ class WeightsWriter:
         """
         if name in self._names:
             raise ValueError(f"{self.folder}: {name} is added twice")
-        if not is_finite(tensor):
+        if not is_finite(tensor):  # also before rounding: int8 has no NaN, it would be lost
             raise ValueError(f"{self.folder}: not finite: {name}")
-        if rounded:  # int8 has no NaN: what is not finite would be lost
-            if not is_finite(tensor):
-                raise ValueError(f"{self.folder}: not finite: {name}")
+        if rounded:
             values, scales = quantise_rows(tensor.detach().flatten(1))
             self.add(name, values.view(tensor.shape))
             self.add(name + ROUNDED, scales)
