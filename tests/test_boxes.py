@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from visionllm.model.boxes import doubtful_lowered
+from visionllm.model.boxes import distinct, doubtful_lowered
 from visionllm.model.config import ModelConfig
 
 
@@ -92,3 +92,25 @@ def test_factors_of_one_change_nothing():
 def test_factors_are_shares(changes):
     with pytest.raises(ValueError, match=rf"{next(iter(changes))} must be in \[0, 1\]"):
         ModelConfig(**changes)
+
+
+def test_the_best_boxes_that_repeat_no_better_one():
+    boxes = torch.tensor(
+        [
+            [0.3, 0.3, 0.2, 0.2],
+            [0.3, 0.31, 0.2, 0.2],  # repeats the first, which is worse
+            [0.7, 0.7, 0.2, 0.2],
+            [0.7, 0.7, 0.1, 0.2],  # half of it
+            [0.1, 0.9, 0.0, 0.0],  # without extent
+            [0.9, 0.1, 0.1, 0.1],
+        ]
+    )
+    scores = torch.tensor([0.5, 0.9, 0.4, 0.6, 0.3, 0.1])
+    chosen, which = distinct(boxes, scores, most=4, same=0.8)
+    assert chosen.tolist() == [1, 3, 2, 4] and which.tolist() == [0, 0, 2, 1, 3, -1]
+    chosen, which = distinct(boxes, scores, most=1, same=0.8)
+    assert chosen.tolist() == [1] and which.tolist() == [0, 0, -1, -1, -1, -1]
+    chosen, which = distinct(boxes, scores, most=10, same=0.8)
+    assert chosen.tolist() == [1, 3, 2, 4, 5] and (which >= 0).all()
+    chosen, which = distinct(boxes[:0], scores[:0], most=3, same=0.8)
+    assert chosen.tolist() == which.tolist() == []

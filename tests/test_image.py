@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from visionllm.image import ImageError, fitted_size, network_batch, open_image, resize_square
+from visionllm.image import ImageError, cut_out, fitted_size, network_batch, open_image, resize_square
 
 RED, WHITE = [255, 0, 0], [255, 255, 255]
 
@@ -281,6 +281,39 @@ def test_resize_is_antialiased_and_keeps_places():
     corner[:50, :100] = 255
     resized = resize_square(corner, 64)
     assert resized[:31, :31].min() == 255 and resized[33:].max() == 0 and resized[:, 33:].max() == 0
+
+
+def test_parts_are_cut_out():
+    image = np.zeros((80, 120, 3), np.uint8)
+    image[20:60, 30:90] = 200
+    image[40:60, 60:90] = (10, 20, 30)
+    whole, quarter = cut_out(image, np.array([[0.25, 0.25, 0.75, 0.75], [0.5, 0.5, 0.75, 0.75]]), 16)
+    assert (quarter[1:-1, 1:-1] == (10, 20, 30)).all()  # the filter reaches beyond the box by a pixel
+    assert (whole[9:-1, 9:-1] == (10, 20, 30)).all()
+    assert (whole[1:7, 1:-1] == 200).all() and (whole[9:-1, 1:7] == 200).all()
+    fine = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), np.uint8)
+    (part,) = cut_out(fine, np.array([[0.1, 0.1, 0.9, 0.9]]), 16)
+    assert np.abs(part.astype(float) - fine.mean()).max() < 6  # antialiased
+    assert cut_out(image, np.zeros((0, 4)), 16).shape == (0, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(0.5, 0.5, 0.5, 0.5), (1, 1, 1, 1), (2, -3, 4, 5), (0.9999999, 0, 1, 1), (0.7, 0.7, 0.3, 0.2)],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (80, 120)], ids=str)
+@pytest.mark.parametrize("least", [0, 0.0125, 1])
+def test_parts_of_any_box_are_of_the_picture(box, shape, least):
+    image = np.full((*shape, 3), 77, np.uint8)
+    assert (cut_out(image, np.array([box], np.float32), 5, least) == 77).all()
+
+
+def test_a_part_has_the_least_extent():
+    image = np.zeros((100, 100, 3), np.uint8)
+    image[:, 50:] = 250
+    (part,) = cut_out(image, np.array([[0.5, 0.5, 0.5, 0.5]]), 10, least=0.2)
+    assert (part[:, :4] < 50).all() and (part[:, 6:] > 200).all()
 
 
 def test_reading_does_not_keep_the_file_open(tmp_path):

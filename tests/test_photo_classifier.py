@@ -14,6 +14,7 @@ from small_network import pictures, small_network
 from torch import nn
 
 from visionllm.data.coco import CocoDataset
+from visionllm.image import cut_out
 from visionllm.instruction import Instruction
 from visionllm.model.config import ModelConfig
 from visionllm.model.groups import find_groups
@@ -21,16 +22,19 @@ from visionllm.model.network import Network
 from visionllm.model.photo_classifier import (
     CHANNELS,
     CLASSES,
-    FEATURES,
+    CLOSER_SIDE,
     FLOOR,
     GAIN,
+    PARTS,
     PhotoClassifier,
     averaged,
+    call_boxes,
     chances,
     place,
     renamed,
 )
 from visionllm.model.told import name_chances
+from visionllm.pipeline import Pictures, VisionLLM
 from visionllm.train import photo_classifier as fitting
 
 NAMES = ("person", "dog", "cat")
@@ -45,6 +49,16 @@ def classified(seed: int = 0, **changes) -> Network:
         for parameter in classifier.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         classifier.members[:300] = torch.arange(300, dtype=torch.int16) % len(NAMES)
+    return network
+
+
+def enlivened(network: Network) -> Network:
+    """A network whose random trunk lets a picture through: by itself little is left of it at the end."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for module in network.image_tokenizer.backbone.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
     return network
 
 
@@ -115,10 +129,12 @@ def test_a_whole_picture_is_classified_as_the_published_network_does():
     classifier.load_imagenet(state)
     classifier.members[:500] = 1
     with torch.no_grad():
-        features = classifier.features(c5, torch.tensor([0.5, 0.5, 1, 1]).expand(2, 1, 4))
-        told = classifier.told(features)
-    assert torch.allclose(features[:, 0, :CHANNELS], head, atol=1e-5)
-    assert torch.allclose(features[:, 0, CHANNELS : 2 * CHANNELS], head, atol=1e-5)
+        boxes = torch.tensor([0.5, 0.5, 1, 1]).expand(2, 1, 4)
+        closer, inside, whole, _ = classifier.parts(classifier.cells(c5), boxes)
+        told = classifier.told(closer, inside)
+    assert closer is inside
+    assert torch.allclose(inside[:, 0], head, atol=1e-5)
+    assert torch.allclose(whole[:, 0], head, atol=1e-5)
     assert torch.allclose(told[:, 0, 1], GAIN * expected[:, :500].sum(1).log(), atol=1e-5)
     assert told[..., [0, 2, 3]] == pytest.approx(GAIN * FLOOR)
 
@@ -134,27 +150,77 @@ def test_places_of_boxes():
 
 def test_rows_see_the_whole_photo_and_where_a_box_lies_but_imagenet_does_not():
     classifier = classified().image_tokenizer.classifier
-    c5, boxes = torch.randn(1, 320, 4, 4), torch.tensor([[[0.25, 0.25, 0.5, 0.5]]])
-    other = c5.clone()
+    cells, boxes = torch.rand(1, CHANNELS, 4, 4), torch.tensor([[[0.25, 0.25, 0.5, 0.5]]])
+    other = cells.clone()
     other[..., 2:] += 1  # beside the box
     with torch.no_grad():
-        first, second = (classifier.features(c, boxes) for c in (c5, other))
-        assert torch.equal(classifier.told(first), classifier.told(second))
-        assert not torch.allclose(classifier.rows(first), classifier.rows(second))
-        elsewhere = first.clone()
-        elsewhere[..., -5:] = place(boxes + 0.1)
-        assert not torch.allclose(classifier.rows(first), classifier.rows(elsewhere))
+        first, second = (classifier.parts(c, boxes) for c in (cells, other))
+        assert torch.equal(classifier.told(*first[:2]), classifier.told(*second[:2]))
+        named = classifier(cells, boxes)
+        assert not torch.allclose(named, classifier(other, boxes))
+        constant = torch.ones(1, CHANNELS, 4, 4)
+        assert not torch.allclose(classifier(constant, boxes), classifier(constant, boxes + 0.1))
 
 
-def test_probabilities_are_those_of_rows_and_classes():
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_probabilities_are_those_of_rows_and_classes(looked_at):
     classifier = classified().image_tokenizer.classifier
-    c5, boxes = torch.randn(1, 320, 3, 3), torch.rand(1, 5, 4)
+    cells, boxes, closer = torch.rand(2, CHANNELS, 3, 3), torch.rand(2, 5, 4), torch.rand(2, 5, CHANNELS)
+    closer = closer if looked_at else None
     with torch.no_grad():
-        found = classifier(c5, boxes)
-        features = classifier.features(c5, boxes)
-        logits = classifier.rows(features) + classifier.told(features)
-    assert found.shape == (1, 5, len(NAMES) + 1)
+        found = classifier(cells, boxes, closer)
+        parts = classifier.parts(cells, boxes, closer)
+        assert [part.shape[-1] for part in parts] == list(PARTS)
+        every = torch.cat([part.expand(2, 5, -1) for part in parts], -1)
+        told = [classifier.told(part, part) for part in parts[:2]]
+        logits = classifier.rows(every) + (told[0] + told[1]) / 2
+    assert found.shape == (2, 5, len(NAMES) + 1)
     assert torch.allclose(found, logits.softmax(-1), atol=1e-6)
+
+
+def test_a_closer_look_reads_the_part_inside_a_box_and_nothing_else():
+    network = enlivened(small_network(keep_pretrained=True))
+    classifier, trunk = PhotoClassifier(len(NAMES)), network.image_tokenizer.backbone
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (120, 200, 3), np.uint8)
+    boxes = torch.tensor([[0.5, 0.5, 0.5, 0.4], [0.2, 0.8, 0.1, 0.2], [0.5, 0.5, 1, 1]])
+    with torch.no_grad():
+        found = classifier.look(trunk, photo, boxes)
+        beside = photo.copy()
+        beside[:30], beside[:, 160:] = 0, 255  # beyond the first two boxes
+        again = classifier.look(trunk, beside, boxes)
+        part = cut_out(photo, np.array([[0.25, 0.3, 0.75, 0.7]]), CLOSER_SIDE)
+        alone = classifier.cells(trunk.pretrained_c5(torch.from_numpy(part))).mean((2, 3))
+    assert found.shape == (3, CHANNELS) and found[0].std() > 0
+    assert torch.equal(found[:2], again[:2]) and not torch.allclose(found[2], again[2])
+    assert torch.allclose(found[0], alone[0], atol=1e-3)
+
+
+def test_the_boxes_most_likely_to_be_objects_get_a_closer_look():
+    network = photos_only(enlivened(classified(classifier_boxes=2)))
+    tokenizer, photo = network.image_tokenizer, pictures(1)[0].numpy()
+    tokens, listed, _ = tokens_of(network)
+    queries = network.config.num_queries
+    with torch.no_grad():
+        tokens.boxes[-1][:] = torch.rand(1, queries, 4) * 0.1 + torch.tensor([0.45, 0.45, 0.05, 0.05])
+        tokens.boxes[-1][0, 3], tokens.boxes[-1][0, 1] = torch.tensor(
+            [[0.3, 0.3, 0.4, 0.4], [0.7, 0.7, 0.4, 0.4]]
+        )
+        tokens.boxes[-1][0, 2] = tokens.boxes[-1][0, 3] + 0.01  # says again what 3 says
+        tokens.objectness[-1][:] = torch.linspace(-3, -2, queries)
+        tokens.objectness[-1][0, :4] = torch.tensor([-4.0, 1.0, 2.0, 3.0])
+        parts = network.config, tokenizer.backbone, tokenizer.classifier, tokens, listed
+        plain, looked = call_boxes(*parts), call_boxes(*parts, [photo])
+        cells = tokenizer.classifier.cells(tokens.photos)
+        closer = tokenizer.classifier.parts(cells, tokens.boxes[-1])[1].clone()
+        closer[0, [3, 1]] = tokenizer.classifier.look(tokenizer.backbone, photo, tokens.boxes[-1][0, [3, 1]])
+        closer[0, 2] = closer[0, 3]
+        expected = tokenizer.classifier(cells, tokens.boxes[-1], closer)
+    assert torch.allclose(looked, expected, atol=1e-6)
+    changed = (looked - plain).abs().amax((0, 2)) > 1e-6
+    assert changed.nonzero().flatten().tolist() == [1, 2, 3]
+    without = replace(network.config, classifier_boxes=0), *parts[1:]
+    assert torch.allclose(call_boxes(*without, [photo]), plain, atol=1e-6)
 
 
 def test_chances_of_listed_names():
@@ -205,6 +271,7 @@ def test_renaming_keeps_whether_there_is_an_object():
 def test_where_the_classifier_says_nothing(case):
     network = photos_only(classified())
     tokens, listed, p = tokens_of(network, drawing=1.0 if case == "drawing" else -1.0)
+    assert tokens.called is not None
     config = network.config
     if case == "power 0":
         config = replace(config, classifier_power=0.0)
@@ -222,13 +289,15 @@ def test_names_told_to_the_words_are_renamed_too():
     network = photos_only(classified())
     network.known_names = ("dog", "apple", "cat")
     tokens, _, _ = tokens_of(network)
+    network.call_photos(tokens, [network.known_names], None)
     with torch.no_grad():
         found = name_chances(network, tokens)
         tokens.drawing = torch.tensor([1.0])
         plain = name_chances(network, tokens)
     assert torch.allclose(found.sum(-1), torch.ones(1)) and not torch.allclose(found, plain, atol=1e-3)
     q, _ = chances(tokens.called, NAMES, [network.known_names])
-    both = (plain * q) ** 0.5
+    w = network.config.classifier_power
+    both = plain ** (1 - w) * q**w
     assert torch.allclose(found, both / both.sum(-1, keepdim=True), atol=1e-5)
 
 
@@ -258,6 +327,42 @@ def test_photos_are_answered_alike_alone_in_a_batch_and_in_groups():
     assert score.max().item() == pytest.approx(alone.scores[0].item(), abs=1e-4)
     network.config = replace(config, classifier_power=0.0)
     assert not torch.allclose(network.find(images[1:2], [asked])[0].scores, alone.scores, atol=1e-4)
+
+
+def test_pictures_are_read_before_resizing():
+    network = photos_only(enlivened(classified()))
+    model = VisionLLM(network)
+    large = np.random.default_rng(0).integers(0, 256, (3, 200, 300, 3), np.uint8)
+    large[:, 100:] //= 4
+    shown = Pictures.of(list(large), network.config)
+    asked = [Instruction(task="detection", classes=NAMES)] * 3
+    closer = network.find(shown.pixels, asked, **shown.beside)
+    assert "originals" in shown.beside and "originals" in shown.rows([0, 2]).beside
+    for found, detections in zip(model.detect(list(large), NAMES, threshold=0), closer, strict=True):
+        assert np.allclose(found.boxes.scores, detections.scores, atol=1e-5)
+    rows = shown.rows([2])
+    assert torch.allclose(
+        network.find(rows.pixels, asked[:1], **rows.beside)[0].scores, closer[2].scores, atol=1e-5
+    )
+    plain = network.find(shown.pixels, asked)
+    assert not torch.allclose(plain[0].scores, closer[0].scores, atol=1e-5)
+    (groups,) = find_groups(network, rows.pixels, asked[:1], **rows.beside)
+    (without,) = find_groups(network, rows.pixels, asked[:1])
+    assert not torch.allclose(groups.probabilities, without.probabilities, atol=1e-5)
+    with pytest.raises(ValueError, match="3 images but 2 originals"):
+        network.find(shown.pixels, asked, originals=list(large[:2]))
+    with pytest.raises(ValueError, match="3 images but 1 originals"):
+        next(find_groups(network, shown.pixels, asked[:1], originals=list(large[:1])))
+    assert Pictures.of(list(large), replace(network.config, classifier_names=())).beside == {}
+
+
+def test_nothing_is_read_where_no_listed_name_is_known(monkeypatch):
+    network = photos_only(classified())
+    monkeypatch.setattr(network.image_tokenizer.classifier, "cells", None)  # calling it would fail
+    asked = [Instruction(task="detection", classes=("unicorn",))]
+    with torch.no_grad():
+        _, _, tokens = network.see("find", pictures(1), asked, ("detection",), None, [pictures(1)[0].numpy()])
+    assert tokens.photos is not None and tokens.called is None
 
 
 def test_it_does_not_train():
@@ -338,7 +443,7 @@ def test_each_fold_is_named_by_what_the_others_taught():
     rng = torch.Generator().manual_seed(0)
     photo = torch.arange(200) // 4
     labels = torch.randint(0, 4, (200,), generator=rng)
-    features = torch.rand(200, FEATURES, generator=rng)
+    features = torch.rand(200, sum(PARTS), generator=rng)
     known = features.clone()
     known[:, :40] += 3.0 * F.one_hot(labels, 4).repeat(1, 10)
     boxes = fitting.PhotoBoxes(known, labels, photo, photo % 2 == 0)
@@ -390,35 +495,25 @@ def photos(tmp_path_factory):
     return folder
 
 
-def lively(seed: int = 0) -> Network:
-    """A network whose random trunk lets a picture through: by itself little is left of it at the end."""
-    network = small_network(seed, keep_pretrained=True)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for module in network.image_tokenizer.backbone.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-    return network
-
-
 def test_a_network_is_given_a_classifier(photos, monkeypatch):
     monkeypatch.setattr(fitting, "DECAY", 1e-3)  # few boxes, and told by ImageNet's classes at random
-    network = lively()
+    network = enlivened(small_network(keep_pretrained=True))
     data = CocoDataset(photos / "photos.json", photos)
     classifier, boxes = fitting.add_classifier(network, data, published_state())
     assert network.config.classifier_names == ("dog", "cat")
     assert network.image_tokenizer.classifier is classifier
     with torch.no_grad():
-        logits = classifier.rows(boxes.features) + classifier.told(boxes.features)
+        logits = classifier.rows(boxes.features) + fitting.told_of(classifier, boxes.features)
     there = boxes.labels < 2
     assert there.sum() >= 60 and (~there).sum() >= 30
     assert (logits[there, :2].argmax(1) == boxes.labels[there]).float().mean() > 0.9
     assert boxes.whole.sum() >= 16 and boxes.photo.max() == 15
-    again = lively()
+    again = enlivened(small_network(keep_pretrained=True))
     fitting.add_classifier(again, data, published_state())
     assert torch.equal(again.image_tokenizer.classifier.rows.weight, classifier.rows.weight)
     found = fitting.cross_validated(classifier, boxes)
     assert found["both"] > 1.5 * found["ImageNet"] > 0  # a random trunk, photos never seen
+    assert found["both, from afar"] > found["ImageNet"]
 
 
 def test_photos_without_objects_are_refused(photos):
@@ -437,7 +532,12 @@ def test_the_command_measures(photos, tmp_path, capsys):
     options = ["--model", str(tmp_path / "model"), "--classifier", str(tmp_path / "state.pth")]
     assert fitting.main([*files, *options]) == 0
     printed = capsys.readouterr().out
-    assert [line.split(":")[0] for line in printed.splitlines()] == ["rows", "ImageNet", "both"]
+    assert [line.split(":")[0] for line in printed.splitlines()] == [
+        "rows",
+        "ImageNet",
+        "both",
+        "both, from afar",
+    ]
 
 
 def test_calibration_gives_a_classifier(photos, tmp_path):

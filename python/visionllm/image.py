@@ -128,6 +128,37 @@ def resize_square(image: np.ndarray, size: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
+def cut_out(image: np.ndarray, boxes: np.ndarray, size: int, least: float = 0.0) -> np.ndarray:
+    """Parts of a picture, each ``size`` × ``size``, the aspect ratio not kept, antialiased bilinear.
+
+    Args:
+        image: uint8 ``[H, W, 3]``.
+        boxes: ``[n, 4]``, x1 y1 x2 y2 in shares of the picture; what lies outside is left out.
+        size: side in pixels.
+        least: a part's sides in shares of the picture's, where its box has less; one pixel at any rate.
+
+    Returns:
+        uint8 ``[n, size, size, 3]``.
+    """
+    height, width = image.shape[:2]
+    picture, parts = Image.fromarray(image), np.empty((len(boxes), size, size, 3), np.uint8)
+    for part, (x1, y1, x2, y2) in zip(parts, np.asarray(boxes, np.float64).clip(0, 1).tolist(), strict=True):
+        left, right = _at_least(x1 * width, x2 * width, max(least * width, 1), width)
+        top, bottom = _at_least(y1 * height, y2 * height, max(least * height, 1), height)
+        # The gap: a large part is first reduced by a whole factor, which is far faster and looks the same.
+        box = (left, top, right, bottom)
+        part[:] = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=2.0))
+    return parts
+
+
+def _at_least(low: float, high: float, least: float, most: int) -> tuple[float, float]:
+    """The interval, widened about its middle to ``least`` and moved to lie within 0 … most."""
+    if high - low >= least:
+        return low, high
+    low = min(max((low + high - least) / 2, 0.0), most - least)
+    return low, low + least
+
+
 def fitted_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
     """Height and width whose shorter side is ``shorter`` pixels, or less where the longer one would exceed
     ``longest``: Deformable DETR's, rounded as its published pictures are.

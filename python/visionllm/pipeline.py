@@ -42,28 +42,36 @@ class Pictures:
     """A batch as the network takes it.
 
     Attributes:
-        pixels: uint8 [B, H, W, 3]; sizes: int64 [B, 2] as for `Network.find`, or None.
+        pixels: uint8 [B, H, W, 3].
+        sizes, originals: as for `Network.find`, or None.
     """
 
     pixels: torch.Tensor
     sizes: torch.Tensor | None
+    originals: Sequence[np.ndarray] | None
 
     @classmethod
     def of(cls, images: Sequence[np.ndarray], config: ModelConfig) -> Pictures:
         pixels, sizes = network_batch(images, config.image_size, config.longest_side)
-        return cls(torch.from_numpy(pixels), None if sizes is None else torch.from_numpy(sizes))
+        lengths = None if sizes is None else torch.from_numpy(sizes)
+        return cls(torch.from_numpy(pixels), lengths, images if config.classifier_names else None)
 
     @property
-    def shapes(self) -> dict[str, torch.Tensor]:
-        """The argument ``sizes`` where there is padding to tell of."""
-        return {} if self.sizes is None else {"sizes": self.sizes}
+    def beside(self) -> dict[str, Any]:
+        """The arguments ``sizes`` and ``originals`` where the network has a use for them."""
+        every = {"sizes": self.sizes, "originals": self.originals}
+        return {name: value for name, value in every.items() if value is not None}
 
     def rows(self, members: Sequence[int]) -> Pictures:
         """The pictures at these places, in ascending order."""
         if len(members) == len(self.pixels):
             return self
         rows = list(members)
-        return Pictures(self.pixels[rows], None if self.sizes is None else self.sizes[rows])
+        return Pictures(
+            self.pixels[rows],
+            None if self.sizes is None else self.sizes[rows],
+            None if self.originals is None else [self.originals[row] for row in rows],
+        )
 
 
 class VisionLLM:
@@ -325,7 +333,7 @@ class VisionLLM:
             shown = pictures.rows(members)
             with self._precision():
                 detections = self.network.find(
-                    shown.pixels, asked_now, top=MAX_BOXES, spread=spread, **shown.shapes
+                    shown.pixels, asked_now, top=MAX_BOXES, spread=spread, **shown.beside
                 )
             for i, detection in zip(members, detections, strict=True):
                 found[i].append(detection)
@@ -349,7 +357,7 @@ class VisionLLM:
         listener = None if on_text is None else lambda row, piece: on_text(members[row], piece)
         with self._precision():
             asked_now = [requests[i].instructions[0] for i in members]
-            texts = self.network.write(shown.pixels, asked_now, options, listener, **shown.shapes)
+            texts = self.network.write(shown.pixels, asked_now, options, listener, **shown.beside)
         return dict(zip(members, texts, strict=True))
 
     def _check_tasks(self, requests: Iterable[Request]) -> None:

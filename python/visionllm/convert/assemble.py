@@ -45,7 +45,7 @@ BERT_FIXED = {"positions": 512, "epsilon": 1e-12}
 DETECTOR_FIELDS = (
     *("image_size", "frozen_stages", "freeze_depthwise", "keep_pretrained", "image_tokens", "num_queries"),
     *("dim", "heads", "points", "encoder_layers", "decoder_layers", "ffn_dim", "fusion_heads"),
-    *("objectness_power", "classifier_names", "classifier_power"),
+    *("objectness_power", "classifier_names", "classifier_boxes", "classifier_power"),
 )
 FUSION = r"fusion\.key_value\.(?:weight|bias)"
 DETECTOR_RULES = (

@@ -93,12 +93,13 @@ def detect_in_groups(
     groups: Sequence[Instruction] | NameGroups,
     top: int = MAX_BOXES,
     sizes: Tensor | None = None,
+    originals: Sequence[np.ndarray] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The best boxes of all the groups' names, for each picture.
 
     Args:
         network: in inference mode.
-        images, sizes: as for `find_groups`.
+        images, sizes, originals: as for `find_groups`.
         groups: as for `find_groups`.
         top: boxes kept.
 
@@ -114,7 +115,7 @@ def detect_in_groups(
     instructions = groups.groups if isinstance(groups, NameGroups) else groups
     config, first = network.config, 0
     best: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(len(images))]
-    found_in_groups = find_groups(network, images, groups, **({} if sizes is None else {"sizes": sizes}))
+    found_in_groups = find_groups(network, images, groups, sizes, originals)
     for group, answers in zip(instructions, found_in_groups, strict=True):
         scores = merged_scores(answers, config.objectness_power, config.known_power)
         count = scores.shape[2]
@@ -192,24 +193,20 @@ def predict_in_groups(
 
     Args: as for `evaluate_large_vocabulary`.
     """
-    import torch
-
-    from visionllm.image import network_batch
     from visionllm.model.groups import read_names
+    from visionllm.pipeline import Pictures
     from visionllm.request import class_request
 
     asked = read_names(model.network, [class_request(group, template).instructions[0] for group in groups])
     position = {name: index for index, name in enumerate(dataset.names)}
     places = np.array([position.get(name, -1) for group in groups for name in group], np.int64)
     listing = ClassListing(tuple(range(len(dataset.names))))
-    config = model.network.config
     predictions = []
     for start in range(0, len(dataset.images), batch_size):
         entries = dataset.images[start : start + batch_size]
         pictures = [dataset.read(entry) for entry in entries]
-        pixels, sizes = network_batch(pictures, config.image_size, config.longest_side)
-        shapes: Any = {} if sizes is None else {"sizes": torch.from_numpy(sizes)}
-        found = detect_in_groups(model.network, torch.from_numpy(pixels), asked, **shapes)
+        shown = Pictures.of(pictures, model.network.config)
+        found = detect_in_groups(model.network, shown.pixels, asked, **shown.beside)
         for entry, picture, (boxes, scores, labels) in zip(entries, pictures, found, strict=True):
             height, width = picture.shape[:2]
             xyxy = boxes * np.array([width, height] * 2, np.float32)

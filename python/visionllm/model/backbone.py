@@ -33,6 +33,11 @@ OUTPUT_CHANNELS = tuple(STAGES[i][4] for i in OUTPUT_STAGES)
 PIXEL_MEAN, PIXEL_STD = 127.0, 128.0  # of every channel
 
 
+def normalised(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] → fp32 [B, 3, H, W], channels last in memory, as oneDNN likes it."""
+    return ((images.float() - PIXEL_MEAN) / PIXEL_STD).permute(0, 3, 1, 2)
+
+
 class SameConv(Convolution):
     """Convolution whose output is ceil(input / stride): any odd padding goes to the bottom and the right."""
 
@@ -179,6 +184,10 @@ class EfficientNetLite(nn.Module):
             if i in OUTPUT_STAGES:
                 features.append(x)
         return features
+
+    def pretrained_c5(self, images: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] → C5 by the stages of `keep_pretrained`, [B, C, H / 32, W / 32]."""
+        return self.late_stages(self.first_stages(normalised(images)), pretrained=True)[1]
 
     def load_imagenet(
         self, state: dict[str, Tensor], epsilon: float = 1e-3, pretrained_only: bool = False

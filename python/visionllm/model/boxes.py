@@ -25,6 +25,30 @@ def overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return iou, iou - (hull - union) / hull.clamp(min=1e-9)
 
 
+def distinct(boxes: Tensor, scores: Tensor, most: int, same: float) -> tuple[Tensor, Tensor]:
+    """The best boxes of which none repeats a better one, and which of them tells of each box.
+
+    Args:
+        boxes: [n, 4] cxcywh; scores: [n].
+        most: how many to choose; same: IoU from which on a box repeats another.
+
+    Returns:
+        int64 [m ≤ most], the chosen ones, best first, and int64 [n], for every box the position in them of
+        the first that it is or repeats, or −1.
+    """
+    corners = cxcywh_to_xyxy(boxes.float())
+    repeats = (overlap(corners[:, None], corners[None])[0] >= same).cpu()
+    chosen, which = list[int](), torch.full((len(boxes),), -1)
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        if len(chosen) == most:
+            break
+        if which[i] < 0:
+            which[(which < 0) & repeats[i]] = len(chosen)
+            which[i] = len(chosen)  # boxes without extent do not overlap themselves
+            chosen.append(i)
+    return torch.tensor(chosen, device=boxes.device), which.to(boxes.device)
+
+
 # From where to where a box says again what a better one of its class says (IoU), and lies within another
 # (share of its area) that is larger (ratio of areas) and about as sure (ratio of scores).
 REPEATED, WITHIN, LARGER, AS_SURE = (0.6, 0.8), (0.8, 0.95), (1.0, 1.25), (0.8, 0.9)

@@ -17,7 +17,7 @@ GROUPS = 16  # of the group norms behind the scales' convolutions
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 MAY_BE_ZERO = (
     *("frozen_stages", "text_layers", "encoder_layers", "lora_rank", "coordinate_window"),
-    *("longest_side", "text_vocab_size", "text_ffn_dim", "word_layers"),
+    *("longest_side", "text_vocab_size", "text_ffn_dim", "word_layers", "classifier_boxes"),
 )
 BASE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 # What fields that name a variant may say.
@@ -48,6 +48,7 @@ class ModelConfig:
     # With keep_pretrained: what the backbone's own classifier can call a photo's objects
     # (model/photo_classifier.py); none: there is no such part
     classifier_names: tuple[str, ...] = ()
+    classifier_boxes: int = 16  # that it looks at more closely, of a photo; 0: it reads the photo alone
     # Text
     vocab_size: int = 2048  # the LLM's pieces; the added tokens follow
     text_encoder: str = "own"  # or "bert", with a tokenizer of its own
@@ -102,7 +103,7 @@ class ModelConfig:
     known_power: float = 0.0  # c; 0: known names play no part
     # On a photo the class probability is that of the slots to the power of 1 − this, times that of the photo
     # classifier to the power of this (model/scores.py); 0: it plays no part
-    classifier_power: float = 0.5
+    classifier_power: float = 0.7
     # For an expression times (how well its noun fits)^noun_power (model/mentions.py); 0: nouns play no part
     noun_power: float = 0.0
     # What is left of the score of a box that repeats a better one of its class, or lies within a larger one

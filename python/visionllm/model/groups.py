@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,12 +94,13 @@ def find_groups(
     images: Tensor,
     groups: Sequence[Instruction] | NameGroups,
     sizes: Tensor | None = None,
+    originals: Sequence[np.ndarray] | None = None,
 ) -> Iterator[GroupAnswers]:
     """The answers to detection instructions that differ in their names alone, one after the other.
 
     Args:
         network: in inference mode.
-        images, sizes: as for `Network.find`.
+        images, sizes, originals: as for `Network.find`.
         groups: as for `read_names`, or what it returned.
 
     Raises:
@@ -108,7 +110,7 @@ def find_groups(
     from visionllm.model.network import Text, pool_names
     from visionllm.model.slots import SlotFormat, SlotReading, extent_of, points_of
 
-    network.check_images("find_groups", images, sizes)
+    network.check_images("find_groups", images, sizes, originals)
     read_groups = groups if isinstance(groups, NameGroups) else read_names(network, groups)
     groups, prompts, distinct = read_groups.groups, read_groups.prompts, read_groups.distinct
     description, shared = read_groups.description, read_groups.shared
@@ -117,6 +119,7 @@ def find_groups(
     mask = torch.cat([prompts.description[0] >= 0, torch.ones_like(distinct[:, 0], dtype=torch.bool)])
     text = Text(read, mask[None].expand(batch, -1), distinct[None].expand(batch, -1, -1), distinct)
     tokens = network.image_tokens(images.to(network.device), text, sizes=sizes)
+    network.call_photos(tokens, [[name for g in groups for name in g.classes]] * batch, originals)
     boxes = tokens.boxes[-1][:, :queries]
     features = tokens.features[:, :queries]
     known = _known(network, features, distinct, groups)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionllm.model.backbone import OUTPUT_CHANNELS, PIXEL_MEAN, PIXEL_STD, EfficientNetLite
+from visionllm.model.backbone import OUTPUT_CHANNELS, EfficientNetLite, normalised
 from visionllm.model.boxes import inverse_sigmoid
 from visionllm.model.config import GROUPS, STRIDES, ModelConfig
 from visionllm.model.convolution import Convolution
@@ -52,8 +52,9 @@ class ImageTokens:
         proposal_boxes, proposal_objectness: [B, S, 4], [B, S] of its positions; None where queries have
             places of their own.
         drawing: [B] logits of the picture being a drawing; None without pretrained stages of its own.
-        called: [B, M, names + 1], what the photo classifier calls the last boxes of the M queries; None
-            without one, in training, or where no picture is a photo.
+        photos: the pictures' pretrained C5, for the photo classifier; None without one, in training, or
+            where no picture is a photo.
+        called: [B, M, names + 1], what it calls the last boxes of the M queries (`call_boxes`).
     """
 
     features: Tensor
@@ -63,6 +64,7 @@ class ImageTokens:
     proposal_boxes: Tensor | None = None
     proposal_objectness: Tensor | None = None
     drawing: Tensor | None = None
+    photos: Tensor | None = None
     called: Tensor | None = None
 
     def of(self, rows: Tensor) -> ImageTokens:
@@ -70,7 +72,7 @@ class ImageTokens:
         boxes, objectness = ([one[rows] for one in layers] for layers in (self.boxes, self.objectness))
         others = (
             None if one is None else one[rows]
-            for one in (self.proposal_boxes, self.proposal_objectness, self.drawing, self.called)
+            for one in (self.proposal_boxes, self.proposal_objectness, self.drawing, self.photos, self.called)
         )
         return ImageTokens(self.features[rows], boxes, objectness, self.memory[rows], *others)
 
@@ -166,11 +168,10 @@ class ImageTokenizer(nn.Module):
             drawings: bool [B], where it is known what the pictures are; None asks the router.
 
         Returns:
-            the scales [B, C, H / stride, W / stride], the router's logits [B] of "drawing", and, where there
-            may be photos, their pretrained C5.
+            the scales [B, C, H / stride, W / stride], the router's logits [B] of "drawing", and
+            `ImageTokens.photos`.
         """
-        # Channels last in memory, as oneDNN likes it.
-        x = ((images.float() - PIXEL_MEAN) / PIXEL_STD).permute(0, 3, 1, 2)
+        x = normalised(images)
         c3 = self.backbone.first_stages(x)
         drawing: Tensor | None = None
         photos: Tensor | None = None
@@ -181,7 +182,7 @@ class ImageTokenizer(nn.Module):
             pretrained = self.backbone.late_stages(c3, pretrained=True)
             drawing = self.router(pretrained[1].mean((2, 3))).squeeze(-1).float()
             share = (drawing > 0 if drawings is None else drawings).float()
-            if not (self.waits_for_router(x) and share.all()):
+            if not (self.classifier is None or self.training or (self.waits_for_router(x) and share.all())):
                 photos = pretrained[1]
             if self.training:
                 share = share * (torch.rand_like(share) >= TRAINED_DROPOUT)
@@ -243,9 +244,8 @@ class ImageTokenizer(nn.Module):
             features, boxes = pooled(memory, shapes, math.isqrt(self.num_queries))
             features = self.decoder_norm(features)
             objectness_logits = self.objectness[-1](features).squeeze(-1).float()
-            called = self.called(photos, boxes)
             proposals = (proposal_boxes, proposal_objectness)
-            return ImageTokens(features, [boxes], [objectness_logits], memory, *proposals, drawing, called)
+            return ImageTokens(features, [boxes], [objectness_logits], memory, *proposals, drawing, photos)
         best = proposal_objectness.topk(min(self.num_queries, x.shape[1]), dim=1).indices
         boxes = proposal_boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))  # [B, M, 4]
         q = self.queries[: boxes.shape[1]].expand(len(x), -1, -1)
@@ -267,15 +267,8 @@ class ImageTokenizer(nn.Module):
             layer_boxes.append(refined)
             layer_objectness.append(objectness(features).squeeze(-1).float())
             boxes = refined.detach()
-        called = self.called(photos, boxes[:, : len(best[0])])
         proposals = (proposal_boxes, proposal_objectness)
-        return ImageTokens(features, layer_boxes, layer_objectness, memory, *proposals, drawing, called)
-
-    def called(self, photos: Tensor | None, boxes: Tensor) -> Tensor | None:
-        """`ImageTokens.called` of pretrained C5 and the M queries' boxes [B, M, 4]."""
-        if self.classifier is None or photos is None or self.training:
-            return None
-        return self.classifier(photos, boxes)
+        return ImageTokens(features, layer_boxes, layer_objectness, memory, *proposals, drawing, photos)
 
 
 def two_stage(tokenizer: nn.Module, where: str) -> ImageTokenizer:

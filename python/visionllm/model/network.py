@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from visionllm.model.kept import Kept
 from visionllm.model.llm import LLM, KVCache, base_embedding
 from visionllm.model.mentions import MentionFinder, NameLookup
 from visionllm.model.outlines import settled
+from visionllm.model.photo_classifier import call_boxes
 from visionllm.model.scores import token_scores
 from visionllm.model.slots import (
     SlotFormat,
@@ -232,6 +234,15 @@ class Network(nn.Module):
             images, text.tokens, text.mask, denoising, drawings, sizes.to(self.device)
         )
 
+    def call_photos(
+        self, tokens: ImageTokens, listed: Sequence[Sequence[str]], originals: Sequence[np.ndarray] | None
+    ) -> None:
+        """Gives the image tokens what the photo classifier calls them, if there is one (`call_boxes`)."""
+        tokenizer = self.image_tokenizer
+        if isinstance(tokenizer, ImageTokenizer) and tokenizer.classifier is not None:
+            classifier = tokenizer.classifier
+            tokens.called = call_boxes(self.config, tokenizer.backbone, classifier, tokens, listed, originals)
+
     def slot_format(self, instructions: Sequence[Instruction]) -> SlotFormat:
         """What stands in the groups of instructions of one task and N."""
         task, points = instructions[0].task, instructions[0].points
@@ -303,6 +314,7 @@ class Network(nn.Module):
         top: int = 100,
         spread: bool = False,
         sizes: Tensor | None = None,
+        originals: Sequence[np.ndarray] | None = None,
     ) -> list[Detections]:
         """Objects of a batch; tasks, class sets and numbers of points may differ from picture to picture.
 
@@ -312,11 +324,13 @@ class Network(nn.Module):
             top: at most this many objects a picture.
             spread: also give `Detections.spread`.
             sizes: int64 [B, 2], of the pictures without their padding; None: there is none.
+            originals: the pictures before resizing, uint8 [H, W, 3], for the photo classifier's closer look;
+                None: there is no such look, and names of photos' objects are told less well.
 
         Raises:
             ValueError: an argument does not fit, or a task is not one that the weights were trained for.
         """
-        prompts, text, tokens = self.see("find", images, instructions, SET_TASKS, sizes)
+        prompts, text, tokens = self.see("find", images, instructions, SET_TASKS, sizes, originals)
         results: list[Detections | None] = [None] * len(instructions)
         # The pictures are seen together; groups of one form are answered together.
         forms: dict[tuple[str, int], list[int]] = {}
@@ -336,13 +350,22 @@ class Network(nn.Module):
                 results[b] = one
         return [one for one in results if one is not None]
 
-    def check_images(self, caller: str, images: Tensor, sizes: Tensor | None = None) -> None:
+    def check_images(
+        self,
+        caller: str,
+        images: Tensor,
+        sizes: Tensor | None = None,
+        originals: Sequence[np.ndarray] | None = None,
+    ) -> None:
         """Pictures of `visionllm.image.network_batch`: uint8 [B, S, S, 3] with S = config.image_size, or with
-        config.longest_side [B, H, W, 3] of sides up to that, and sizes of what is picture in them.
+        config.longest_side [B, H, W, 3] of sides up to that, and sizes of what is picture in them; and B
+        pictures before resizing, if any.
 
         Raises:
             ValueError: they are not; in the caller's name.
         """
+        if originals is not None and len(originals) != len(images):
+            raise ValueError(f"{caller}: {len(images)} images but {len(originals)} originals")
         size, longest = self.config.image_size, self.config.longest_side
         if longest == 0:
             if images.dtype != torch.uint8 or images.shape[1:] != (size, size, 3):
@@ -382,9 +405,10 @@ class Network(nn.Module):
         instructions: Sequence[Instruction],
         tasks: Sequence[str],
         sizes: Tensor | None = None,
+        originals: Sequence[np.ndarray] | None = None,
     ) -> tuple[Prompts, Text, ImageTokens]:
         """The checked arguments of `find` and `write` as prompts, their text features and image tokens."""
-        self.check_images(f"Network.{caller}", images, sizes)
+        self.check_images(f"Network.{caller}", images, sizes, originals)
         if len(instructions) != len(images):
             raise ValueError(f"Network.{caller}: {len(images)} images but {len(instructions)} instructions")
         for instruction in instructions:
@@ -394,7 +418,12 @@ class Network(nn.Module):
                     f"Network.{caller}: the task must be one of {', '.join(tasks)}, got {instruction.task}"
                 )
         prompts, text = self.asked(instructions)
-        return prompts, text, self.image_tokens(images.to(self.device), text, sizes=sizes)
+        tokens = self.image_tokens(images.to(self.device), text, sizes=sizes)
+        # An expression's noun, and what is written, may be any known name.
+        free = ("grounding", "captioning", "vqa")
+        listed = [(*one.classes, *(self.known_names if one.task in free else ())) for one in instructions]
+        self.call_photos(tokens, listed, originals)
+        return prompts, text, tokens
 
     def check_task(self, task: str) -> None:
         """Raises ValueError for a task that the weights were not trained for."""
@@ -461,18 +490,19 @@ class Network(nn.Module):
         options: TextOptions | None = None,
         on_text: Callable[[int, str], None] | None = None,
         sizes: Tensor | None = None,
+        originals: Sequence[np.ndarray] | None = None,
     ) -> list[str]:
         """Captions and answers of a batch, word by word.
 
         Args:
-            images, sizes: as for `find`; instructions: B of them, for captioning or vqa.
+            images, sizes, originals: as for `find`; instructions: B of them, for captioning or vqa.
             on_text: called with (picture, text that has come) as words come; only without beams.
 
         Raises:
             ValueError: as `find`.
         """
         options = options or TextOptions()
-        prompts, _, tokens = self.see("write", images, instructions, ("captioning", "vqa"), sizes)
+        prompts, _, tokens = self.see("write", images, instructions, ("captioning", "vqa"), sizes, originals)
         cache = KVCache(len(instructions), prompts.ids.shape[1] + 1 + options.max_tokens, self.device)
         colours = colours_at(images.to(self.device), tokens.boxes[-1], sizes)
         told = told_of(self, prompts, tokens, colours)

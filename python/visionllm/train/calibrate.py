@@ -30,13 +30,13 @@ from visionllm.data.sample import Sample
 from visionllm.evaluate.coco import coco_metrics
 from visionllm.evaluate.matching import box_iou, match_greedily
 from visionllm.evaluate.rejection import FOUND_SHARE
-from visionllm.image import network_batch
 from visionllm.model.boxes import doubtful_lowered
 from visionllm.model.config import ModelConfig
 from visionllm.model.groups import find_groups
 from visionllm.model.image_tokenizer import two_stage
 from visionllm.model.network import Network
 from visionllm.model.scores import combined
+from visionllm.pipeline import Pictures
 from visionllm.train.build import backbone_weights
 from visionllm.train.photo_classifier import add_classifier
 from visionllm.train.validation import Samples, ValidationSet
@@ -90,10 +90,9 @@ def candidates(network: Network, one: ValidationSet) -> list[Candidates]:
     network.config = dataclasses.replace(original, known_power=1.0)
     try:
         for picture in one.pictures:
-            pixels, sizes = network_batch([picture.image], one.image_size, one.longest_side)
-            shapes = {} if sizes is None else {"sizes": torch.from_numpy(sizes)}
+            shown = Pictures.of([picture.image], original)
             instructions, parts, first = picture.asked.instructions, [], 0
-            for answers in find_groups(network, torch.from_numpy(pixels), instructions, **shapes):
+            for answers in find_groups(network, shown.pixels, instructions, **shown.beside):
                 names = answers.probabilities[0, :, :-1]  # [M, K]
                 known = torch.ones_like(names) if answers.known is None else answers.known[0]
                 parts.append(

@@ -32,16 +32,18 @@ from visionllm.data.photo_augmentation import (
 )
 from visionllm.data.sample import Sample
 from visionllm.evaluate.matching import box_iou
-from visionllm.model.backbone import PIXEL_MEAN, PIXEL_STD, EfficientNetLite
+from visionllm.image import resize_square
+from visionllm.model.backbone import EfficientNetLite
 from visionllm.model.image_tokenizer import two_stage
-from visionllm.model.photo_classifier import CLASSES, PhotoClassifier
+from visionllm.model.photo_classifier import CLASSES, PARTS, PhotoClassifier
 
 if TYPE_CHECKING:
     from visionllm.data.coco import CocoDataset
     from visionllm.model.network import Network
 
-VIEWS = 8  # of each photo, beside the whole one
-AUGMENTATION = PhotoAugmentation(mosaic=0, whole=0.4, on_object=0.4, zoom_out=0)
+VIEWS, VIEW_SIDE = 8, 640  # of each photo, beside the whole one; pixels
+LOOKED_AT = 0.8  # share of the views' boxes that get a closer look: others have to do without
+AUGMENTATION = PhotoAugmentation(mosaic=0, whole=0.4, on_object=0.4, zoom_out=0, max_cached_side=VIEW_SIDE)
 MOVED = 0.06  # standard deviation of a view's box edges, of the box's sides
 LEAST_AREA, LEAST_SIDE = 1 / 400, 4  # of the picture; pixels: smaller boxes teach nothing
 EMPTY, EMPTY_SIDES = 4, (0.09, 0.87)  # boxes tried a view that hold nothing, and their sides
@@ -82,7 +84,7 @@ class PhotoBoxes:
     """Boxes in views of photos, as a classifier sees them.
 
     Attributes:
-        features: fp32 [n, FEATURES], of `PhotoClassifier.features`.
+        features: fp32 [n, sum(PARTS)], of `PhotoClassifier.parts`.
         labels: int64 [n], positions in the names, or their number for "nothing".
         photo: int64 [n], which one; whole: bool [n], in the photo as it is.
     """
@@ -105,37 +107,43 @@ def boxes_of_photos(
     """Annotated boxes that have one of the names, and boxes that hold nothing, in views of all photos.
 
     Args:
-        size: side of a view in pixels.
+        size: side that the network sees a view at, in pixels.
 
     Raises:
         ValueError: no photo has such an object.
     """
-    views = AugmentedPhotos(photos, size, AUGMENTATION)
+    views = AugmentedPhotos(photos, VIEW_SIDE, AUGMENTATION)
     position = {name.casefold(): n for n, name in enumerate(names)}
-    features, labels, places = list[Tensor](), list[int](), list[tuple[int, bool]]()
+    features, labels, shown = list[Tensor](), list[int](), list[tuple[int, bool]]()
     for index in range(len(photos)):
         for number in range(1 + VIEWS):
             if number == 0:
-                view, moved = resize(views.photo(index), size, size), 0.0
+                view, moved = resize(views.photo(index), VIEW_SIDE, VIEW_SIDE), 0.0
             else:
                 view, moved = views.view(index, rng), MOVED
                 view.image = jitter_colours(view.image, rng, AUGMENTATION)
-            boxes, called = _annotated(view, position, size, moved, rng)
-            called += [len(names)] * len(empty := _empty(view, size, rng))
+            boxes, called = _annotated(view, position, VIEW_SIDE, moved, rng)
+            called += [len(names)] * len(empty := _empty(view, VIEW_SIDE, rng))
             if not called:
                 continue
-            x = (torch.from_numpy(np.array(view.image))[None].float() - PIXEL_MEAN) / PIXEL_STD
-            c5 = trunk.late_stages(trunk.first_stages(x.permute(0, 3, 1, 2)), pretrained=True)[1]
-            corners = torch.from_numpy(np.concatenate([boxes, empty])).float() / size
+            corners = torch.from_numpy(np.concatenate([boxes, empty])).float() / VIEW_SIDE
             low, high = corners[:, :2], corners[:, 2:]
-            features.append(classifier.features(c5, torch.cat([(low + high) / 2, high - low], 1)[None])[0])
+            places = torch.cat([(low + high) / 2, high - low], 1)
+            c5 = trunk.pretrained_c5(torch.from_numpy(resize_square(view.image, size))[None])
+            closer = classifier.look(trunk, view.image, places)
+            parts = classifier.parts(classifier.cells(c5), places[None], closer[None])
+            row = torch.cat([part.expand(1, len(places), -1) for part in parts], -1)[0]
+            if number > 0:
+                without = torch.from_numpy(rng.random(len(row)) >= LOOKED_AT)
+                row[without, : PARTS[0]] = row[without, PARTS[0] : sum(PARTS[:2])]
+            features.append(row)
             labels += called
-            places += [(index, number == 0)] * len(called)
+            shown += [(index, number == 0)] * len(called)
     if not any(label < len(names) for label in labels):
         raise ValueError(
             f"photos: expected objects called {', '.join(names[:5])} …, got none that is large enough"
         )
-    photo, whole = zip(*places, strict=True)
+    photo, whole = zip(*shown, strict=True)
     return PhotoBoxes(torch.cat(features), torch.tensor(labels), torch.tensor(photo), torch.tensor(whole))
 
 
@@ -195,21 +203,27 @@ def regression(features: Tensor, told: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 @torch.inference_mode()
 def told_of(classifier: PhotoClassifier, features: Tensor) -> Tensor:
-    return torch.cat([classifier.told(part) for part in features.split(1024)])
+    ways = (part.split(PARTS, 1) for part in features.split(1024))
+    return torch.cat([classifier.told(closer, inside) for closer, inside, *_ in ways])
 
 
 def cross_validated(classifier: PhotoClassifier, boxes: PhotoBoxes, folds: int = FOLDS) -> dict[str, float]:
     """Mean AP over the names of naming given boxes of whole photos, each fold by what the others taught: with
-    the rows alone, with ImageNet's classes alone, and with both.
+    the rows alone, with ImageNet's classes alone, with both, and with both but no closer look.
     """
     told = told_of(classifier, boxes.features)
     names = told.shape[1] - 1
+    afar = boxes.features.clone()
+    afar[:, : PARTS[0]] = afar[:, PARTS[0] : sum(PARTS[:2])]
+    ways = {"rows": torch.zeros_like(told), "both": told}
     logits = {"rows": torch.zeros_like(told), "ImageNet": told, "both": torch.zeros_like(told)}
+    logits["both, from afar"] = told_of(classifier, afar).clone()
     for fold in range(folds):
         held = boxes.photo % folds == fold
-        for way, given in (("rows", torch.zeros_like(told)), ("both", told)):
+        for way, given in ways.items():
             weight, bias = regression(boxes.features[~held], given[~held], boxes.labels[~held])
             logits[way][held] = boxes.features[held] @ weight.T + bias + given[held]
+        logits["both, from afar"][held] += afar[held] @ weight.T + bias
     labels = boxes.labels[boxes.whole]
     shown = [n for n in range(names) if (labels == n).any()]
     return {

@@ -12,7 +12,7 @@ from torch import nn
 
 from visionllm.data.sample import Sample
 from visionllm.evaluate.coco import coco_metrics
-from visionllm.image import network_batch, resize_square, resize_to_fit
+from visionllm.image import network_batch
 from visionllm.pipeline import Request, class_request
 from visionllm.train.distributed import Processes
 from visionllm.train.task_validation import TaskValidation
@@ -32,9 +32,8 @@ class Samples(Protocol):
 class AskedPicture:
     """A picture with what it is asked."""
 
-    image: np.ndarray  # uint8 [S, S, 3], or [H, W, 3] where pictures keep their shape
+    image: np.ndarray  # uint8 [H, W, 3], before resizing
     asked: Request  # one instruction, or several for more names than one can list
-    size: tuple[int, int]  # width, height before resizing
 
 
 class ValidationSet:
@@ -74,12 +73,7 @@ class ValidationSet:
             if names is not None:
                 listed = listed_names(sample, names, np.random.default_rng((seed, index)))
             height, width = sample.image.shape[:2]
-            picture = (
-                resize_to_fit(sample.image, image_size, longest_side)
-                if longest_side
-                else resize_square(sample.image, image_size)
-            )
-            self.pictures.append(AskedPicture(picture, class_request(listed), (width, height)))
+            self.pictures.append(AskedPicture(sample.image, class_request(listed)))
             images.append({"id": index, "width": width, "height": height})
             for entry in listed:
                 self.categories.setdefault(entry, len(self.categories) + 1)
@@ -125,7 +119,8 @@ class ValidationSet:
             found: box in 0..1, score and position in the picture's ``asked.classes``, of all its groups.
         """
         picture = self.pictures[index]
-        scale = np.array(picture.size * 2, dtype=np.float64)  # [4]
+        height, width = picture.image.shape[:2]
+        scale = np.array([width, height] * 2, dtype=np.float64)
         results = []
         for box, score, label in sorted(found, key=lambda answer: -answer[1])[:top]:
             x1, y1, x2, y2 = (np.array(box) * scale).tolist()
