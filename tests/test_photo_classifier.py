@@ -130,9 +130,8 @@ def test_a_whole_picture_is_classified_as_the_published_network_does():
     classifier.members[:500] = 1
     with torch.no_grad():
         boxes = torch.tensor([0.5, 0.5, 1, 1]).expand(2, 1, 4)
-        closer, inside, whole, _ = classifier.parts(classifier.cells(c5), boxes)
-        told = classifier.told(closer, inside)
-    assert closer is inside
+        inside, whole, _ = classifier.from_afar(classifier.cells(c5), boxes)
+        told = classifier.told(inside, inside)
     assert torch.allclose(inside[:, 0], head, atol=1e-5)
     assert torch.allclose(whole[:, 0], head, atol=1e-5)
     assert torch.allclose(told[:, 0, 1], GAIN * expected[:, :500].sum(1).log(), atol=1e-5)
@@ -154,22 +153,22 @@ def test_rows_see_the_whole_photo_and_where_a_box_lies_but_imagenet_does_not():
     other = cells.clone()
     other[..., 2:] += 1  # beside the box
     with torch.no_grad():
-        first, second = (classifier.parts(c, boxes) for c in (cells, other))
-        assert torch.equal(classifier.told(*first[:2]), classifier.told(*second[:2]))
-        named = classifier(cells, boxes)
-        assert not torch.allclose(named, classifier(other, boxes))
-        constant = torch.ones(1, CHANNELS, 4, 4)
-        assert not torch.allclose(classifier(constant, boxes), classifier(constant, boxes + 0.1))
+        first, second = (classifier.from_afar(c, boxes) for c in (cells, other))
+        assert torch.equal(classifier.told(first[0], first[0]), classifier.told(second[0], second[0]))
+        named = classifier(first[0], *first)
+        assert not torch.allclose(named, classifier(second[0], *second))
+        inside, whole, where = first
+        elsewhere = classifier(inside, inside, whole, place(boxes + 0.1))
+        assert not torch.allclose(named, elsewhere) and torch.equal(named, classifier(inside, *first))
+        assert torch.equal(where, place(boxes))
 
 
-@pytest.mark.parametrize("looked_at", [False, True])
-def test_probabilities_are_those_of_rows_and_classes(looked_at):
+def test_probabilities_are_those_of_rows_and_classes():
     classifier = classified().image_tokenizer.classifier
     cells, boxes, closer = torch.rand(2, CHANNELS, 3, 3), torch.rand(2, 5, 4), torch.rand(2, 5, CHANNELS)
-    closer = closer if looked_at else None
     with torch.no_grad():
-        found = classifier(cells, boxes, closer)
-        parts = classifier.parts(cells, boxes, closer)
+        parts = closer, *classifier.from_afar(cells, boxes)
+        found = classifier(*parts)
         assert [part.shape[-1] for part in parts] == list(PARTS)
         every = torch.cat([part.expand(2, 5, -1) for part in parts], -1)
         told = [classifier.told(part, part) for part in parts[:2]]
@@ -211,11 +210,11 @@ def test_the_boxes_most_likely_to_be_objects_get_a_closer_look():
         tokens.objectness[-1][0, :4] = torch.tensor([-4.0, 1.0, 2.0, 3.0])
         parts = network.config, tokenizer.backbone, tokenizer.classifier, tokens, listed
         plain, looked = call_boxes(*parts), call_boxes(*parts, [photo])
-        cells = tokenizer.classifier.cells(tokens.photos)
-        closer = tokenizer.classifier.parts(cells, tokens.boxes[-1])[1].clone()
+        afar = tokenizer.classifier.from_afar(tokenizer.classifier.cells(tokens.photos), tokens.boxes[-1])
+        closer = afar[0].clone()
         closer[0, [3, 1]] = tokenizer.classifier.look(tokenizer.backbone, photo, tokens.boxes[-1][0, [3, 1]])
         closer[0, 2] = closer[0, 3]
-        expected = tokenizer.classifier(cells, tokens.boxes[-1], closer)
+        expected = tokenizer.classifier(closer, *afar)
     assert torch.allclose(looked, expected, atol=1e-6)
     changed = (looked - plain).abs().amax((0, 2)) > 1e-6
     assert changed.nonzero().flatten().tolist() == [1, 2, 3]

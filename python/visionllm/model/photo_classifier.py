@@ -76,13 +76,10 @@ class PhotoClassifier(nn.Module):
         """Pretrained C5 [B, C, h, w] → ReLU6(head C5), fp32 [B, CHANNELS, h, w]."""
         return self.head(c5, relu6=True).float()
 
-    def parts(self, cells: Tensor, boxes: Tensor, closer: Tensor | None = None) -> tuple[Tensor, ...]:
-        """c, f, g and place, [B, M or 1, of PARTS], of cells [B, CHANNELS, h, w] and boxes [B, M, 4] cxcywh.
-
-        closer: fp32 [B, M, CHANNELS], c; None: f.
-        """
-        inside = averaged(cells, boxes := boxes.float())
-        return inside if closer is None else closer, inside, cells.mean((2, 3))[:, None], place(boxes)
+    def from_afar(self, cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f, g and place, [B, M or 1, of PARTS], of cells [B, CHANNELS, h, w] and boxes [B, M, 4] cxcywh."""
+        boxes = boxes.float()
+        return averaged(cells, boxes), cells.mean((2, 3))[:, None], place(boxes)
 
     def told(self, closer: Tensor, inside: Tensor) -> Tensor:
         """GAIN s, [..., names + 1], of c and f [..., CHANNELS]; that of "nothing" is GAIN FLOOR."""
@@ -92,10 +89,10 @@ class PhotoClassifier(nn.Module):
         shares = F.linear(ways, self.classes.weight, self.classes.bias).softmax(-1)
         return GAIN * (shares @ of_name).log().clamp(min=FLOOR).mean(0)
 
-    def forward(self, cells: Tensor, boxes: Tensor, closer: Tensor | None = None) -> Tensor:
-        """Arguments as for `parts` → probabilities of the names and of "nothing", [B, M, names + 1]."""
-        parts = self.parts(cells, boxes, closer)
-        logits = self.rows.bias + self.told(*parts[:2])
+    def forward(self, closer: Tensor, inside: Tensor, whole: Tensor, where: Tensor) -> Tensor:
+        """c, f, g and place → probabilities of the names and of "nothing", [B, M, names + 1]."""
+        logits = self.rows.bias + self.told(closer, inside)
+        parts = (closer, inside, whole, where)
         for part, weight in zip(parts, self.rows.weight.split(PARTS, 1), strict=True):
             logits = logits + F.linear(part, weight)
         return logits.softmax(-1)
@@ -164,16 +161,16 @@ def call_boxes(
         return None
     assert tokens.drawing is not None
     boxes, objectness = (one[-1][:, : config.num_queries] for one in (tokens.boxes, tokens.objectness))
-    cells = classifier.cells(tokens.photos)
+    inside, whole, where = classifier.from_afar(classifier.cells(tokens.photos), boxes)
     if originals is None or config.classifier_boxes == 0:
-        return classifier(cells, boxes)
-    closer = averaged(cells, boxes.float())
+        return classifier(inside, inside, whole, where)
+    closer = inside.clone()
     for b, photo in enumerate((tokens.drawing <= 0).tolist()):
         if photo and asked[b]:
             chosen, which = distinct(boxes[b], objectness[b], config.classifier_boxes, REPEATS)
             looked = classifier.look(trunk, originals[b], boxes[b, chosen])
             closer[b, which >= 0] = looked[which[which >= 0]]
-    return classifier(cells, boxes, closer)
+    return classifier(closer, inside, whole, where)
 
 
 def chances(called: Tensor, names: Sequence[str], listed: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:

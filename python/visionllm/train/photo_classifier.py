@@ -84,7 +84,7 @@ class PhotoBoxes:
     """Boxes in views of photos, as a classifier sees them.
 
     Attributes:
-        features: fp32 [n, sum(PARTS)], of `PhotoClassifier.parts`.
+        features: fp32 [n, sum(PARTS)], c, f, g and place.
         labels: int64 [n], positions in the names, or their number for "nothing".
         photo: int64 [n], which one; whole: bool [n], in the photo as it is.
     """
@@ -131,7 +131,7 @@ def boxes_of_photos(
             places = torch.cat([(low + high) / 2, high - low], 1)
             c5 = trunk.pretrained_c5(torch.from_numpy(resize_square(view.image, size))[None])
             closer = classifier.look(trunk, view.image, places)
-            parts = classifier.parts(classifier.cells(c5), places[None], closer[None])
+            parts = closer[None], *classifier.from_afar(classifier.cells(c5), places[None])
             row = torch.cat([part.expand(1, len(places), -1) for part in parts], -1)[0]
             if number > 0:
                 without = torch.from_numpy(rng.random(len(row)) >= LOOKED_AT)
