@@ -55,6 +55,7 @@ class Config:
     longest_side: int = 0
     score_threshold: float = 0.3
     tasks: tuple[str, ...] = TASKS
+    classifier_names: tuple[str, ...] = ()
 
 
 class ColourNetwork:

@@ -68,7 +68,8 @@ def test_a_name_is_weighed_against_no_object_alone():
 
 
 def test_the_best_of_all_groups(monkeypatch):
-    def said(network, images, groups):
+    def said(network, images, groups, sizes, originals):
+        assert sizes is originals is None
         for number, _ in enumerate(groups):
             p = torch.tensor([[[0.1 + 0.3 * number, 0.3, 0.5]] * 2])  # [1, 2, 3]
             boxes = torch.tensor([[[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]]) * (number + 1) / 2

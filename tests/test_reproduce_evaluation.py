@@ -151,6 +151,7 @@ class ScoredConfig:
     score_threshold: float = 0.3
     tasks: tuple[str, ...] = ("detection",)
     objectness_power: float = 0.5
+    classifier_names: tuple[str, ...] = ()
 
 
 class ScoredNetwork(ColourNetwork):
