@@ -114,3 +114,4 @@ def test_the_best_boxes_that_repeat_no_better_one():
     assert chosen.tolist() == [1, 3, 2, 4, 5] and (which >= 0).all()
     chosen, which = distinct(boxes[:0], scores[:0], most=3, same=0.8)
     assert chosen.tolist() == which.tolist() == []
+    assert chosen.dtype == which.dtype == torch.int64

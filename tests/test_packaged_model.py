@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import visionllm
 from visionllm.data.scenes import SceneDataset
 from visionllm.evaluate.coco import coco_metrics
 from visionllm.evaluate.matching import box_iou
+from visionllm.pipeline import VisionLLM
 from visionllm.train.validation import ValidationSet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -53,6 +55,15 @@ def test_a_photo_of_a_cat_shows_a_cat(model, names):
     assert result.boxes.names == ["cat"]
     x1, y1, x2, y2 = result.boxes.xyxy[0]
     assert x1 < 50 and y1 < 30 and x2 > 350 and y2 > 270  # it fills the 451 x 300 pixels
+
+
+def test_a_photo_in_bfloat16(model):
+    names = ["cat", "dog"]
+    narrow = VisionLLM(model.network, torch.bfloat16)
+    found, expected = (one.detect(EXAMPLES / "chelsea.jpg", names) for one in (narrow, model))
+    assert found.boxes.names == expected.boxes.names == ["cat"]
+    assert found.boxes.scores[0] == pytest.approx(expected.boxes.scores[0], abs=0.05)
+    assert box_iou(found.boxes.xyxy, expected.boxes.xyxy)[0, 0] > 0.9
 
 
 def test_a_photo_of_a_person_shows_a_person():

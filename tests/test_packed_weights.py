@@ -11,7 +11,7 @@ from small_network import NAMES, pictures, small_network
 
 from visionllm.instruction import EVAL_TEMPLATES, Instruction
 from visionllm.model.backbone import DepthwiseConv, SameConv
-from visionllm.model.convolution import Convolution
+from visionllm.model.convolution import Convolution, PackedConvolution
 from visionllm.model.linear import PACKED_ROWS, Linear
 from visionllm.model.packed_weights import can_pack
 from visionllm.ops import use_operators
@@ -90,6 +90,32 @@ def test_changed_weights_are_packed_anew():
     layer.weight.data = layer.weight.data / 2
     layer.bias = torch.nn.Parameter(layer.bias / 2)
     torch.testing.assert_close(layer(x), first)
+
+
+@needs_packing
+@torch.no_grad()
+def test_pictures_of_several_sizes_are_packed_once_each(monkeypatch):
+    torch.manual_seed(0)
+    layer, packs = SameConv(8, 8, 3), []
+    pack = PackedConvolution.pack
+    monkeypatch.setattr(PackedConvolution, "pack", lambda self, *how: packs.append(how) or pack(self, *how))
+    sizes = [torch.randn(1, 8, side, side) for side in (4, 6, 9, 12)]
+    expected = [both(lambda x=x: layer(x), torch.float32)[1] for x in sizes]
+    packs.clear()
+    for turn in range(3):
+        for x, one in zip(sizes[:3], expected[:3], strict=True):
+            torch.testing.assert_close(layer(x), one)
+        if turn == 0:
+            packs.clear()
+    assert not packs
+    layer(sizes[0])
+    layer(sizes[3])  # the second goes
+    assert len(packs) == 1
+    for k in (0, 2, 3):
+        torch.testing.assert_close(layer(sizes[k]), expected[k])
+    assert len(packs) == 1
+    layer(sizes[1])
+    assert len(packs) == 2
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])

@@ -14,8 +14,11 @@ from small_network import pictures, small_network
 from torch import nn
 
 from visionllm.data.coco import CocoDataset
+from visionllm.data.sample import Sample
+from visionllm.evaluate.large_vocabulary import detect_in_groups
 from visionllm.image import cut_out
 from visionllm.instruction import Instruction
+from visionllm.instruction.instruction import TASKS
 from visionllm.model.config import ModelConfig
 from visionllm.model.groups import find_groups
 from visionllm.model.network import Network
@@ -35,7 +38,10 @@ from visionllm.model.photo_classifier import (
 )
 from visionllm.model.told import name_chances
 from visionllm.pipeline import Pictures, VisionLLM
+from visionllm.text_options import TextOptions
+from visionllm.train import calibrate
 from visionllm.train import photo_classifier as fitting
+from visionllm.train.validation import ValidationSet
 
 NAMES = ("person", "dog", "cat")
 
@@ -210,7 +216,9 @@ def test_the_boxes_most_likely_to_be_objects_get_a_closer_look():
         tokens.objectness[-1][0, :4] = torch.tensor([-4.0, 1.0, 2.0, 3.0])
         parts = network.config, tokenizer.backbone, tokenizer.classifier, tokens, listed
         plain, looked = call_boxes(*parts), call_boxes(*parts, [photo])
-        afar = tokenizer.classifier.from_afar(tokenizer.classifier.cells(tokens.photos), tokens.boxes[-1])
+        afar = tokenizer.classifier.from_afar(
+            tokenizer.classifier.cells(tokens.pretrained_c5), tokens.boxes[-1]
+        )
         closer = afar[0].clone()
         closer[0, [3, 1]] = tokenizer.classifier.look(tokenizer.backbone, photo, tokens.boxes[-1][0, [3, 1]])
         closer[0, 2] = closer[0, 3]
@@ -336,7 +344,11 @@ def test_pictures_are_read_before_resizing():
     shown = Pictures.of(list(large), network.config)
     asked = [Instruction(task="detection", classes=NAMES)] * 3
     closer = network.find(shown.pixels, asked, **shown.beside)
-    assert "originals" in shown.beside and "originals" in shown.rows([0, 2]).beside
+    assert [one.shape for one in shown.beside["originals"]] == [(200, 300, 3)] * 3
+    assert [
+        one is large[k] or np.array_equal(one, large[k])
+        for k, one in zip((0, 2), shown.rows([0, 2]).originals, strict=True)
+    ]
     for found, detections in zip(model.detect(list(large), NAMES, threshold=0), closer, strict=True):
         assert np.allclose(found.boxes.scores, detections.scores, atol=1e-5)
     rows = shown.rows([2])
@@ -361,7 +373,90 @@ def test_nothing_is_read_where_no_listed_name_is_known(monkeypatch):
     asked = [Instruction(task="detection", classes=("unicorn",))]
     with torch.no_grad():
         _, _, tokens = network.see("find", pictures(1), asked, ("detection",), None, [pictures(1)[0].numpy()])
-    assert tokens.photos is not None and tokens.called is None
+    assert tokens.pretrained_c5 is not None and tokens.called is None
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "expected"),
+    [
+        ("grounding", {"noun_power": 0.5}, True),
+        ("grounding", {}, False),
+        ("captioning", {"word_layers": 1}, True),
+        ("vqa", {"word_layers": 1}, True),
+        ("captioning", {}, False),
+        ("segmentation", {"noun_power": 0.5, "word_layers": 1}, False),
+    ],
+)
+def test_any_known_name_may_be_meant_where_none_is_listed(task, changes, expected):
+    network = photos_only(classified(tasks=TASKS, **changes))
+    network.known_names = ("apple", "cat")
+    asked = {
+        "grounding": Instruction(task="grounding", classes=("the red unicorn",)),
+        "segmentation": Instruction(task="segmentation", classes=("unicorn",), points=8),
+        "captioning": Instruction(task="captioning"),
+        "vqa": Instruction(task="vqa", question="What is it?"),
+    }[task]
+    with torch.no_grad():
+        _, _, tokens = network.see("test", pictures(1), [asked], (task,))
+    assert (tokens.called is not None) == expected
+
+
+def test_every_way_to_the_network_hands_the_pictures_on(monkeypatch):
+    network = photos_only(classified(word_layers=1, tasks=TASKS))
+    network.known_names = NAMES
+    looks = list[tuple[int, ...]]()
+    look = PhotoClassifier.look
+    monkeypatch.setattr(
+        PhotoClassifier,
+        "look",
+        lambda self, trunk, photo, boxes: looks.append(photo.shape) or look(self, trunk, photo, boxes),
+    )
+    photo = np.zeros((50, 70, 3), np.uint8)
+    model = VisionLLM(network)
+    model.caption(photo, options=TextOptions(max_tokens=1))
+    model.segment(photo, NAMES, points=8)
+    shown = Pictures.of([photo], network.config)
+    detect_in_groups(network, shown.pixels, [Instruction(classes=NAMES)], **shown.beside)
+    samples = [
+        Sample(
+            photo,
+            np.array([[1, 2, 30, 40]], np.float32),
+            ["cat"],
+            np.ones(1, np.float32),
+            np.zeros(1, bool),
+            1,
+            NAMES,
+        )
+    ]
+    one = ValidationSet("photos", samples, 1, None, network.config.image_size, keep_originals=True)
+    calibrate.candidates(network, one)
+    assert looks == [(50, 70, 3)] * 4
+
+
+def test_in_bfloat16():
+    network = photos_only(enlivened(classified(word_layers=1, tasks=TASKS)))
+    network.known_names = NAMES
+    photo = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    model = VisionLLM(network, torch.bfloat16)
+    model.caption(photo, options=TextOptions(max_tokens=2))
+    assert np.isfinite(model.detect(photo, NAMES, threshold=0).boxes.scores).all()
+    cells, boxes = torch.rand(1, CHANNELS, 6, 6), torch.rand(1, 8, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        narrow = network.image_tokenizer.classifier.from_afar(cells, boxes)
+    with torch.no_grad():
+        wide = network.image_tokenizer.classifier.from_afar(cells, boxes)
+    for one, other in zip(narrow, wide, strict=True):
+        assert torch.equal(one, other)  # means stay in fp32
+
+
+def test_a_compiled_tokenizer_keeps_its_classifier():
+    network = photos_only(classified())
+    asked = [Instruction(task="detection", classes=NAMES)]
+    expected = network.find(pictures(1), asked)[0].scores
+    network.image_tokenizer = torch.compile(network.image_tokenizer, backend="eager")
+    assert torch.allclose(network.find(pictures(1), asked)[0].scores, expected, atol=1e-5)
+    network.image_tokenizer.classifier.rows.weight.data.zero_()
+    assert not torch.allclose(network.find(pictures(1), asked)[0].scores, expected, atol=1e-5)
 
 
 def test_it_does_not_train():
@@ -502,7 +597,7 @@ def test_a_network_is_given_a_classifier(photos, monkeypatch):
     assert network.config.classifier_names == ("dog", "cat")
     assert network.image_tokenizer.classifier is classifier
     with torch.no_grad():
-        logits = classifier.rows(boxes.features) + fitting.told_of(classifier, boxes.features)
+        logits = classifier.rows(boxes.features) + fitting.told_by_imagenet(classifier, boxes.features)
     there = boxes.labels < 2
     assert there.sum() >= 60 and (~there).sum() >= 30
     assert (logits[there, :2].argmax(1) == boxes.labels[there]).float().mean() > 0.9
@@ -512,7 +607,23 @@ def test_a_network_is_given_a_classifier(photos, monkeypatch):
     assert torch.equal(again.image_tokenizer.classifier.rows.weight, classifier.rows.weight)
     found = fitting.cross_validated(classifier, boxes)
     assert found["both"] > 1.5 * found["ImageNet"] > 0  # a random trunk, photos never seen
-    assert found["both, from afar"] > found["ImageNet"]
+    # The names' rows were fitted with a closer look at most boxes, but not at all of them.
+    views = boxes.features[~boxes.whole]
+    same = (views[:, :CHANNELS] == views[:, CHANNELS : 2 * CHANNELS]).all(1).float().mean()
+    assert (
+        0.05 < same < 0.5
+        and not (
+            boxes.features[boxes.whole, :CHANNELS] == boxes.features[boxes.whole, CHANNELS : 2 * CHANNELS]
+        )
+        .all(1)
+        .any()
+    )
+    assert found["both, from afar"] > found["ImageNet"] and found["both, from afar"] != found["both"]
+    afar = replace(
+        boxes,
+        features=torch.cat([boxes.features[:, CHANNELS : 2 * CHANNELS], boxes.features[:, CHANNELS:]], 1),
+    )
+    assert fitting.cross_validated(classifier, afar)["ImageNet"] != found["ImageNet"]
 
 
 def test_photos_without_objects_are_refused(photos):
@@ -540,8 +651,6 @@ def test_the_command_measures(photos, tmp_path, capsys):
 
 
 def test_calibration_gives_a_classifier(photos, tmp_path):
-    from visionllm.train import calibrate
-
     small_network(keep_pretrained=True).save_pretrained(tmp_path / "model")
     torch.save(published_state(), tmp_path / "state.pth")
     files = ["--annotations", str(photos / "photos.json"), "--images", str(photos)]

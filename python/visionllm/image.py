@@ -142,7 +142,8 @@ def cut_out(image: np.ndarray, boxes: np.ndarray, size: int, least: float = 0.0)
     """
     height, width = image.shape[:2]
     picture, parts = Image.fromarray(image), np.empty((len(boxes), size, size, 3), np.uint8)
-    for part, (x1, y1, x2, y2) in zip(parts, np.asarray(boxes, np.float64).clip(0, 1).tolist(), strict=True):
+    corners = np.nan_to_num(np.asarray(boxes, np.float64)).clip(0, 1)  # NaN: the first row or column
+    for part, (x1, y1, x2, y2) in zip(parts, corners.tolist(), strict=True):
         left, right = _at_least(x1 * width, x2 * width, max(least * width, 1), width)
         top, bottom = _at_least(y1 * height, y2 * height, max(least * height, 1), height)
         # The gap: a large part is first reduced by a whole factor, which is far faster and looks the same.

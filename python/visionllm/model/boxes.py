@@ -46,7 +46,7 @@ def distinct(boxes: Tensor, scores: Tensor, most: int, same: float) -> tuple[Ten
             which[(which < 0) & repeats[i]] = len(chosen)
             which[i] = len(chosen)  # boxes without extent do not overlap themselves
             chosen.append(i)
-    return torch.tensor(chosen, device=boxes.device), which.to(boxes.device)
+    return torch.tensor(chosen, dtype=torch.int64, device=boxes.device), which.to(boxes.device)
 
 
 # From where to where a box says again what a better one of its class says (IoU), and lies within another

@@ -47,6 +47,8 @@ class Convolution(nn.Conv2d):
 
 
 class PackedConvolution(PackedWeights):
+    FORMS = 3  # whole pictures, and parts of them (model/photo_classifier.py), sixteen or fewer
+
     def __call__(self, x: Tensor, edges: Edges, relu6: bool, shortcut: Tensor | None) -> Tensor:
         x = autocast(x)
         left, right, top, bottom = edges

@@ -52,8 +52,8 @@ class ImageTokens:
         proposal_boxes, proposal_objectness: [B, S, 4], [B, S] of its positions; None where queries have
             places of their own.
         drawing: [B] logits of the picture being a drawing; None without pretrained stages of its own.
-        photos: the pictures' pretrained C5, for the photo classifier; None without one, in training, or
-            where no picture is a photo.
+        pretrained_c5: [B, C, h, w], for the photo classifier; None without one, in training, or where it is
+            known that no picture is a photo.
         called: [B, M, names + 1], what it calls the last boxes of the M queries (`call_boxes`).
     """
 
@@ -64,15 +64,16 @@ class ImageTokens:
     proposal_boxes: Tensor | None = None
     proposal_objectness: Tensor | None = None
     drawing: Tensor | None = None
-    photos: Tensor | None = None
+    pretrained_c5: Tensor | None = None
     called: Tensor | None = None
 
     def of(self, rows: Tensor) -> ImageTokens:
         """Of the pictures [n] alone."""
         boxes, objectness = ([one[rows] for one in layers] for layers in (self.boxes, self.objectness))
+        one_each = self.drawing, self.pretrained_c5, self.called
         others = (
             None if one is None else one[rows]
-            for one in (self.proposal_boxes, self.proposal_objectness, self.drawing, self.photos, self.called)
+            for one in (self.proposal_boxes, self.proposal_objectness, *one_each)
         )
         return ImageTokens(self.features[rows], boxes, objectness, self.memory[rows], *others)
 
@@ -169,12 +170,12 @@ class ImageTokenizer(nn.Module):
 
         Returns:
             the scales [B, C, H / stride, W / stride], the router's logits [B] of "drawing", and
-            `ImageTokens.photos`.
+            `ImageTokens.pretrained_c5`.
         """
         x = normalised(images)
         c3 = self.backbone.first_stages(x)
         drawing: Tensor | None = None
-        photos: Tensor | None = None
+        kept: Tensor | None = None
         own: list[Tensor] = []
         if self.backbone.pretrained is None:
             c4, c5 = self.backbone.late_stages(c3)
@@ -183,7 +184,7 @@ class ImageTokenizer(nn.Module):
             drawing = self.router(pretrained[1].mean((2, 3))).squeeze(-1).float()
             share = (drawing > 0 if drawings is None else drawings).float()
             if not (self.classifier is None or self.training or (self.waits_for_router(x) and share.all())):
-                photos = pretrained[1]
+                kept = pretrained[1]
             if self.training:
                 share = share * (torch.rand_like(share) >= TRAINED_DROPOUT)
                 pretrained = [F.dropout2d(c, PRETRAINED_DROPOUT) for c in pretrained]
@@ -198,7 +199,7 @@ class ImageTokenizer(nn.Module):
         scales = [p[0](c) for p, c in zip(projections, (c3, c4, c5, c5), strict=True)]
         for i, (convolution, c) in enumerate(zip(self.pretrained_lateral, own, strict=True), 1):
             scales[i] = convolution(c, shortcut=scales[i])
-        return [p[1](scale) for p, scale in zip(projections, scales, strict=True)], drawing, photos
+        return [p[1](scale) for p, scale in zip(projections, scales, strict=True)], drawing, kept
 
     def waits_for_router(self, x: Tensor) -> bool:
         """Whether to read the router at once: not in training, nor where that means waiting for a device."""
@@ -225,7 +226,7 @@ class ImageTokenizer(nn.Module):
         """
         if sizes is not None:
             raise ValueError("ImageTokenizer: sizes must be None: it knows no padding")
-        scales, drawing, photos = self.pyramid(images, drawings)
+        scales, drawing, pretrained_c5 = self.pyramid(images, drawings)
         shapes, starts, x = self.flatten(scales)
         dim = x.shape[-1]
         if self.guidance:
@@ -245,7 +246,9 @@ class ImageTokenizer(nn.Module):
             features = self.decoder_norm(features)
             objectness_logits = self.objectness[-1](features).squeeze(-1).float()
             proposals = (proposal_boxes, proposal_objectness)
-            return ImageTokens(features, [boxes], [objectness_logits], memory, *proposals, drawing, photos)
+            return ImageTokens(
+                features, [boxes], [objectness_logits], memory, *proposals, drawing, pretrained_c5
+            )
         best = proposal_objectness.topk(min(self.num_queries, x.shape[1]), dim=1).indices
         boxes = proposal_boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))  # [B, M, 4]
         q = self.queries[: boxes.shape[1]].expand(len(x), -1, -1)
@@ -268,7 +271,9 @@ class ImageTokenizer(nn.Module):
             layer_objectness.append(objectness(features).squeeze(-1).float())
             boxes = refined.detach()
         proposals = (proposal_boxes, proposal_objectness)
-        return ImageTokens(features, layer_boxes, layer_objectness, memory, *proposals, drawing, photos)
+        return ImageTokens(
+            features, layer_boxes, layer_objectness, memory, *proposals, drawing, pretrained_c5
+        )
 
 
 def two_stage(tokenizer: nn.Module, where: str) -> ImageTokenizer:

@@ -238,9 +238,9 @@ class Network(nn.Module):
         self, tokens: ImageTokens, listed: Sequence[Sequence[str]], originals: Sequence[np.ndarray] | None
     ) -> None:
         """Gives the image tokens what the photo classifier calls them, if there is one (`call_boxes`)."""
-        tokenizer = self.image_tokenizer
-        if isinstance(tokenizer, ImageTokenizer) and tokenizer.classifier is not None:
-            classifier = tokenizer.classifier
+        tokenizer: Any = self.image_tokenizer  # or what torch.compile put around it
+        classifier = getattr(tokenizer, "classifier", None)
+        if classifier is not None:
             tokens.called = call_boxes(self.config, tokenizer.backbone, classifier, tokens, listed, originals)
 
     def slot_format(self, instructions: Sequence[Instruction]) -> SlotFormat:
@@ -419,9 +419,10 @@ class Network(nn.Module):
                 )
         prompts, text = self.asked(instructions)
         tokens = self.image_tokens(images.to(self.device), text, sizes=sizes)
-        # An expression's noun, and what is written, may be any known name.
-        free = ("grounding", "captioning", "vqa")
-        listed = [(*one.classes, *(self.known_names if one.task in free else ())) for one in instructions]
+        # An expression's noun, and what is written, may be any known name, where the weights ask for these.
+        asks = {"grounding": self.config.noun_power > 0}
+        asks["captioning"] = asks["vqa"] = self.config.word_layers > 0
+        listed = [(*one.classes, *(self.known_names if asks.get(one.task) else ())) for one in instructions]
         self.call_photos(tokens, listed, originals)
         return prompts, text, tokens
 

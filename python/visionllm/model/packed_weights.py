@@ -54,14 +54,16 @@ def can_pack(x: Tensor) -> bool:
 class PackedWeights:
     """The reordered weights of one module. They belong to it, but to no copy or state dict of it.
 
-    They are made anew when the module's own weights, or what `pack` goes by, change.
+    They are made anew when the module's own weights change, and for what `pack` goes by; the last `FORMS` of
+    these stay.
     """
 
-    def __init__(self, module: nn.Linear | nn.Conv2d) -> None:
+    FORMS = 1
+
+    def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self._key: tuple[Any, ...] = ()
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
+        self._own: tuple[Any, ...] = ()
+        self._forms: dict[Any, tuple[Tensor, Tensor | None]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeights:
         return type(self)(memo.get(id(self.module), self.module))
@@ -69,16 +71,29 @@ class PackedWeights:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.module,)
 
+    def own(self) -> list[Tensor]:
+        """The module's tensors that decide the weight and the bias."""
+        return [t for t in (self.module.weight, self.module.bias) if t is not None]
+
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias in this type, the bias a copy."""
+        bias = self.module.bias
+        weight = self.module.weight.detach().to(dtype)
+        return weight, None if bias is None else bias.detach().to(dtype, copy=True)
+
     def pack(self, weight: Tensor, *how: Any) -> Tensor:
         raise NotImplementedError
 
     def packed(self, dtype: torch.dtype, *how: Any) -> tuple[Tensor, Tensor | None]:
         """The weight as `pack` orders it, and the bias, in this type."""
-        module = self.module
-        own = [t for t in (module.weight, module.bias) if t is not None]
-        key = (dtype, how, *((t.data_ptr(), t._version) for t in own))
-        if self._key != key or self._weight is None:
-            self._weight = self.pack(module.weight.detach().to(dtype), *how)
-            self._bias = None if module.bias is None else module.bias.detach().to(dtype, copy=True)
-            self._key = key
-        return self._weight, self._bias
+        own = tuple((t.data_ptr(), t._version) for t in self.own())
+        if own != self._own:
+            self._own, self._forms = own, {}
+        found = self._forms.pop((dtype, how), None)
+        if found is None:
+            weight, bias = self.plain(dtype)
+            found = self.pack(weight, *how), bias
+            while len(self._forms) >= self.FORMS:
+                del self._forms[next(iter(self._forms))]
+        self._forms[dtype, how] = found  # the last one used is the last to go
+        return found

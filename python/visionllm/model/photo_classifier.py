@@ -79,15 +79,15 @@ class PhotoClassifier(nn.Module):
     def from_afar(self, cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f, g and place, [B, M or 1, of PARTS], of cells [B, CHANNELS, h, w] and boxes [B, M, 4] cxcywh."""
         boxes = boxes.float()
-        return averaged(cells, boxes), cells.mean((2, 3))[:, None], place(boxes)
+        with torch.autocast(
+            cells.device.type, enabled=False
+        ):  # a mean in bfloat16 would be off by a hundredth
+            return averaged(cells, boxes), cells.mean((2, 3))[:, None], place(boxes)
 
     def told(self, closer: Tensor, inside: Tensor) -> Tensor:
         """GAIN s, [..., names + 1], of c and f [..., CHANNELS]; that of "nothing" is GAIN FLOOR."""
-        from_afar = self._named_classes(inside)
-        if closer is inside:
-            return GAIN * from_afar
-        both, looked_at = from_afar.clone(), (closer != inside).any(-1)
-        both[looked_at] = (from_afar[looked_at] + self._named_classes(closer[looked_at])) / 2
+        both, looked_at = self._named_classes(inside), (closer != inside).any(-1)  # elsewhere c is f
+        both[looked_at] = (both[looked_at] + self._named_classes(closer[looked_at])) / 2
         return GAIN * both
 
     def _named_classes(self, features: Tensor) -> Tensor:
@@ -165,11 +165,11 @@ def call_boxes(
     """
     known = {name.casefold() for name in config.classifier_names}
     asked = [any(name.casefold() in known for name in names) for names in listed]
-    if tokens.photos is None or config.classifier_power == 0 or not any(asked):
+    if tokens.pretrained_c5 is None or config.classifier_power == 0 or not any(asked):
         return None
     assert tokens.drawing is not None
     boxes, objectness = (one[-1][:, : config.num_queries] for one in (tokens.boxes, tokens.objectness))
-    inside, whole, where = classifier.from_afar(classifier.cells(tokens.photos), boxes)
+    inside, whole, where = classifier.from_afar(classifier.cells(tokens.pretrained_c5), boxes)
     if originals is None or config.classifier_boxes == 0:
         return classifier(inside, inside, whole, where)
     closer = inside.clone()

@@ -75,14 +75,13 @@ class PackedFrozenNormConvolution(PackedWeights):
             )
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *how, unary or "none", [], "")
 
-    def packed(self, dtype: torch.dtype, *how: Any) -> tuple[Tensor, Tensor | None]:
+    def own(self) -> list[Tensor]:
         module = self.module
-        own = (module.weight, module.scale, module.shift, module.mean, module.variance)
-        key = (dtype, how, *((t.data_ptr(), t._version) for t in own))
-        if self._key != key or self._weight is None:
-            weight, bias = module.folded()
-            self._weight, self._bias, self._key = self.pack(weight.to(dtype), *how), bias.to(dtype), key
-        return self._weight, self._bias
+        return [module.weight, module.scale, module.shift, module.mean, module.variance]
+
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.module.folded()
+        return weight.to(dtype), bias.to(dtype)
 
     def pack(self, weight: Tensor, *how: Any) -> Tensor:
         (shape,), module = how, self.module

@@ -276,7 +276,7 @@ def make_validation(config: TrainConfig, processes: Processes, longest_side: int
     longest_side: of the network.
     """
     wanted, sets = config.validation, []
-    size = {"image_size": config.image_size, "longest_side": longest_side}
+    size: dict[str, Any] = {"image_size": config.image_size, "longest_side": longest_side}
     if wanted.scenes > 0:
         sets.append(ValidationSet("scenes", scenes(config, "val"), wanted.scenes, wanted.names, **size))
     if wanted.heldout > 0 and config.scenes.glyphs is not None:

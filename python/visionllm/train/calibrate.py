@@ -30,13 +30,13 @@ from visionllm.data.sample import Sample
 from visionllm.evaluate.coco import coco_metrics
 from visionllm.evaluate.matching import box_iou, match_greedily
 from visionllm.evaluate.rejection import FOUND_SHARE
+from visionllm.image import network_batch
 from visionllm.model.boxes import doubtful_lowered
 from visionllm.model.config import ModelConfig
 from visionllm.model.groups import find_groups
 from visionllm.model.image_tokenizer import two_stage
 from visionllm.model.network import Network
 from visionllm.model.scores import combined
-from visionllm.pipeline import Pictures
 from visionllm.train.build import backbone_weights
 from visionllm.train.photo_classifier import add_classifier
 from visionllm.train.validation import Samples, ValidationSet
@@ -90,9 +90,11 @@ def candidates(network: Network, one: ValidationSet) -> list[Candidates]:
     network.config = dataclasses.replace(original, known_power=1.0)
     try:
         for picture in one.pictures:
-            shown = Pictures.of([picture.image], original)
+            pixels, sizes = network_batch([picture.image], one.image_size, one.longest_side)
+            shown = torch.from_numpy(pixels), None if sizes is None else torch.from_numpy(sizes)
+            originals = None if picture.original is None else [picture.original]
             instructions, parts, first = picture.asked.instructions, [], 0
-            for answers in find_groups(network, shown.pixels, instructions, **shown.beside):
+            for answers in find_groups(network, shown[0], instructions, shown[1], originals):
                 names = answers.probabilities[0, :, :-1]  # [M, K]
                 known = torch.ones_like(names) if answers.known is None else answers.known[0]
                 parts.append(
@@ -357,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     absent = ValidationSet("absent", Absent(scenes), ABSENT * arguments.count, LISTED, size)
     if arguments.annotations:
         photos = CocoDataset(arguments.annotations, arguments.images)
-        sets.append(ValidationSet("photos", photos, arguments.count, None, size))
+        sets.append(ValidationSet("photos", photos, arguments.count, None, size, keep_originals=True))
         if network.config.keep_pretrained:
             views, rng = AugmentedPhotos(photos, size), np.random.default_rng(arguments.seed)
             count = ROUTER_VIEWS * arguments.count

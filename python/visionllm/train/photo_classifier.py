@@ -202,7 +202,7 @@ def regression(features: Tensor, told: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 
 @torch.inference_mode()
-def told_of(classifier: PhotoClassifier, features: Tensor) -> Tensor:
+def told_by_imagenet(classifier: PhotoClassifier, features: Tensor) -> Tensor:
     ways = (part.split(PARTS, 1) for part in features.split(1024))
     return torch.cat([classifier.told(closer, inside) for closer, inside, *_ in ways])
 
@@ -211,19 +211,21 @@ def cross_validated(classifier: PhotoClassifier, boxes: PhotoBoxes, folds: int =
     """Mean AP over the names of naming given boxes of whole photos, each fold by what the others taught: with
     the rows alone, with ImageNet's classes alone, with both, and with both but no closer look.
     """
-    told = told_of(classifier, boxes.features)
+    told = told_by_imagenet(classifier, boxes.features)
     names = told.shape[1] - 1
     afar = boxes.features.clone()
     afar[:, : PARTS[0]] = afar[:, PARTS[0] : sum(PARTS[:2])]
     ways = {"rows": torch.zeros_like(told), "both": told}
     logits = {"rows": torch.zeros_like(told), "ImageNet": told, "both": torch.zeros_like(told)}
-    logits["both, from afar"] = told_of(classifier, afar).clone()
+    logits["both, from afar"] = torch.zeros_like(told)
+    told_afar = told_by_imagenet(classifier, afar)
     for fold in range(folds):
         held = boxes.photo % folds == fold
         for way, given in ways.items():
             weight, bias = regression(boxes.features[~held], given[~held], boxes.labels[~held])
             logits[way][held] = boxes.features[held] @ weight.T + bias + given[held]
-        logits["both, from afar"][held] += afar[held] @ weight.T + bias
+            if way == "both":
+                logits["both, from afar"][held] = afar[held] @ weight.T + bias + told_afar[held]
     labels = boxes.labels[boxes.whole]
     shown = [n for n in range(names) if (labels == n).any()]
     return {
@@ -264,7 +266,7 @@ def add_classifier(
     classifier.members.copy_(imagenet_members(names))
     rng, size = np.random.default_rng(seed), config.image_size
     boxes = boxes_of_photos(tokenizer.backbone, classifier, photos, names, size, rng)
-    weight, bias = regression(boxes.features, told_of(classifier, boxes.features), boxes.labels)
+    weight, bias = regression(boxes.features, told_by_imagenet(classifier, boxes.features), boxes.labels)
     with torch.no_grad():
         classifier.rows.weight.copy_(weight)
         classifier.rows.bias.copy_(bias)

@@ -12,7 +12,7 @@ from torch import nn
 
 from visionllm.data.sample import Sample
 from visionllm.evaluate.coco import coco_metrics
-from visionllm.image import network_batch
+from visionllm.image import network_batch, resize_square, resize_to_fit
 from visionllm.pipeline import Request, class_request
 from visionllm.train.distributed import Processes
 from visionllm.train.task_validation import TaskValidation
@@ -32,8 +32,10 @@ class Samples(Protocol):
 class AskedPicture:
     """A picture with what it is asked."""
 
-    image: np.ndarray  # uint8 [H, W, 3], before resizing
+    image: np.ndarray  # uint8 [S, S, 3], or [H, W, 3] where pictures keep their shape
     asked: Request  # one instruction, or several for more names than one can list
+    size: tuple[int, int]  # width, height before resizing
+    original: np.ndarray | None = None  # uint8 [H, W, 3], before resizing
 
 
 class ValidationSet:
@@ -47,6 +49,8 @@ class ValidationSet:
             More than an instruction can list are asked in groups.
         image_size: side that pictures are resized to.
         longest_side: with it the shorter side, and this the longer one's most pixels; 0: squares.
+        keep_originals: also keep the pictures before resizing, for `calibrate`. Without them, as during
+            training, a photo classifier takes no closer look.
 
     Raises ValueError when there are no samples.
     """
@@ -60,6 +64,7 @@ class ValidationSet:
         image_size: int,
         seed: int = 0,
         longest_side: int = 0,
+        keep_originals: bool = False,
     ) -> None:
         self.name = name
         self.image_size, self.longest_side = image_size, longest_side
@@ -73,7 +78,13 @@ class ValidationSet:
             if names is not None:
                 listed = listed_names(sample, names, np.random.default_rng((seed, index)))
             height, width = sample.image.shape[:2]
-            self.pictures.append(AskedPicture(sample.image, class_request(listed)))
+            picture = (
+                resize_to_fit(sample.image, image_size, longest_side)
+                if longest_side
+                else resize_square(sample.image, image_size)
+            )
+            original = sample.image if keep_originals else None
+            self.pictures.append(AskedPicture(picture, class_request(listed), (width, height), original))
             images.append({"id": index, "width": width, "height": height})
             for entry in listed:
                 self.categories.setdefault(entry, len(self.categories) + 1)
@@ -119,8 +130,7 @@ class ValidationSet:
             found: box in 0..1, score and position in the picture's ``asked.classes``, of all its groups.
         """
         picture = self.pictures[index]
-        height, width = picture.image.shape[:2]
-        scale = np.array([width, height] * 2, dtype=np.float64)
+        scale = np.array(picture.size * 2, dtype=np.float64)  # [4]
         results = []
         for box, score, label in sorted(found, key=lambda answer: -answer[1])[:top]:
             x1, y1, x2, y2 = (np.array(box) * scale).tolist()
