@@ -76,8 +76,8 @@ def accuracy() -> str:
         "only show one. Under eight wordings that training never saw and two more class orders, AP is "
         f"{percent(min(averages))} to {percent(max(averages))} (spread "
         f"{robust['AP_spread']:.2f}). Of the {large['pictures']} photos with an object that covers a quarter "
-        f"of them, it is found in {large['found']} and called by its name in {large['named']}. Two settings of "
-        "the photo classifier were chosen on the same 180 photos (the card of `tiny` says how)."
+        f"of them, it is found in {large['found']} and called by its name in {large['named']}. Two settings "
+        "of the photo classifier were chosen on the same 180 photos (the card of `tiny` says how)."
     )
     header = ["evaluation (`python bench/accuracy.py`)", "AP", "AP50", "AP75"]
     return f"{table(header, lines)}\n\n{wrap(text)}"
