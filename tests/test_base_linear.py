@@ -83,10 +83,10 @@ def test_bytes_of_a_weight(dtype):
     assert {layer.weight.element_size() for layer in linears} == {1 if dtype == "int8" else 2}
     trained = {name for name, p in llm.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in llm.named_parameters() if "lora" in name} and trained
-    assert not llm.layers[0].q._packed._weight  # prediction must not hold a reordered copy either
+    assert not llm.layers[0].q._packed._forms  # prediction must not hold a reordered copy either
     with torch.inference_mode():
         llm(torch.randn(1, 300, 40), torch.ones(1, 300).bool(), torch.randn(1, 2, 3, 40))
-    assert all(layer._packed._weight is None for layer in linears)
+    assert not any(layer._packed._forms for layer in linears)
 
 
 class _Shapes(TorchDispatchMode):
