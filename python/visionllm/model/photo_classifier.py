@@ -79,9 +79,8 @@ class PhotoClassifier(nn.Module):
     def from_afar(self, cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f, g and place, [B, M or 1, of PARTS], of cells [B, CHANNELS, h, w] and boxes [B, M, 4] cxcywh."""
         boxes = boxes.float()
-        with torch.autocast(
-            cells.device.type, enabled=False
-        ):  # a mean in bfloat16 would be off by a hundredth
+        # A mean in bfloat16 would be off by a hundredth.
+        with torch.autocast(cells.device.type, enabled=False):
             return averaged(cells, boxes), cells.mean((2, 3))[:, None], place(boxes)
 
     def told(self, closer: Tensor, inside: Tensor) -> Tensor:

@@ -91,10 +91,10 @@ def candidates(network: Network, one: ValidationSet) -> list[Candidates]:
     try:
         for picture in one.pictures:
             pixels, sizes = network_batch([picture.image], one.image_size, one.longest_side)
-            shown = torch.from_numpy(pixels), None if sizes is None else torch.from_numpy(sizes)
+            images, lengths = torch.from_numpy(pixels), None if sizes is None else torch.from_numpy(sizes)
             originals = None if picture.original is None else [picture.original]
             instructions, parts, first = picture.asked.instructions, [], 0
-            for answers in find_groups(network, shown[0], instructions, shown[1], originals):
+            for answers in find_groups(network, images, instructions, lengths, originals):
                 names = answers.probabilities[0, :, :-1]  # [M, K]
                 known = torch.ones_like(names) if answers.known is None else answers.known[0]
                 parts.append(
